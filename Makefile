@@ -1,0 +1,39 @@
+# One Python environment in .venv; PYTHON chooses the interpreter it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PYTHONDONTWRITEBYTECODE := 1
+
+.PHONY: install demo test test-all check format benchmarks clean
+
+install: $(VENV)/.installed  ## everything the project needs, system packages included
+
+$(VENV)/.installed: pyproject.toml constraints.txt deploy/system-packages.sh
+	bash deploy/system-packages.sh $(PYTHON)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## the whole line on the built-in world: train, pack, serve, classify
+	$(BIN)/python examples/demo.py --out runs/demo
+
+test: install check  ## everything that runs in a quarter of an hour on two cores
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install check  ## with the tests that take minutes each
+	$(BIN)/python -m pytest
+
+check: install  ## formatting, lint, types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+benchmarks: install  ## the figures of the docs
+	$(BIN)/python benchmarks/accuracy.py --out runs/accuracy
+
+clean:
+	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache
