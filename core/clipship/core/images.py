@@ -17,7 +17,9 @@ Shapes: H, W = ``size_px`` of the :class:`ImageSpec`.
 from __future__ import annotations
 
 import io
+import threading
 import warnings
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -87,22 +89,49 @@ def decode_image(data: bytes) -> Image.Image:
     if not data:
         raise ImageDecodeError("empty file (0 bytes)")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow's size warning: MAX_PIXELS below is the limit, and it is an error
-            with Image.open(io.BytesIO(data)) as image:
-                _refuse_huge(image)
-                image.load()
-                return rgb_from_image(image)
+        with _QUIET_PILLOW, Image.open(io.BytesIO(data)) as image:
+            _refuse_huge(image)
+            image.load()
+            return rgb_from_image(image)
     except ImageDecodeError:
         raise
     except UnidentifiedImageError as error:
         raise ImageDecodeError(f"not an image in a known format ({len(data)} bytes)") from error
-    except Image.DecompressionBombError as error:
-        raise ImageDecodeError(f"too large: more than {MAX_PIXELS:,} pixels") from error
     except MemoryError as error:
         raise ImageDecodeError("too large for this machine's memory") from error
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         raise ImageDecodeError(f"corrupt or truncated: {error}") from error
+
+
+class _QuietPillow:
+    """While any thread is inside: no warnings, and no size limit but :data:`MAX_PIXELS`.
+
+    Both are settings of the whole process, so the first thread in changes them and the last one out restores them;
+    ``warnings.catch_warnings`` by itself, used in several threads, would leave the warnings switched off for good.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._threads = 0
+        self._before = ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            self._threads += 1
+            if self._threads == 1:
+                self._before.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+                self._before.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+                Image.MAX_IMAGE_PIXELS = None
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._threads -= 1
+            if self._threads == 0:
+                self._before.close()
+
+
+_QUIET_PILLOW = _QuietPillow()
 
 
 def _refuse_huge(image: Image.Image) -> None:

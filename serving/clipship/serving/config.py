@@ -1,0 +1,168 @@
+"""Triton model configurations: small dataclasses -> protobuf -> ``config.pbtxt``.
+
+Everything is explicit, because the server runs with ``--disable-auto-complete-config``. The message class is the one
+that ``tritonclient`` ships (``model_config.proto``), so a misspelt field cannot be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clipship.core.tensors import TensorSpec
+
+TRITON_TYPES = {"uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "float32": "TYPE_FP32", "string": "TYPE_STRING"}
+"""Triton's name of each dtype a :class:`TensorSpec` may have."""
+
+MODEL_FILES = {"onnxruntime": "model.onnx", "python": "model.py", "tensorrt": "model.plan"}
+"""The file a version folder must hold, by backend."""
+
+_HEADER = "# Written by `clipship repository`; checked by `clipship serve`.\n"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batching:
+    """How requests of several clients are put together, and when the server says no."""
+
+    max_queue_delay_us: int = 1_000
+    """How long a request may wait for company, in microseconds."""
+    max_queue_size: int = 128
+    """Requests waiting; one more is answered with UNAVAILABLE."""
+    queue_timeout_us: int = 60_000_000
+    """After so many microseconds in the queue a request is answered with UNAVAILABLE. A client may set its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warmup:
+    """One sample sent through the model while it loads: file names under ``<model>/warmup/``, by input."""
+
+    name: str
+    batch_size: int
+    files: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model that a backend runs."""
+
+    name: str
+    backend: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+    parameters: Mapping[str, str] = field(default_factory=dict)
+    instance_kind: str = "KIND_CPU"
+    """KIND_CPU, KIND_GPU, or KIND_AUTO (a GPU where there is one and the backend can use it)."""
+    instances: int = 1
+    batching: Batching = field(default_factory=Batching)
+    warmups: tuple[Warmup, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """One model of an ensemble: its tensors' names -> the ensemble's tensors' names."""
+
+    model: str
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ensemble:
+    """Models in a row. Triton allows it no instances, no warm-up and no optimisation of its own."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    max_batch_size: int
+    steps: tuple[Step, ...]
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+
+def config_from_model(model: Model) -> Any:
+    """The ``inference.ModelConfig`` message of a model that a backend runs."""
+    config = _common(model)
+    config.backend = model.backend
+    if model.backend == "onnxruntime":
+        config.platform = "onnxruntime_onnx"
+    config.default_model_filename = MODEL_FILES[model.backend]
+    config.instance_group.add(count=model.instances, kind=model.instance_kind)
+    _set_batching(config, model.batching)
+    for warmup in model.warmups:
+        _add_warmup(config, model, warmup)
+    return config
+
+
+def config_from_ensemble(ensemble: Ensemble) -> Any:
+    """The ``inference.ModelConfig`` message of an ensemble. Each step takes the newest loaded version of its model."""
+    config = _common(ensemble)
+    config.platform = "ensemble"
+    for step in ensemble.steps:
+        added = config.ensemble_scheduling.step.add(model_name=step.model, model_version=-1)
+        added.input_map.update(step.inputs)
+        added.output_map.update(step.outputs)
+    return config
+
+
+def text_from_config(config: Any) -> str:
+    """The text of ``config.pbtxt``; map entries come sorted, so equal configurations give equal text."""
+    from google.protobuf import text_format
+
+    text: str = text_format.MessageToString(config, as_utf8=True)
+    return _HEADER + text
+
+
+def config_from_text(text: str) -> Any:
+    """The inverse of :func:`text_from_config`.
+
+    Raises:
+        ValueError: not the text form of a model configuration; says the line and column.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2
+
+    try:
+        return text_format.Parse(text, model_config_pb2.ModelConfig())
+    except text_format.ParseError as error:
+        raise ValueError(f"not a model configuration: {error}") from error
+
+
+def _common(spec: Model | Ensemble) -> Any:
+    """Name, batch size, tensors and parameters."""
+    from tritonclient.grpc import model_config_pb2
+
+    config = model_config_pb2.ModelConfig(name=spec.name, max_batch_size=spec.max_batch_size)
+    config.version_policy.latest.num_versions = 1
+    for added, tensors in ((config.input, spec.inputs), (config.output, spec.outputs)):
+        for tensor in tensors:
+            added.add(name=tensor.name, data_type=TRITON_TYPES[tensor.dtype], dims=_dims(tensor))
+    for key, value in spec.parameters.items():
+        config.parameters[key].string_value = value
+    return config
+
+
+def _dims(tensor: TensorSpec) -> list[int]:
+    """The shape without the batch axis, which ``max_batch_size`` stands for."""
+    return [-1 if isinstance(size, str) else size for size in tensor.shape[1:]]
+
+
+def _set_batching(config: Any, batching: Batching) -> None:
+    dynamic = config.dynamic_batching
+    dynamic.max_queue_delay_microseconds = batching.max_queue_delay_us
+    policy = dynamic.default_queue_policy
+    policy.timeout_action = policy.REJECT
+    policy.default_timeout_microseconds = batching.queue_timeout_us
+    policy.allow_timeout_override = True
+    policy.max_queue_size = batching.max_queue_size
+
+
+def _add_warmup(config: Any, model: Model, warmup: Warmup) -> None:
+    added = config.model_warmup.add(name=warmup.name, batch_size=warmup.batch_size)
+    for tensor in model.inputs:
+        sample = added.inputs[tensor.name]
+        sample.data_type = (
+            config.DESCRIPTOR.file.enum_types_by_name["DataType"].values_by_name[TRITON_TYPES[tensor.dtype]].number
+        )
+        sample.dims.extend(_dims(tensor))
+        sample.input_data_file = warmup.files[tensor.name]

@@ -1,0 +1,239 @@
+"""Where a Triton comes from: ``tritonserver`` on the PATH, or the embedded one, which is installed on first use.
+
+The embedded server is the binary that the ``nvidia-pytriton`` wheel carries. It has the Python backend only. Its
+packages live in a virtual environment of their own, because the models run in Triton's processes, not in this one:
+
+- The backend's stub embeds Python in isolated mode: it reads no ``PYTHON*`` variable, but takes the environment whose
+  ``bin`` comes first on the ``PATH``.
+- NumPy must be below 2: with NumPy 2 this Triton's Python backend returns empty outputs and says nothing.
+- Pillow is of this process's version, so that client and server decode alike, bit for bit; so is ONNX Runtime where
+  this process has it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipship.core.errors import UsageError
+from clipship.core.files import replace_folder, sha256_of_text
+from clipship.core.progress import Report, log, progress
+from clipship.serving.errors import ServingError
+
+PYTRITON_VERSION = "0.7.0"
+CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
+_ONNXRUNTIME = "onnxruntime>=1.20"
+_STUB = "triton_python_backend_stub"
+_COMPLETE = "complete"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Environment:
+    """A Triton that can be started: the binary, and what it must be told to find its parts."""
+
+    tritonserver: Path
+    backends: Path
+    """The folder with one folder a backend."""
+    variables: Mapping[str, str]
+    """Environment variables on top of this process's own."""
+
+
+def triton_environment(backends: set[str]) -> Environment:
+    """A Triton with all of ``backends``: the one on the PATH if it has them, else the embedded one.
+
+    Raises:
+        UsageError: neither has them, or the embedded one cannot run on this machine; says what to do.
+        ServingError: the embedded one could not be installed.
+    """
+    on_path = _environment_on_path()
+    if on_path is not None and not missing_backends(on_path, backends):
+        return on_path
+    if backends - {"python"}:
+        raise UsageError(
+            f"the repository needs Triton's {' and '.join(sorted(backends))} backends, the embedded server has only "
+            "python: write it with clipship repository --backend python, or run it in NVIDIA's container "
+            "(clipship serve --container prints the command)"
+        )
+    return embedded_environment()
+
+
+def missing_backends(environment: Environment, backends: set[str]) -> set[str]:
+    """Those of ``backends`` that ``environment`` does not have."""
+    return {backend for backend in backends if not (environment.backends / backend).is_dir()}
+
+
+def embedded_environment() -> Environment:
+    """The embedded Triton, installed into the cache folder if it is not there yet.
+
+    Raises:
+        UsageError: no Python library for the backend on this machine; says what to install.
+        ServingError: the installation failed.
+    """
+    library_folder = _python_library_folder()
+    folder = _installed_folder()
+    site = _site_packages(folder)
+    libraries = [site / "nvidia_pytriton.libs", *([library_folder] if library_folder else [])]
+    return Environment(
+        tritonserver=site / "pytriton" / "tritonserver" / "bin" / "tritonserver",
+        backends=folder / "backends",
+        variables={
+            "PATH": _joined(str(folder / "bin"), os.environ.get("PATH", "")),
+            "LD_LIBRARY_PATH": _joined(*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")),
+            "PYTHONPATH": str(site),
+        },
+    )
+
+
+def container_command(repository: Path, *, http_port: int, grpc_port: int, metrics_port: int) -> str:
+    """The shell command that serves ``repository`` in NVIDIA's container, on loopback.
+
+    The container's Python lacks ONNX Runtime and Pillow, which the models in Python need: they are installed first.
+    """
+    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (http_port, grpc_port, metrics_port))
+    pillow = importlib.metadata.version("pillow")
+    start = (
+        f"pip install onnxruntime pillow=={pillow} && tritonserver --model-repository=/models "
+        "--model-control-mode=explicit --load-model=* --disable-auto-complete-config "
+        f"--http-port={http_port} --grpc-port={grpc_port} --metrics-port={metrics_port}"
+    )
+    # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
+    return (
+        f'docker run --rm --shm-size=2g {ports} -v {repository.resolve()}:/models:ro {CONTAINER_IMAGE} sh -c "{start}"'
+    )
+
+
+def cache_folder() -> Path:
+    """``CLIPSHIP_CACHE``, or ``clipship`` in the user's cache folder."""
+    given = os.environ.get("CLIPSHIP_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipship"
+
+
+def _joined(*paths: str) -> str:
+    return os.pathsep.join(path for path in paths if path)
+
+
+def _environment_on_path() -> Environment | None:
+    found = shutil.which("tritonserver")
+    if found is None:
+        return None
+    binary = Path(found).resolve()
+    return Environment(tritonserver=binary, backends=binary.parent.parent / "backends", variables={})
+
+
+def _python_version() -> str:
+    return f"{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def _site_packages(folder: Path) -> Path:
+    return folder / "lib" / f"python{_python_version()}" / "site-packages"
+
+
+def _python_library_folder() -> Path | None:
+    """The folder of this Python's shared library, which the stub links; None where the loader finds it itself.
+
+    Raises:
+        UsageError: there is none on this machine.
+    """
+    name = f"libpython{_python_version()}.so.1.0"
+    folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
+    if (folder / name).is_file():
+        return folder
+    try:
+        ctypes.CDLL(name)
+    except OSError as error:
+        raise UsageError(
+            f"the embedded Triton needs {name}, which is missing: run apt-get install libpython{_python_version()}"
+        ) from error
+    return None
+
+
+def _requirements() -> list[str]:
+    """What goes into the embedded server's folder, each at the version this process has where that matters."""
+    try:
+        onnxruntime = f"onnxruntime=={importlib.metadata.version('onnxruntime')}"
+    except importlib.metadata.PackageNotFoundError:
+        onnxruntime = _ONNXRUNTIME
+    return ["numpy<2", onnxruntime, f"pillow=={importlib.metadata.version('pillow')}"]
+
+
+def _installed_folder() -> Path:
+    """The embedded server's folder, made by one process while others wait."""
+    requirements = _requirements()
+    digest = sha256_of_text(" ".join(requirements))[:8]
+    folder = cache_folder() / f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
+    if not (folder / _COMPLETE).is_file():
+        with _locked(folder.with_name(f"{folder.name}.lock")):
+            if not (folder / _COMPLETE).is_file():
+                _install(folder, requirements)
+    return folder
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _install(folder: Path, requirements: Sequence[str]) -> None:
+    log(f"installing the embedded Triton into {folder} (once; about 350 MB)")
+    with replace_folder(folder) as temporary, progress("installing Triton", None) as report:
+        venv.EnvBuilder(with_pip=False, symlinks=True).create(temporary)
+        site = _site_packages(temporary)
+        _pip_install(["--no-deps", f"nvidia-pytriton=={PYTRITON_VERSION}"], site, report)
+        _pip_install(requirements, site, report)
+        _gather_backend(site / "pytriton" / "tritonserver", temporary / "backends" / "python")
+        (temporary / _COMPLETE).touch()
+
+
+def _gather_backend(tritonserver: Path, backend: Path) -> None:
+    """The Python backend's files in one folder, with the stub of this Python's version.
+
+    Raises:
+        UsageError: the wheel has no stub for this version.
+    """
+    stub = tritonserver / "python_backend_stubs" / _python_version() / _STUB
+    if not stub.is_file():
+        raise UsageError(
+            f"the embedded Triton has no Python backend for Python {_python_version()}: use Python 3.11 or 3.12, or "
+            "NVIDIA's container (clipship serve --container prints the command)"
+        )
+    shutil.copytree(tritonserver / "backends" / "python", backend)
+    shutil.copy2(stub, backend / _STUB)
+
+
+def _pip_install(arguments: Sequence[str], target: Path, report: Report) -> None:
+    """Run pip into ``target``, its lines beside the progress bar.
+
+    Raises:
+        UsageError: this Python has no pip.
+        ServingError: pip failed; says its last error.
+    """
+    if importlib.util.find_spec("pip") is None:
+        raise UsageError("pip is needed to install the embedded Triton: run python -m ensurepip")
+    command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
+    command += ["--progress-bar=off", "--target", str(target), "--upgrade", *arguments]
+    lines: list[str] = []
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.strip())
+            report(0, lines[-1][:60])
+    if process.returncode != 0:
+        errors = [line for line in lines if line.startswith("ERROR")] or lines[-1:] or ["no output"]
+        raise ServingError(f"the embedded Triton could not be installed: {errors[-1]}: check the network")

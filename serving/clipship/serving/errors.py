@@ -1,0 +1,57 @@
+"""What can go wrong between a model repository, a server and its clients.
+
+::
+
+    ClipshipError
+    |-- ServingError              exit 1
+    |   |-- ServerUnreachable     nobody answers at the address, or the connection broke
+    |   |-- ServerOverloaded      the server's queue is full, or the request waited in it for too long
+    |   |-- DeadlineExceeded      no answer within the time limit
+    |   |-- RequestRejected       the server refused the request, or failed while it ran
+    |   |-- ModelsMissing         a Triton answers, but it does not serve our models
+    |   `-- ServerFailed          Triton did not start, or died
+    `-- UsageError                exit 2
+        `-- RepositoryError       a model repository that Triton would not load
+
+The gRPC status codes are translated in one place, ``transport.py``. The first three are worth another try.
+"""
+
+from __future__ import annotations
+
+from clipship.core.errors import ClipshipError, UsageError
+
+
+class ServingError(ClipshipError):
+    """A server, or the way to it, failed."""
+
+
+class ServerUnreachable(ServingError):
+    """Nobody answers at the address, or the connection broke."""
+
+
+class ServerOverloaded(ServingError):
+    """The server's queue is full, or the request waited in it for too long."""
+
+
+class DeadlineExceeded(ServingError):
+    """No answer within the time limit."""
+
+
+class RequestRejected(ServingError):
+    """The server refused the request, or failed while it ran."""
+
+
+class ModelsMissing(ServingError):
+    """A Triton answers, but it does not serve our models."""
+
+
+class ServerFailed(ServingError):
+    """Triton did not start, or died."""
+
+
+class RepositoryError(UsageError):
+    """A model repository that Triton would not load."""
+
+
+RETRYABLE = (ServerUnreachable, ServerOverloaded, DeadlineExceeded)
+"""What may pass: all our requests are idempotent, so they are simply sent again."""

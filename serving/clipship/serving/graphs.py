@@ -1,0 +1,83 @@
+"""The classifier as an ONNX graph: embedding -> scores, indices and label strings of the top k.
+
+Features, scale and names are constants of one graph, so scores and labels always come from the same vocabulary.
+Legend: N images, D embedding size, C classes, k = min(top_k, C).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from clipship.core.bundle import VocabularyFeatures
+from clipship.core.errors import MissingExtraError
+from clipship.core.tensors import TensorSpec, embedding_tensor, indices_tensor, labels_tensor, scores_tensor
+from clipship.core.vocabulary import Vocabulary
+
+_OPSET = 18
+_IR_VERSION = 8  # the IR of opset 18: ONNX Runtime 1.14 and every Triton since 23.03 read it
+
+
+def classifier_outputs(top_k: int) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+    """Scores, indices and labels, k of each."""
+    return scores_tensor(top_k), indices_tensor(top_k), labels_tensor(top_k)
+
+
+def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k: int) -> bytes:
+    """The serialised ONNX model: float32 [N, D] -> float32, int64 and string [N, k].
+
+    Ties go to the class that comes first in the vocabulary. Equal arguments give equal bytes.
+
+    Raises:
+        MissingExtraError: the ``onnx`` package is not installed.
+    """
+    try:
+        from onnx import checker, helper
+    except ImportError as error:
+        raise MissingExtraError("onnx", "export") from error
+
+    k = min(top_k, len(vocabulary))
+    scores, indices, labels = (tensor.name for tensor in classifier_outputs(k))
+    embedding = embedding_tensor(features.features.shape[1])
+    nodes = [
+        helper.make_node("MatMul", [embedding.name, "features"], ["cosines"]),
+        helper.make_node("Mul", ["cosines", "logit_scale"], ["logits"]),
+        helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
+        helper.make_node("TopK", ["probabilities", "k"], [scores, indices], axis=-1, largest=1, sorted=1),
+        helper.make_node("Gather", ["names", indices], [labels], axis=0),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "classifier",
+        [_value_info(embedding)],
+        [_value_info(tensor) for tensor in classifier_outputs(k)],
+        _constants(vocabulary, features, k),
+    )
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", _OPSET)], ir_version=_IR_VERSION, producer_name="clipship"
+    )
+    helper.set_model_props(model, {"vocabulary_digest": vocabulary.digest})
+    checker.check_model(model)
+    serialised: bytes = model.SerializeToString(deterministic=True)
+    return serialised
+
+
+def _constants(vocabulary: Vocabulary, features: VocabularyFeatures, k: int) -> list[Any]:
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.ascontiguousarray(features.features.T, dtype=np.float32)  # [D, C]
+    names = [name.encode() for name in vocabulary]
+    return [
+        numpy_helper.from_array(weights, "features"),
+        numpy_helper.from_array(np.float32(features.logit_scale).reshape(()), "logit_scale"),
+        numpy_helper.from_array(np.array([k], dtype=np.int64), "k"),
+        helper.make_tensor("names", TensorProto.STRING, [len(names)], names),
+    ]
+
+
+def _value_info(tensor: TensorSpec) -> Any:
+    from onnx import TensorProto, helper
+
+    types = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64, "string": TensorProto.STRING}
+    return helper.make_tensor_value_info(tensor.name, types[tensor.dtype], list(tensor.shape))

@@ -1,0 +1,259 @@
+"""A real Triton on this machine, as a context manager that leaves no process behind."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import IO
+
+from clipship.core.errors import UsageError
+from clipship.core.progress import progress
+from clipship.serving import guard
+from clipship.serving.check import backends_of, model_names, refuse_bad_repository
+from clipship.serving.environment import Environment, triton_environment
+from clipship.serving.errors import ServerFailed
+
+_POLL_S = 0.05
+_DRAIN_S = 10
+"""How long running requests may take to finish when the server is stopped."""
+_LOG_LINES = 3
+_ERROR_LINE = re.compile(r"(?:[EF]\d{4} [^\]]*\] |[Ee]rror: )(?P<text>.*)")
+_HARMLESS = re.compile("NVML|DCGM|CUDA driver|CudaDriver")  # what every Triton without a GPU says
+
+
+@dataclass(frozen=True, kw_only=True)
+class Endpoints:
+    """Where a server listens."""
+
+    host: str
+    grpc_port: int
+    http_port: int
+    metrics_port: int
+
+    @property
+    def url(self) -> str:
+        """HOST:PORT of gRPC, what a client is given."""
+        return f"{self.host}:{self.grpc_port}"
+
+
+class Server:
+    """A running Triton. Leaving the ``with`` block, or :meth:`stop`, ends it; so does the death of this process."""
+
+    def __init__(self, process: subprocess.Popen[bytes], endpoints: Endpoints, log: IO[bytes]) -> None:
+        self._process = process
+        self._log = log
+        self.endpoints = endpoints
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def running(self) -> bool:
+        """Whether the server's process lives."""
+        return self._process.poll() is None
+
+    def stop(self) -> int:
+        """End the server in order: running requests finish, then it goes. Its exit code."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        code = self._process.wait()
+        self._log.close()
+        return code
+
+    def wait(self) -> int:
+        """Return the server's exit code when it ends by itself."""
+        return self._process.wait()
+
+    def log(self) -> str:
+        """What Triton has logged so far."""
+        descriptor = self._log.fileno()
+        size = os.fstat(descriptor).st_size
+        return os.pread(descriptor, size, 0).decode("utf-8", "replace")  # leaves alone the offset Triton writes at
+
+    def failure(self) -> ServerFailed:
+        """Why the server died: the last lines of its log that say something."""
+        return ServerFailed(f"Triton ended with code {self._process.poll()}: {last_words(self.log())}")
+
+
+def start_server(
+    repository: Path,
+    *,
+    host: str = "127.0.0.1",
+    grpc_port: int = 0,
+    http_port: int = 0,
+    metrics_port: int = 0,
+    log_file: Path | None = None,
+    timeout_s: float = 120.0,
+    environment: Environment | None = None,
+) -> Server:
+    """Start Triton on ``repository`` and return when every model is ready. Port 0 takes a free one.
+
+    Raises:
+        RepositoryError: Triton would not load the repository.
+        UsageError: a port is in use, or no Triton here can run the repository; says what to do.
+        ServerFailed: Triton ended, or was not ready after ``timeout_s`` seconds; with the last lines of its log.
+    """
+    refuse_bad_repository(repository)
+    chosen = environment or triton_environment(backends_of(repository))
+    endpoints = _endpoints(host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    log = _opened_log(log_file)
+    server = Server(_launch(repository, chosen, endpoints, log), endpoints, log)
+    try:
+        _wait_until_ready(server, model_names(repository), timeout_s)
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+def _opened_log(log_file: Path | None) -> IO[bytes]:
+    """``log_file``, or a file without a name that goes with the process."""
+    if log_file is not None:
+        return log_file.open("w+b")
+    return tempfile.TemporaryFile()
+
+
+@contextmanager
+def signals_as_interrupt() -> Iterator[None]:
+    """In the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end it in order."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def last_words(log: str) -> str:
+    """What a Triton log says went wrong: the models' errors, else any error, else its last lines."""
+    lines = log.splitlines()
+    errors = [match["text"] for line in lines if (match := _ERROR_LINE.match(line)) and not _HARMLESS.search(line)]
+    failures = [text for text in errors if "failed to load '" in text]
+    told = failures[:_LOG_LINES] or errors[-_LOG_LINES:] or [line for line in lines if line.strip()][-_LOG_LINES:]
+    return " / ".join(text.partition("\\n")[0].strip(' "') for text in told) or "its log is empty"
+
+
+def _endpoints(host: str, *, grpc_port: int, http_port: int, metrics_port: int) -> Endpoints:
+    """The ports that are given, free ones for zeros.
+
+    Raises:
+        UsageError: a given port is in use, or the host is none of this machine.
+    """
+    names = ("grpc", "http", "metrics")
+    with ExitStack() as held:
+        ports = [
+            _held_port(held, host, port, name)
+            for name, port in zip(names, (grpc_port, http_port, metrics_port), strict=True)
+        ]
+    return Endpoints(host=host, grpc_port=ports[0], http_port=ports[1], metrics_port=ports[2])
+
+
+def _held_port(held: ExitStack, host: str, port: int, name: str) -> int:
+    """Bind the port until ``held`` is closed, so that no two of our endpoints get the same one."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = held.enter_context(socket.socket(family, socket.SOCK_STREAM))
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+        listener.listen()
+    except (OSError, OverflowError) as error:
+        raise UsageError(
+            f"{host}:{port} cannot be used for {name} ({error}): stop what listens there, or give another --{name}-port"
+        ) from error
+    bound: int = listener.getsockname()[1]
+    return bound
+
+
+def _launch(
+    repository: Path, environment: Environment, endpoints: Endpoints, log: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start Triton under the guard, in a session of its own so that Ctrl-C on the terminal reaches only us."""
+    shm_prefix = f"clipship_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
+    command = [sys.executable, "-I", str(guard.__file__), str(_DRAIN_S + 5), shm_prefix]
+    command += _triton_command(repository, environment, endpoints, shm_prefix)
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, **environment.variables},
+        start_new_session=True,
+    )
+
+
+def _triton_command(repository: Path, environment: Environment, endpoints: Endpoints, shm_prefix: str) -> list[str]:
+    options = {
+        "model-repository": repository.resolve(),
+        "backend-directory": environment.backends,
+        "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
+        "model-control-mode": "explicit",
+        "load-model": "*",
+        "http-address": endpoints.host,
+        "http-port": endpoints.http_port,
+        "grpc-address": endpoints.host,
+        "grpc-port": endpoints.grpc_port,
+        "metrics-port": endpoints.metrics_port,
+        "metrics-address": endpoints.host,
+        "allow-metrics": "true",
+        "log-verbose": 0,
+        "exit-timeout-secs": _DRAIN_S,
+    }
+    given = [f"--{name}={value}" for name, value in options.items()]
+    return [str(environment.tritonserver), "--disable-auto-complete-config", *given]
+
+
+def _wait_until_ready(server: Server, models: list[str], timeout_s: float) -> None:
+    """Poll until the server and all models are ready.
+
+    Raises:
+        ServerFailed: it ended, or it took longer than ``timeout_s`` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    with progress("loading models", len(models)) as report:
+        while not _is_ready(server.endpoints, "/v2/health/ready"):
+            _refuse_dead_or_late(server, deadline, timeout_s)
+        for done, model in enumerate(models, start=1):
+            while not _is_ready(server.endpoints, f"/v2/models/{model}/ready"):
+                _refuse_dead_or_late(server, deadline, timeout_s)
+            report(done, model)
+
+
+def _refuse_dead_or_late(server: Server, deadline: float, timeout_s: float) -> None:
+    if not server.running:
+        raise server.failure()
+    if time.monotonic() > deadline:
+        raise ServerFailed(f"Triton was not ready after {timeout_s:g} s: {last_words(server.log())}")
+    time.sleep(_POLL_S)
+
+
+def _is_ready(endpoints: Endpoints, path: str) -> bool:
+    connection = http.client.HTTPConnection(endpoints.host, endpoints.http_port, timeout=5)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except OSError:
+        return False
+    finally:
+        connection.close()

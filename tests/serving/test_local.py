@@ -1,0 +1,49 @@
+"""The in-process twin: the client's answers without a server."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipship.core.bundle import Bundle
+from clipship.core.images import pixels_from_bytes
+from clipship.serving.client import Classifier
+from clipship.serving.errors import ModelsMissing
+from clipship.serving.local import LocalTransport
+from tests.serving.bundles import NAMES, image_encoder_model, reference_answers
+
+
+def test_answers_equal_the_reference(bundle: Bundle, photos: Path) -> None:
+    paths = sorted(photos.rglob("*.jpg"))
+    pixels = np.stack([pixels_from_bytes(path.read_bytes(), bundle.image_spec) for path in paths])
+    _, scores, indices = reference_answers(pixels, image_encoder_model(), k=5)
+    with Classifier(LocalTransport(bundle, max_batch_size=8)) as classifier:
+        results = classifier.classify(paths)
+    assert [result.indices for result in results] == [tuple(row) for row in indices.tolist()]
+    assert [result.labels[0] for result in results] == [NAMES[row[0]] for row in indices.tolist()]
+    np.testing.assert_allclose([result.scores for result in results], scores, atol=1e-5)
+
+
+def test_top_k_and_facts(bundle: Bundle, photos: Path) -> None:
+    with Classifier(LocalTransport(bundle, top_k=2)) as classifier:
+        assert classifier.facts.bundle_digest == bundle.digest
+        assert classifier.facts.vocabulary_digest == bundle.vocabulary.digest
+        assert len(classifier.classify([next(photos.glob("*.jpg"))])[0].labels) == 2
+
+
+def test_one_bad_image_is_one_error(bundle: Bundle, photos: Path) -> None:
+    good = next(photos.glob("*.jpg"))
+    with Classifier(LocalTransport(bundle)) as classifier:
+        first, second = classifier.classify([b"no image", good])
+    assert first.error is not None
+    assert second.error is None
+
+
+def test_decoding_on_a_server_needs_a_server(bundle: Bundle, photos: Path) -> None:
+    with (
+        Classifier(LocalTransport(bundle), decode="server") as classifier,
+        pytest.raises(ModelsMissing, match="decode on the client"),
+    ):
+        classifier.classify([next(photos.glob("*.jpg"))])

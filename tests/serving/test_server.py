@@ -1,0 +1,299 @@
+"""Starting and ending a real Triton."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from clipship.core.bundle import Bundle
+from clipship.core.errors import UsageError
+from clipship.serving import environment as environment_module
+from clipship.serving import transport as transport_module
+from clipship.serving.check import backends_of
+from clipship.serving.client import Classifier
+from clipship.serving.environment import Environment, container_command, triton_environment
+from clipship.serving.errors import ModelsMissing, RepositoryError, ServerFailed, ServerUnreachable, ServingError
+from clipship.serving.repository import repository_from_bundle
+from clipship.serving.server import Server, last_words, start_server
+from tests.serving.processes import CLIPSHIP, ENVIRONMENT, clipship
+
+
+def descendants(pid: int) -> set[int]:
+    """The processes below ``pid``."""
+    files = Path(f"/proc/{pid}/task").glob("*/children")
+    found = {int(word) for file in files for word in file.read_text().split()}
+    return found.union(*map(descendants, found))
+
+
+def listening() -> set[tuple[str, int]]:
+    """Addresses in the kernel's hexadecimal form, and ports, of every listening TCP socket."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    sockets = [words[1].split(":") for words in lines if words[3] == "0A"]
+    return {(address, int(port, 16)) for address, port in sockets}
+
+
+def alive(pids: set[int]) -> set[int]:
+    return {pid for pid in pids if Path(f"/proc/{pid}").exists()}
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float = 20.0) -> bool:
+    deadline = time.monotonic() + timeout_s
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return bool(condition())
+
+
+def regions(pid: int) -> list[Path]:
+    """What the servers started by process ``pid`` have in shared memory."""
+    return list(Path("/dev/shm").glob(f"clipship_{pid}_*"))
+
+
+@contextmanager
+def serving(repository: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+    """``clipship serve`` in a process group of its own, once it is ready, and what it printed."""
+    ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
+    command = [*CLIPSHIP, "serve", str(repository), *ports, "--json"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            yield process, json.loads(process.stdout.readline() or "null")
+        finally:
+            process.kill()
+
+
+@pytest.mark.triton
+def test_every_model_is_ready_and_listens_on_loopback_only(server: Server) -> None:
+    ports = {server.endpoints.grpc_port, server.endpoints.http_port, server.endpoints.metrics_port}
+    assert len(ports) == 3
+    assert server.endpoints.host == "127.0.0.1"
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    for port in ports:
+        assert {address for address, where in listening() if where == port} <= loopback
+        socket.create_connection(("127.0.0.1", port), timeout=2).close()
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_serve_ends_in_order(repository: Path, number: signal.Signals) -> None:
+    with serving(repository) as (process, endpoints):
+        below = descendants(process.pid)
+        assert len(below) == 5, "the guard, Triton and three models"
+        assert len(regions(process.pid)) == 3
+        assert clipship("classify", "nowhere", "--url", f"127.0.0.1:{endpoints['grpc_port']}").returncode == 2
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert errors.split() == ["stopping"]
+    assert alive(below) == set()
+    assert regions(process.pid) == []
+
+
+@pytest.mark.triton
+def test_ctrl_c_on_a_terminal_reaches_the_whole_group(repository: Path) -> None:
+    """The terminal signals serve's group; Triton is in a session of its own and is ended by serve."""
+    with serving(repository) as (process, _):
+        below = descendants(process.pid)
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert alive(below) == set()
+
+
+@pytest.mark.triton
+def test_killing_serve_takes_everything_down(repository: Path) -> None:
+    with serving(repository) as (process, _):
+        below = descendants(process.pid)
+        process.kill()
+        assert wait_for(lambda: not alive(below)), f"still alive: {alive(below)}"
+    assert wait_for(lambda: not regions(process.pid))
+
+
+@pytest.mark.triton
+def test_killing_the_guard_takes_everything_down(repository: Path) -> None:
+    with serving(repository) as (process, _):
+        below = descendants(process.pid)
+        (guard,) = {pid for pid in below if b"guard.py" in Path(f"/proc/{pid}/cmdline").read_bytes()}
+        os.kill(guard, signal.SIGKILL)
+        assert wait_for(lambda: not alive(below - {guard}))
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("clipship: Triton ended with code")
+    for region in regions(process.pid):
+        region.unlink()
+
+
+@pytest.mark.triton
+def test_a_dying_triton_ends_serve_with_its_last_words(repository: Path) -> None:
+    with serving(repository) as (process, _):
+        below = descendants(process.pid)
+        (triton,) = {pid for pid in below if Path(f"/proc/{pid}/comm").read_text().strip() == "tritonserver"}
+        os.kill(triton, signal.SIGKILL)
+        _, errors = process.communicate(timeout=30)
+    assert process.returncode == 1
+    assert errors.startswith("clipship: Triton ended with code 137")
+    assert alive(below) == set()
+    assert regions(process.pid) == []
+
+
+@pytest.mark.triton
+def test_a_model_that_does_not_load_is_named(repository: Path, bundle: Bundle, tmp_path: Path) -> None:
+    broken = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
+    (broken / "image_encoder/1/model.onnx").write_bytes(b"not onnx")
+    with pytest.raises(ServerFailed, match=r"failed to load 'image_encoder'.*InvalidProtobuf"):
+        start_server(broken)
+    assert regions(os.getpid()) == [] or len(regions(os.getpid())) == 3, "only the shared server's are left"
+
+
+@pytest.mark.triton
+def test_the_log_goes_where_it_is_told(repository: Path, server: Server, tmp_path: Path) -> None:
+    assert "Started GRPCInferenceService" in server.log()
+    with start_server(repository, log_file=tmp_path / "log.txt") as running:
+        assert running.log()
+    assert "Waiting for in-flight requests to complete" in (tmp_path / "log.txt").read_text()
+
+
+@pytest.mark.triton
+def test_a_server_that_is_late_is_stopped(repository: Path) -> None:
+    before = descendants(os.getpid())
+    with pytest.raises(ServerFailed, match=r"not ready after 0\.2 s"):
+        start_server(repository, timeout_s=0.2)
+    assert wait_for(lambda: descendants(os.getpid()) <= before)
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize("name", ["grpc", "http", "metrics"])
+def test_a_port_in_use_is_named(repository: Path, server: Server, name: str) -> None:
+    port = getattr(server.endpoints, f"{name}_port")
+    done = clipship("serve", repository, f"--{name}-port", port)
+    assert done.returncode == 2
+    assert f"127.0.0.1:{port} cannot be used for {name}" in done.stderr
+    assert f"--{name}-port" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.triton
+def test_no_server_is_said_at_once(server: Server) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"127.0.0.1:{free.getsockname()[1]}"
+        started_s = time.monotonic()
+        with pytest.raises(ServerUnreachable, match=rf"no Triton answers at {url}.*clipship serve"):
+            Classifier(url)
+    assert time.monotonic() - started_s < 5
+    with pytest.raises(ServerUnreachable):
+        Classifier(f"127.0.0.1:{server.endpoints.http_port}")
+
+
+def test_something_that_never_answers_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport_module, "_CONNECT_TIMEOUT_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(ServerUnreachable, match=rf"no Triton answers at {url} within 0\.5 s"):
+            Classifier(url)
+
+
+@pytest.mark.triton
+def test_a_server_without_our_models(tmp_path: Path, bundle: Bundle) -> None:
+    repository = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
+    for name in ("classify", "classify_encoded", "embed", "preprocess", "image_encoder"):
+        (repository / name).rename(tmp_path / name)
+    missing = pytest.raises(ModelsMissing, match="does not serve clipship's models; it has classifier")
+    with start_server(repository) as running, missing:
+        Classifier(running.endpoints.url)
+
+
+def test_a_bad_repository_is_not_started(tmp_path: Path) -> None:
+    with pytest.raises(RepositoryError, match="no model repository there"):
+        start_server(tmp_path)
+
+
+def test_backends_the_embedded_server_lacks(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment_module, "_environment_on_path", lambda: None)
+    repository = repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
+    with pytest.raises(UsageError, match=r"--backend python.*container"):
+        triton_environment(backends_of(repository))
+
+
+def test_the_server_on_the_path_is_taken_if_it_has_the_backends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = tmp_path / "bin" / "tritonserver"
+    for folder in ("bin", "backends/onnxruntime", "backends/python"):
+        (tmp_path / folder).mkdir(parents=True)
+    binary.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(binary.parent), prepend=os.pathsep)
+    assert triton_environment({"onnxruntime", "python"}).tritonserver == binary
+    with pytest.raises(UsageError, match="tensorrt"):
+        triton_environment({"tensorrt"})
+
+
+def test_a_missing_python_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(environment_module, "_python_version", lambda: "3.99")
+    with pytest.raises(
+        UsageError, match=r"libpython3\.99\.so\.1\.0, which is missing: run apt-get install libpython3\.99"
+    ):
+        environment_module.embedded_environment()
+
+
+def test_a_failed_installation_leaves_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CLIPSHIP_CACHE", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
+    with pytest.raises(ServingError, match="could not be installed: ERROR: No matching distribution"):
+        environment_module.embedded_environment()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_two_processes_install_once(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    calls: list[Path] = []
+
+    def install(folder: Path, requirements: object) -> None:
+        calls.append(folder)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "complete").touch()
+
+    monkeypatch.setenv("CLIPSHIP_CACHE", str(tmp_path))
+    monkeypatch.setattr(environment_module, "_install", install)
+    with ThreadPoolExecutor(4) as pool:
+        found: list[Environment] = list(pool.map(lambda _: environment_module.embedded_environment(), range(4)))
+    assert len(calls) == 1
+    assert len({environment.tritonserver for environment in found}) == 1
+
+
+def test_the_container_command(repository: Path) -> None:
+    command = container_command(repository, http_port=1, grpc_port=2, metrics_port=3)
+    assert "--shm-size" in command
+    assert f"-v {repository.resolve()}:/models:ro" in command
+    assert "-p 127.0.0.1:2:2" in command
+    done = clipship("serve", repository, "--container")
+    assert done.returncode == 0
+    assert done.stdout.startswith("docker run --rm")
+
+
+def test_last_words() -> None:
+    log = (
+        'E1122 03:13:26.547843 5877 server.cc:241] "CudaDriverHelper has not been initialized."\n'
+        'I1122 03:13:26.550531 5877 model_lifecycle.cc:472] "loading: classifier:1"\n'
+        "Error: Failed to initialize NVML\n"
+        'E1122 03:13:30.114652 5877 backend_model.cc:692] "ERROR: Failed to create instance"\n'
+        "E1122 03:13:30.114819 58 model_lifecycle.cc:642] \"failed to load 'a' version 1: Internal: no x\\n\\nAt: f\"\n"
+        "error: creating server: Internal - failed to load all models\n"
+    )
+    assert last_words(log) == "failed to load 'a' version 1: Internal: no x"
+    assert last_words(log.splitlines()[5]) == "creating server: Internal - failed to load all models"
+    assert last_words("plain\nwords\n") == "plain / words"
+    assert last_words("") == "its log is empty"

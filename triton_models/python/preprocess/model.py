@@ -1,0 +1,50 @@
+"""Decoding and resizing inside Triton's Python backend: file bytes [N, 1] -> uint8 [N, H, W, 3] and an error [N, 1].
+
+``clipship_images.py`` beside this file is a copy of ``clipship/core/images.py``: the server runs the client's own
+lines. An image that cannot be decoded gives zeros and says why in ``error``; its neighbours are not affected.
+"""
+
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import clipship_images
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+INPUT = "encoded"
+PIXELS = "image"
+ERROR = "error"
+
+
+class TritonPythonModel:
+    """Decodes the images of all requests in a pool of threads: Pillow works outside the interpreter's lock."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Read the image specification from the model's parameters."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        self.spec = clipship_images.ImageSpec.from_json(json.loads(parameters["image_spec"]["string_value"]))
+        self.pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """One response a request, in order."""
+        batches = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
+        decoded = [self.pool.map(self._decode, batch.reshape(-1)) for batch in batches]
+        return [self._response(list(images)) for images in decoded]
+
+    def finalize(self) -> None:
+        """Let the threads end."""
+        self.pool.shutdown()
+
+    def _decode(self, data: bytes) -> tuple[Any, bytes]:
+        try:
+            return clipship_images.pixels_from_bytes(data, self.spec), b""
+        except clipship_images.ImageDecodeError as error:
+            return np.zeros((self.spec.size_px, self.spec.size_px, 3), dtype=np.uint8), str(error).encode()
+
+    @staticmethod
+    def _response(images: list[tuple[Any, bytes]]) -> Any:
+        pixels = np.stack([image for image, _ in images])
+        errors = np.array([[error] for _, error in images], dtype=np.object_)
+        return pb_utils.InferenceResponse([pb_utils.Tensor(PIXELS, pixels), pb_utils.Tensor(ERROR, errors)])
