@@ -1,0 +1,252 @@
+"""The folder that holds synthetic images of classes, whatever made them.
+
+::
+
+    DIR/manifest.json               what made the images, the template, the class names
+    DIR/images.parquet              one row per candidate: path, class_name, prompt, seed, score, kept, reason
+    DIR/images/<class>/<seed>.jpg   the candidates; those that were not kept may be deleted
+
+A set is written into a temporary folder and renamed when it is complete, so a folder that exists is a whole set.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from clipship.core.errors import DataError, near
+from clipship.core.files import replace_folder, write_json_atomic
+
+FORMAT = "clipship-synthetic-set"
+FORMAT_VERSION = 1
+MANIFEST_FILE = "manifest.json"
+TABLE_FILE = "images.parquet"
+IMAGE_FOLDER = "images"
+JPEG_QUALITY = 92
+SCHEMA = pa.schema(
+    [
+        pa.field("path", pa.string(), nullable=False),
+        pa.field("class_name", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("seed", pa.int64(), nullable=False),
+        pa.field("score", pa.float32()),
+        pa.field("kept", pa.bool_(), nullable=False),
+        pa.field("reason", pa.string()),
+    ]
+)
+_MANIFEST_KEYS = {"format", "format_version", "generator", "template", "class_names", "images_per_class"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticImage:
+    """One candidate image.
+
+    Attributes:
+        path: the file, joined to the set's folder.
+        class_name: what it should show.
+        prompt: the text it was made from.
+        seed: the seed it was made with.
+        score: CLIP cosine of image and prompt; None when it was not scored.
+        kept: whether it belongs to the set.
+        reason: why it was not kept; None when it was.
+    """
+
+    path: Path
+    class_name: str
+    prompt: str
+    seed: int
+    score: float | None
+    kept: bool
+    reason: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSet:
+    """Synthetic images of an ordered list of classes.
+
+    Attributes:
+        folder: where the set lies.
+        generator: what made the images, as written by whatever made them.
+        template: the text whose `{}` took the class names.
+        class_names: the classes, in order.
+        images_per_class: how many images of a class were to be kept.
+        images: all candidates, in the order they were made.
+    """
+
+    folder: Path
+    generator: dict[str, Any]
+    template: str
+    class_names: tuple[str, ...]
+    images_per_class: int
+    images: tuple[SyntheticImage, ...]
+
+    @classmethod
+    def load(cls, folder: Path) -> "SyntheticSet":
+        """Read a set and check that it is whole.
+
+        Raises:
+            DataError: there is no set, it is of another format version, or files of kept images are missing.
+        """
+        manifest = _read_manifest(folder)
+        images = tuple(_read_images(folder, set(manifest["class_names"])))
+        _check_files(folder, images)
+        return cls(
+            folder=folder,
+            generator=manifest["generator"],
+            template=manifest["template"],
+            class_names=tuple(manifest["class_names"]),
+            images_per_class=manifest["images_per_class"],
+            images=images,
+        )
+
+    def kept(self, class_name: str) -> list[SyntheticImage]:
+        """Return the kept images of a class, best score first.
+
+        Raises:
+            DataError: the set does not have the class.
+        """
+        if class_name not in self.class_names:
+            raise DataError(f"{self.folder} has no class {class_name!r}; {near(class_name, self.class_names)}")
+        chosen = [image for image in self.images if image.kept and image.class_name == class_name]
+        return sorted(chosen, key=lambda image: 0.0 if image.score is None else -image.score)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSetWriter:
+    """Collects the candidates of a set that is being written; see `write_synthetic_set`."""
+
+    folder: Path
+    class_names: tuple[str, ...]
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(
+        self,
+        image: Image.Image,
+        *,
+        class_name: str,
+        prompt: str,
+        seed: int,
+        score: float | None = None,
+        reason: str | None = None,
+    ) -> None:
+        """Write one candidate; it is kept unless there is a reason not to.
+
+        Raises:
+            DataError: the class is not one of the set's, or has an image of this seed already.
+        """
+        if class_name not in self.class_names:
+            raise DataError(f"{class_name!r} is not a class of this set; {near(class_name, self.class_names)}")
+        relative = PurePosixPath(IMAGE_FOLDER, folder_of(class_name), f"{seed}.jpg")
+        path = self.folder / relative
+        if path.exists():
+            raise DataError(f"the class {class_name!r} has two images of seed {seed}; give every image its own seed")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.convert("RGB").save(path, quality=JPEG_QUALITY)
+        row = {"path": str(relative), "class_name": class_name, "prompt": prompt, "seed": seed}
+        self.rows.append(row | {"score": score, "kept": reason is None, "reason": reason})
+
+
+@contextmanager
+def write_synthetic_set(
+    out: Path, *, generator: dict[str, Any], template: str, class_names: Sequence[str], images_per_class: int
+) -> Iterator[SyntheticSetWriter]:
+    """Yield a writer; the set appears at `out` when the block ends without an exception, and not at all otherwise.
+
+    An older set at `out` is replaced.
+
+    Args:
+        out: folder of the set.
+        generator: what makes the images; anything JSON can hold.
+        template: the text whose `{}` takes a class name.
+        class_names: the classes, in order.
+        images_per_class: how many images of a class are meant to be kept.
+
+    Raises:
+        DataError: `out` is something else than a synthetic set, or two classes would share a folder.
+    """
+    _check_replaceable(out)
+    _check_class_folders(class_names)
+    with replace_folder(out) as folder:
+        writer = SyntheticSetWriter(folder=folder, class_names=tuple(class_names))
+        yield writer
+        pq.write_table(pa.Table.from_pylist(writer.rows, schema=SCHEMA), folder / TABLE_FILE)
+        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "generator": generator, "template": template}
+        manifest |= {"class_names": list(class_names), "images_per_class": images_per_class}
+        write_json_atomic(folder / MANIFEST_FILE, manifest)
+
+
+def folder_of(class_name: str) -> str:
+    """Return the folder name of a class: spaces and everything a file system may refuse become `_`."""
+    return "".join(c if c.isalnum() or c in "-." else "_" for c in class_name).lstrip(".") or "_"
+
+
+def _check_replaceable(out: Path) -> None:
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        _read_manifest(out)
+    except DataError as error:
+        raise DataError(f"{out} exists and is not a synthetic set ({error}); choose another folder") from error
+
+
+def _check_class_folders(class_names: Sequence[str]) -> None:
+    taken: dict[str, str] = {}
+    for name in class_names:
+        other = taken.setdefault(folder_of(name), name)
+        if other != name or list(class_names).count(name) > 1:
+            raise DataError(f"the classes {other!r} and {name!r} would share {folder_of(name)!r}; rename one")
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise DataError(f"{folder} has no {MANIFEST_FILE}; give the folder that holds manifest.json and images.parquet")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}); write the set again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise DataError(f"{path} is not the manifest of a synthetic set: its format must be {FORMAT!r}")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        found = manifest.get("format_version")
+        raise DataError(f"{path} has format version {found}, this clipship reads {FORMAT_VERSION}; write the set again")
+    if missing := sorted(_MANIFEST_KEYS - set(manifest)):
+        raise DataError(f"{path} lacks {', '.join(missing)}; write the set again")
+    return manifest
+
+
+def _read_images(folder: Path, class_names: set[str]) -> Iterator[SyntheticImage]:
+    path = folder / TABLE_FILE
+    if not path.is_file():
+        raise DataError(f"{path} is missing; write the set again")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path} is not a Parquet file ({error}); write the set again") from error
+    if missing := sorted(set(SCHEMA.names) - set(table.column_names)):
+        raise DataError(f"{path} lacks the columns {', '.join(missing)}; write the set again")
+    for row in table.select(SCHEMA.names).to_pylist():
+        if row["class_name"] not in class_names:
+            raise DataError(f"{path}: the class {row['class_name']!r} is not in {MANIFEST_FILE}; write the set again")
+        yield SyntheticImage(**row | {"path": _inside(folder, row["path"])})
+
+
+def _inside(folder: Path, relative: str) -> Path:
+    parts = PurePosixPath(relative)
+    if parts.is_absolute() or ".." in parts.parts:
+        raise DataError(f"{folder / TABLE_FILE} names {relative!r}, which is outside the set; do not use this set")
+    return folder / parts
+
+
+def _check_files(folder: Path, images: Sequence[SyntheticImage]) -> None:
+    missing = [image.path for image in images if image.kept and not image.path.is_file()]
+    if missing:
+        shown = ", ".join(str(path.relative_to(folder)) for path in missing[:3])
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise DataError(f"{folder} lacks images that it keeps: {shown}{more}; copy the whole folder or write it again")

@@ -1,0 +1,1 @@
+"""The built-in world: procedural pictures, captions, downstream data sets, and the pre-training of `clipship-tiny`."""

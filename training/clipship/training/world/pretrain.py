@@ -1,0 +1,381 @@
+"""Pre-train `clipship-tiny` on rendered scenes: `python -m clipship.training.world.pretrain --out DIR [--resume]`.
+
+The result is a folder that `open_clip.create_model("local-dir:DIR")` loads. The run is seeded, writes a checkpoint
+every two minutes, and goes on from it after a kill with exactly the batches that were still to come.
+"""
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import open_clip
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from clipship.core.errors import DataError
+from clipship.core.files import replace_file, write_bytes_atomic, write_json_atomic
+from clipship.training.world.attributes import (
+    BACKGROUNDS,
+    COLOURS,
+    COUNT_WORDS,
+    PLURALS,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    TEXTURES,
+    WORLD_VERSION,
+    held_out_pairs,
+)
+from clipship.training.world.captions import ANY_SHAPE, MANY_TEMPLATES, SINGLE_TEMPLATES, SWATCH_TEMPLATES
+from clipship.training.world.render import render_scene
+from clipship.training.world.scenes import Scene, Thing, pick
+from clipship.training.world.stencils import PICTURE_PX
+from clipship.training.world.stream import WORD_AXES, Batch, batches
+
+# Shapes: N pictures, C classes, L tokens, W text width, D embedding width.
+
+MODEL_CONFIG: dict[str, Any] = {
+    "embed_dim": 128,
+    "vision_cfg": {"image_size": PICTURE_PX, "patch_size": 16, "width": 192, "layers": 4, "head_width": 64},
+    "text_cfg": {"context_length": 32, "vocab_size": 49408, "width": 128, "heads": 2, "layers": 3},
+}
+PREPROCESS_CONFIG: dict[str, Any] = {
+    "mean": list(open_clip.OPENAI_DATASET_MEAN),
+    "std": list(open_clip.OPENAI_DATASET_STD),
+    "interpolation": "bicubic",
+    "resize_mode": "shortest",
+}
+WORD_CAPTIONS: tuple[str, ...] = tuple(caption for axis in WORD_AXES.values() for caption in axis.captions)
+MAX_LOGIT_SCALE = 100.0
+CHECKPOINT_FILE = "checkpoint.pt"
+LOG_FILE = "pretrain.log.jsonl"
+_UNSEEN_SEED = 9_001
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings:
+    """Everything that decides the weights, apart from the versions of the libraries and the CPU.
+
+    The learning rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_fraction` of the steps:
+    a constant middle lets a run be stopped and resumed with another number of steps.
+    """
+
+    steps: int = 3200
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    weight_decay: float = 0.1
+    warmup_steps: int = 200
+    decay_fraction: float = 0.3
+    seed: int = 1
+    log_every: int = 80
+    evaluate_every: int = 400
+    checkpoint_every_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no run can have."""
+        if min(self.steps, self.batch_size, self.log_every, self.evaluate_every) < 1:
+            raise ValueError("steps, batch_size, log_every and evaluate_every must be at least 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}; it must be above 0 and at most 1")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rise = (step + 1) / self.warmup_steps
+        fall = (self.steps - step) / (self.steps * self.decay_fraction)
+        return self.learning_rate * min(1.0, rise, fall)
+
+
+class CompactTokens:
+    """CLIP's tokenizer, with the few ids that captions use renumbered from 0 in the same order.
+
+    The 49,408 x W token table would otherwise be updated at every step for the sake of about 150 rows. The order is
+    kept because the text tower reads its output at the highest id, which is the end of the text.
+    """
+
+    def __init__(self, context_length: int) -> None:
+        """Find the ids; texts have up to `context_length` tokens."""
+        self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
+        words = [*SHAPES, *COLOURS, *TEXTURES, *COUNT_WORDS, *PLURALS.values(), *RELATIONS, *BACKGROUNDS.values()]
+        words += [*ANY_SHAPE, *(f"{word}s" for word in ANY_SHAPE), *(w for values in SIZES.values() for w in values)]
+        words += [*SINGLE_TEMPLATES, *MANY_TEMPLATES, *SWATCH_TEMPLATES, "an", "and"]
+        texts = [word.replace("{a}", "a").replace("{}", " ") for word in words]
+        self.used_ids: Tensor = torch.unique(self._tokenizer(texts))
+
+    def __call__(self, texts: tuple[str, ...]) -> Tensor:
+        """Return compact ids, int64 [N, L], cut after the longest text."""
+        ids = self._tokenizer(list(texts))
+        compact = torch.searchsorted(self.used_ids, ids)
+        if not torch.equal(self.used_ids[compact.clamp(max=len(self.used_ids) - 1)], ids):
+            raise ValueError(f"a caption has a word that is missing from the world's vocabulary: {texts}")
+        return compact[:, : int(compact.argmax(1).max()) + 1]
+
+
+def new_model(seed: int, tokens: CompactTokens) -> Any:
+    """Return a fresh open_clip model whose token table has only the rows that captions use."""
+    torch.manual_seed(seed)
+    model = open_clip.CLIP(**MODEL_CONFIG)
+    table = nn.Embedding(len(tokens.used_ids), model.token_embedding.embedding_dim)
+    nn.init.normal_(table.weight, std=0.02)
+    model.token_embedding = table
+    return model
+
+
+def encode_captions(model: Any, ids_NL: Tensor) -> Tensor:
+    """Return unit text features [N, D]; unlike open_clip's own, accepts ids that are cut to a shorter length."""
+    length = ids_NL.shape[1]
+    x_NLW = model.token_embedding(ids_NL) + model.positional_embedding[:length]
+    x_NLW = model.ln_final(model.transformer(x_NLW, attn_mask=model.attn_mask[:length, :length]))
+    pooled_NW = x_NLW[torch.arange(len(ids_NL)), ids_NL.argmax(1)]
+    return F.normalize(pooled_NW @ model.text_projection, dim=-1)
+
+
+def encode_by_length(model: Any, ids_NL: Tensor, parts: int = 3) -> Tensor:
+    """Return the same as `encode_captions`, but encode short texts without the padding that long ones need."""
+    lengths_N = ids_NL.argmax(1) + 1
+    order_N = lengths_N.argsort(stable=True)
+    features = [encode_captions(model, ids_NL[part, : int(lengths_N[part].max())]) for part in order_N.chunk(parts)]
+    return torch.cat(features)[order_N.argsort()]
+
+
+def pixels_from(images: Any) -> Tensor:
+    """Return normalised float32 [N, 3, H, W] from uint8 [N, H, W, 3]."""
+    mean, std = (torch.tensor(PREPROCESS_CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+    scaled = torch.from_numpy(images).permute(0, 3, 1, 2).to(torch.float32, memory_format=torch.contiguous_format)
+    return (scaled / 255 - mean) / std
+
+
+def batch_loss(model: Any, batch: Batch, tokens: CompactTokens) -> Tensor:
+    """Return the contrastive loss plus the word loss, which alone teaches shapes about as fast as colours."""
+    image_ND = F.normalize(model.encode_image(pixels_from(batch.pixels)), dim=-1)
+    scaled_ND = model.logit_scale.exp() * image_ND
+    logits_NN = scaled_ND @ encode_by_length(model, tokens(batch.captions)).T
+    word_logits = scaled_ND @ encode_captions(model, tokens(WORD_CAPTIONS)).T
+    return contrastive_loss(logits_NN, torch.from_numpy(batch.fits)) + word_loss(word_logits, batch.words)
+
+
+def contrastive_loss(logits_NN: Tensor, fits_NN: Tensor) -> Tensor:
+    """Return the symmetric contrastive loss; captions that also fit another picture are no negatives for it."""
+    own = torch.eye(len(logits_NN), dtype=torch.bool)
+    logits_NN = logits_NN.masked_fill(fits_NN & ~own, -1e4)
+    target = torch.arange(len(logits_NN))
+    return (F.cross_entropy(logits_NN, target) + F.cross_entropy(logits_NN.T, target)) / 2
+
+
+def word_loss(logits: Tensor, words: dict[str, Any]) -> Tensor:
+    """Return the mean cross entropy of the short captions of every axis (`stream.WORD_AXES`)."""
+    losses, start = [], 0
+    for name, axis in WORD_AXES.items():
+        end = start + len(axis.captions)
+        target = torch.from_numpy(words[name])
+        if bool((target >= 0).any()):
+            losses.append(F.cross_entropy(logits[:, start:end], target, ignore_index=-1))
+        start = end
+    return torch.stack(losses).mean() if losses else logits.sum() * 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnseenCompositions:
+    """Pictures of held-out single things, to measure what the model makes of compositions it never saw."""
+
+    pixels: Any
+    labels: Tensor
+    prompts: tuple[str, ...]
+
+
+def unseen_compositions(classes: int = 100, per_class: int = 4) -> UnseenCompositions:
+    """Draw `per_class` pictures of each of `classes` colour x texture x shape compositions that are held out."""
+    rng = np.random.Generator(np.random.PCG64(_UNSEEN_SEED))
+    things: list[Thing] = []
+    while len(things) < classes:
+        colour, shape = sorted(held_out_pairs("colour", "shape"))[int(rng.integers(len(SHAPES) * len(COLOURS) // 4))]
+        thing = Thing(shape=shape, colour=colour, texture=pick(rng, TEXTURES[1:]))
+        if thing not in things:
+            things.append(thing)
+    scenes = [Scene(kind="single", things=(t,), background=pick(rng, tuple(BACKGROUNDS))) for t in things]
+    pixels = np.stack([render_scene(scene, rng) for scene in scenes for _ in range(per_class)])
+    prompts = tuple(f"a photo of a {t.colour} {t.texture} {t.shape}." for t in things)
+    return UnseenCompositions(pixels=pixels, labels=torch.arange(classes).repeat_interleave(per_class), prompts=prompts)
+
+
+@torch.no_grad()
+def accuracy_on(model: Any, unseen: UnseenCompositions, tokens: CompactTokens) -> float:
+    """Return top-1 accuracy in per cent over the unseen compositions."""
+    model.eval()
+    image_ND = F.normalize(model.encode_image(pixels_from(unseen.pixels)), dim=-1)
+    scores_NC = image_ND @ encode_captions(model, tokens(unseen.prompts)).T
+    model.train()
+    return float((scores_NC.argmax(1) == unseen.labels).float().mean()) * 100
+
+
+def new_optimizer(model: Any, settings: PretrainSettings) -> torch.optim.AdamW:
+    """Return AdamW; biases, norms and the logit scale are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
+
+
+class Run:
+    """One pre-training run: the model, its optimiser, the folder they are written to, and how far it is."""
+
+    def __init__(self, out: Path, settings: PretrainSettings) -> None:
+        """Start from fresh weights; nothing is written yet."""
+        self.out, self.settings = out, settings
+        self.tokens = CompactTokens(MODEL_CONFIG["text_cfg"]["context_length"])
+        self.model = new_model(settings.seed, self.tokens)
+        self.optimizer = new_optimizer(self.model, settings)
+        self.unseen = unseen_compositions()
+        self.step, self.train_s = 0, 0.0
+
+    def restore(self) -> None:
+        """Go back to the checkpoint, and drop the log lines after it.
+
+        Raises:
+            DataError: there is no checkpoint, or it is of a run with another seed or batch size.
+        """
+        path = self.out / CHECKPOINT_FILE
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; run without --resume to start from the beginning")
+        state = torch.load(path, weights_only=True)
+        if state["stream"] != self._stream():
+            raise DataError(f"{path} was made with {state['stream']}, this run has {self._stream()}; use the same")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.train_s = state["step"], state["train_s"]
+        lines = [line for line in self._log_lines() if json.loads(line).get("step", 0) <= self.step]
+        write_bytes_atomic(self.out / LOG_FILE, "".join(lines).encode())
+
+    def save_checkpoint(self) -> None:
+        """Write everything needed to go on, whole or not at all."""
+        buffer = io.BytesIO()
+        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
+        torch.save(state | {"step": self.step, "train_s": self.train_s, "stream": self._stream()}, buffer)
+        write_bytes_atomic(self.out / CHECKPOINT_FILE, buffer.getvalue())
+
+    def log(self, **fields: Any) -> None:
+        """Append one JSON line to the log, and show it on stderr."""
+        line = json.dumps(fields)
+        with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        sys.stderr.write(f"{line}\n")
+
+    def train(self, stream: Iterator[Batch]) -> None:
+        """Take the remaining steps."""
+        started, saved, losses = time.monotonic(), time.monotonic(), []
+        first, before_s = self.step, self.train_s
+        for batch in stream:
+            losses.append(self._take_step(batch))
+            self.train_s = before_s + time.monotonic() - started
+            if self.step % self.settings.log_every == 0:
+                speed = (self.step - first) * self.settings.batch_size / (time.monotonic() - started)
+                self._log_progress(float(np.mean(losses)), speed)
+                losses.clear()
+            if time.monotonic() - saved > self.settings.checkpoint_every_s:
+                self.save_checkpoint()
+                saved = time.monotonic()
+        self.save_checkpoint()
+
+    def _take_step(self, batch: Batch) -> float:
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.settings.learning_rate_at(self.step)
+        loss = batch_loss(self.model, batch, self.tokens)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        with torch.no_grad():
+            self.model.logit_scale.clamp_(max=float(np.log(MAX_LOGIT_SCALE)))
+        self.step += 1
+        return loss.item()
+
+    def _log_progress(self, loss: float, images_per_s: float) -> None:
+        fields = {"step": self.step, "images": self.step * self.settings.batch_size, "loss": round(loss, 4)}
+        fields |= {"images_per_s": round(images_per_s, 1), "train_s": round(self.train_s)}
+        if self.step % self.settings.evaluate_every == 0:
+            fields["unseen_top1"] = round(accuracy_on(self.model, self.unseen, self.tokens), 2)
+        self.log(**fields)
+
+    def _stream(self) -> dict[str, int]:
+        return {"world": WORLD_VERSION, "seed": self.settings.seed, "batch_size": self.settings.batch_size}
+
+    def _log_lines(self) -> list[str]:
+        path = self.out / LOG_FILE
+        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+
+
+def write_model(out: Path, model: Any, tokens: CompactTokens) -> None:
+    """Write the folder that open_clip loads: JSON config and float16 weights, unused token rows zero."""
+    state = {key: value.detach().half().contiguous() for key, value in model.state_dict().items()}
+    compact = state["token_embedding.weight"]
+    table = torch.zeros((MODEL_CONFIG["text_cfg"]["vocab_size"], compact.shape[1]), dtype=compact.dtype)
+    table[tokens.used_ids] = compact
+    state["token_embedding.weight"] = table
+    with replace_file(out / "open_clip_model.safetensors") as temporary:
+        save_file(state, temporary, metadata={"format": "pt"})
+        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
+    write_json_atomic(out / "open_clip_config.json", {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG})
+
+
+def round_to_half(model: nn.Module) -> None:
+    """Round every weight to float16 in place, so that the model measured is the model in the file."""
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.half())
+
+
+def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, workers: int = 1) -> float:
+    """Train, write the model folder and return top-1 accuracy in per cent over unseen compositions.
+
+    Args:
+        out: folder for the model, the log and the checkpoint, which a longer run can go on from.
+        settings: the run.
+        resume: go on from the checkpoint in `out`.
+        workers: processes that draw pictures.
+
+    Raises:
+        DataError: `out` has a checkpoint and `resume` is not set, or the other way round.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    run = Run(out, settings)
+    if resume:
+        run.restore()
+    elif (out / CHECKPOINT_FILE).exists():
+        raise DataError(f"{out} holds an unfinished run; add --resume to go on with it, or choose another --out")
+    else:
+        write_bytes_atomic(out / LOG_FILE, b"")
+    run.log(event="resumed" if resume else "started", step=run.step, **dataclasses.asdict(settings))
+    run.train(batches(settings.seed, run.step, settings.steps, settings.batch_size, workers=workers))
+    round_to_half(run.model)
+    top1 = accuracy_on(run.model, run.unseen, run.tokens)
+    write_model(out, run.model, run.tokens)
+    images = run.step * settings.batch_size
+    run.log(event="finished", step=run.step, images=images, train_s=round(run.train_s), unseen_top1=round(top1, 2))
+    return top1
+
+
+def main() -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(prog="python -m clipship.training.world.pretrain", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of model, log and checkpoint")
+    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
+    for field in dataclasses.fields(PretrainSettings):
+        flag = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(field.default), default=field.default, help="default: %(default)s")
+    options = vars(parser.parse_args())
+    out, resume, workers = (options.pop(name) for name in ("out", "resume", "workers"))
+    top1 = pretrain(out, PretrainSettings(**options), resume=resume, workers=workers)
+    sys.stdout.write(f"{out}: {top1:.1f} % top-1 over unseen compositions\n")
+
+
+if __name__ == "__main__":
+    main()
