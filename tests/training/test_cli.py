@@ -1,0 +1,128 @@
+"""The verbs, through the command line's own entry: results on stdout, one line of error, exit codes."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from clipship.core import cli as command_line
+from clipship.training import cli
+from clipship.training.synthetic import SyntheticSet
+from clipship.training.world import datasets
+
+from .conftest import write_model
+
+
+def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    code = command_line.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_train_and_evaluate(
+    capsys: pytest.CaptureFixture[str], data_folder: Path, model_folder: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    train = ("train", "coop-tiny", "--data", data_folder, "--out", run, "--base-model", model_folder)
+    code, out, _ = _run(capsys, *train, "--shots", 4, "--epochs", 2, "--seed", 3, "--json")
+    assert code == 0
+    assert json.loads(out)["learned_parameters"] == 4 * 48
+    code, out, _ = _run(capsys, "evaluate", run, "--data", data_folder, "--json")
+    scores = json.loads(out)
+    assert code == 0
+    assert scores["num_base_images"] == 12
+    assert json.loads((run / "checkpoint.json").read_text())["scores"] == scores
+    code, out, _ = _run(capsys, "evaluate", run, "--data", data_folder)
+    assert code == 0
+    assert f"{scores['open_harmonic_mean']:.2f}" in out
+    code, _, err = _run(capsys, *train, "--shots", 4, "--epochs", 2, "--seed", 3)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "add --resume" in err
+    assert _run(capsys, *train, "--shots", 4, "--epochs", 2, "--seed", 3, "--resume")[0] == 0
+
+
+def test_sync_clip_takes_its_synthetic_set(
+    capsys: pytest.CaptureFixture[str], data_folder: Path, model_folder: Path, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
+    train = ("train", "sync-clip-tiny", "--data", data_folder, "--out", tmp_path / "run", "--shots", 2, "--epochs", 1)
+    code, _, err = _run(capsys, *train, "--base-model", model_folder)
+    assert code == 2
+    assert f"{data_folder / 'synthetic'} is not there: give a synthetic set with --synthetic DIR" in err
+    code, _, err = _run(capsys, *train, "--base-model", model_folder, "--synthetic", synthetic.folder)
+    assert code == 2  # the recipe is made for the built-in model, which is deeper than the tests'
+    assert "prompts in" in err
+
+
+def test_the_world_is_written_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    small = replace(datasets.dataset_named("neon"), train_per_class=2, val_per_class=1, test_per_class=1)
+    monkeypatch.setattr(datasets, "WORLD_DATASETS", (small,))
+    write_model(tmp_path / "models" / "clipship-tiny")
+    monkeypatch.setattr("clipship.training.clip._MODELS", tmp_path / "models")
+    world = ("world", "--out", tmp_path / "world", "--only", "neon", "--json")
+    code, out, _ = _run(capsys, *world)
+    assert code == 0
+    written = json.loads(out)["datasets"][0]
+    assert (written["classes"], written["images"]) == (24, 96)
+    synthetic = SyntheticSet.load(Path(written["synthetic"]))
+    assert {len(synthetic.kept(name)) for name in synthetic.class_names} == {16}
+    assert all(image.score is not None for image in synthetic.images)
+    table = synthetic.folder / "images.parquet"
+    before = table.stat().st_mtime_ns
+    assert _run(capsys, *world)[0] == 0
+    assert table.stat().st_mtime_ns == before
+    code, _, err = _run(capsys, *world, "--synthetic-seed", 5)
+    assert code == 0
+    assert "another seed" in err
+    assert SyntheticSet.load(synthetic.folder).generator["seed"] == 5
+
+
+def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = _run(capsys, "recipes")
+    assert code == 0
+    assert "sync-clip-tiny" in out
+    code, out, _ = _run(capsys, "recipes", "--json")
+    assert set(json.loads(out)["recipes"]) >= {"zero-shot", "coop", "sync-clip", "sync-clip-published"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "sink-clip", "--data", "{data}", "--out", "x"), "did you mean sync-clip"),
+        (("train", "coop", "--data", "absent", "--out", "x"), "absent: no such folder"),
+        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "16"), "16 are asked for"),
+        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "0"), "0 is not in the range"),
+        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--device", "abacus"), "give cpu, cuda or cuda:N"),
+        (("evaluate", "{data}", "--data", "{data}"), "no checkpoint there"),
+        (("world", "--out", "x", "--only", "printz"), "did you mean prints"),
+    ],
+)
+def test_errors_are_one_line_with_what_to_do(
+    capsys: pytest.CaptureFixture[str],
+    data_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = _run(capsys, *(argument.format(data=data_folder) for argument in arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert message in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_torch_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "open_clip", None)
+    code, _, err = _run(capsys, "recipes")
+    assert code == 2
+    assert "pip install 'clipship[training]'" in err
+
+
+@pytest.mark.parametrize("verb", [cli.world, cli.recipes, cli.train, cli.evaluate])
+def test_every_help_has_an_example(verb: object) -> None:
+    assert f"Example: clipship {getattr(verb, 'name', '')}" in str(getattr(verb, "help", ""))

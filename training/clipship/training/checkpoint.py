@@ -1,0 +1,177 @@
+"""A checkpoint: the learned tensors and everything that is needed to use or repeat them.
+
+A folder with ``learned.safetensors`` (learned tensors only) and ``checkpoint.json`` (settings, class names, the base
+model's digest, losses, scores, tool versions). It is written whole or not at all, and read strictly.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from clipship.core.errors import CheckpointError, RecipeError
+from clipship.core.files import replace_folder, sha256_of, write_json_atomic
+from clipship.training.clip import Clip, load_clip
+from clipship.training.config import TrainConfig
+from clipship.training.methods import Method, Task, build_method
+
+FORMAT = "clipship-checkpoint"
+FORMAT_VERSION = 1
+LEARNED = "learned.safetensors"
+RECORD = "checkpoint.json"
+SELECTION = "last step"
+"""Which weights are kept. Never the ones that are best on the test images."""
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of what the result depends on."""
+    packages = ("clipship", "torch", "open_clip_torch", "pillow", "numpy")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """What a finished run leaves."""
+
+    config: TrainConfig
+    task: Task
+    """All class names of the data set, how many are base classes, its templates."""
+    dataset: str
+    """The data set's name."""
+    data_digest: str
+    """SHA-256 over the real training images' names and labels."""
+    base_model_digest: str
+    """SHA-256 over the frozen model's tensors."""
+    learned: Mapping[str, Tensor]
+    """Learned tensors by name; none for zero-shot."""
+    losses: Sequence[Mapping[str, float]] = ()
+    """One record an epoch: learning rate and mean losses."""
+    scores: Mapping[str, Any] | None = None
+    """What ``clipship evaluate`` found, if it has run."""
+    versions: Mapping[str, str] = field(default_factory=tool_versions)
+
+    def to_json(self) -> dict[str, Any]:
+        """``checkpoint.json`` without the digest of the tensors' file."""
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "config": self.config.to_json(),
+            "seed": self.config.seed,
+            "base_model": self.config.base_model,
+            "base_model_digest": self.base_model_digest,
+            "dataset": self.dataset,
+            "data_digest": self.data_digest,
+            **asdict(self.task),
+            "selection": SELECTION,
+            "losses": [dict(epoch) for epoch in self.losses],
+            "scores": self.scores,
+            "versions": dict(self.versions),
+        }
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write ``checkpoint`` to the folder ``path``, in the place of whatever the run has left there."""
+    from safetensors.torch import save_file
+
+    with replace_folder(path) as folder:
+        save_file(dict(checkpoint.learned), folder / LEARNED)
+        digest = sha256_of(folder / LEARNED)
+        write_json_atomic(folder / RECORD, {**checkpoint.to_json(), "learned_sha256": digest})
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read the checkpoint in the folder ``path``.
+
+    Raises:
+        CheckpointError: none there, another format version, a malformed record, or tensors that are not the ones it was
+            written with.
+    """
+    from safetensors.torch import load_file
+
+    content = _record_in(path)
+    if not (path / LEARNED).is_file() or sha256_of(path / LEARNED) != content.get("learned_sha256"):
+        raise CheckpointError(f"{path}: {LEARNED} is missing or has changed: copy the checkpoint again, or train again")
+    try:
+        return Checkpoint(
+            config=TrainConfig.from_json(content["config"]),
+            task=Task(
+                class_names=tuple(content["class_names"]),
+                num_base=content["num_base"],
+                templates=tuple(content["templates"]),
+            ),
+            dataset=content["dataset"],
+            data_digest=content["data_digest"],
+            base_model_digest=content["base_model_digest"],
+            learned=load_file(path / LEARNED),
+            losses=tuple(content["losses"]),
+            scores=content["scores"],
+            versions=content["versions"],
+        )
+    except (KeyError, TypeError, RecipeError) as error:
+        raise CheckpointError(f"{path / RECORD} is malformed ({error}): train again") from error
+
+
+def _record_in(path: Path) -> dict[str, Any]:
+    record = path / RECORD
+    if not record.is_file():
+        raise CheckpointError(f"{path}: no checkpoint there ({RECORD} is missing): write one with clipship train")
+    try:
+        content = json.loads(record.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{record}: not JSON ({error}): copy the checkpoint again, or train again") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{record}: not a checkpoint: write one with clipship train")
+    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{record}: format {content.get('format')!r} version {content.get('format_version')!r} is not "
+            f"{FORMAT!r} version {FORMAT_VERSION}: train again with this version"
+        )
+    return content
+
+
+def save_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """Put ``scores`` into the record of the checkpoint in the folder ``path``."""
+    write_json_atomic(path / RECORD, {**_record_in(path), "scores": dict(scores)})
+
+
+def method_from_checkpoint(checkpoint: Checkpoint, clip: Clip | None = None) -> Method:
+    """The trained method, in evaluation mode, on ``clip`` (default: the base model, loaded by its name).
+
+    Raises:
+        CheckpointError: another base model, or tensors that are missing, unknown or of another shape.
+        RecipeError: the base model cannot be loaded.
+    """
+    clip = clip or load_clip(checkpoint.config.base_model)
+    if clip.digest != checkpoint.base_model_digest:
+        raise CheckpointError(
+            f"the checkpoint was trained on {checkpoint.config.base_model} with digest "
+            f"{checkpoint.base_model_digest[:12]}, {clip.name} has {clip.digest[:12]}: load the model it was trained on"
+        )
+    method = build_method(clip, checkpoint.config, checkpoint.task)
+    load_learned(method, checkpoint.learned)
+    return method.eval()
+
+
+def load_learned(method: Method, learned: Mapping[str, Tensor]) -> None:
+    """Put ``learned`` into ``method``; every tensor must be there with its shape and type, and no other.
+
+    Raises:
+        CheckpointError: they do not fit.
+    """
+    wanted = {name: (tuple(value.shape), str(value.dtype)) for name, value in method.state_dict().items()}
+    given = {name: (tuple(value.shape), str(value.dtype)) for name, value in learned.items()}
+    odd = [name for name in sorted({*wanted, *given}) if wanted.get(name) != given.get(name)]
+    if odd:
+        name = odd[0]
+        raise CheckpointError(
+            f"learned tensor {name!r} is {given.get(name, 'missing')}, {method.name} takes {wanted.get(name, 'none')}: "
+            "load the checkpoint that belongs to these settings"
+        )
+    method.load_state_dict(dict(learned))

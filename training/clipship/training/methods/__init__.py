@@ -1,0 +1,36 @@
+"""The methods by name. Each is a module of its own: learned tensors and a loss, never a training loop."""
+
+from __future__ import annotations
+
+from clipship.core.errors import RecipeError, near
+from clipship.training.clip import Clip
+from clipship.training.config import TrainConfig
+from clipship.training.methods.base import Batch, Method, Task
+from clipship.training.methods.coop import CoOp
+from clipship.training.methods.sync_clip import SyncClip
+from clipship.training.methods.zero_shot import ZeroShot
+
+METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, CoOp, SyncClip)}
+
+
+def method_named(name: str) -> type[Method]:
+    """The method's class.
+
+    Raises:
+        RecipeError: unknown name.
+    """
+    if name not in METHODS:
+        raise RecipeError(f"unknown method {name!r}: {near(name, METHODS)}")
+    return METHODS[name]
+
+
+def build_method(clip: Clip, config: TrainConfig, task: Task) -> Method:
+    """A fresh method of ``config.method``, initialised from ``config.seed``, its learned tensors where ``clip`` lives.
+
+    Raises:
+        RecipeError: an unknown method, or settings the model cannot take.
+    """
+    return method_named(config.method)(clip, config, task).to(clip.device)
+
+
+__all__ = ["METHODS", "Batch", "CoOp", "Method", "SyncClip", "Task", "ZeroShot", "build_method", "method_named"]

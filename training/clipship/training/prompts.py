@@ -1,0 +1,152 @@
+"""Learned tokens inside open_clip's own towers: no copy of CLIP, any width and depth.
+
+Deep prompts are tensors [J, M, W]: J layers, M tokens a layer, W the width of the tower. Layer 0 enters the input,
+layers 1..J-1 take the place of the tokens before them, and from block J on the last ones flow through (visual prompt
+tuning, arXiv 2203.12119; MaPLe, arXiv 2210.03117).
+
+Shapes: N images, C prompts, L text tokens, P image tokens, D joint dimensions.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipship.core.errors import RecipeError
+from clipship.training.clip import Clip
+
+INIT_STD = 0.02
+"""The spread of randomly drawn prompts, as in the published methods."""
+
+_PLACEHOLDER = "X"
+
+
+def random_prompts(depth: int, tokens: int, width: int, generator: torch.Generator) -> nn.Parameter:
+    """Deep prompts [depth, tokens, width] drawn from N(0, 0.02)."""
+    return nn.Parameter(torch.randn(depth, tokens, width, generator=generator) * INIT_STD)
+
+
+def context_prompts(clip: Clip, depth: int, tokens: int, words: str, generator: torch.Generator) -> nn.Parameter:
+    """Deep text prompts [depth, tokens, text width]: layer 0 holds the embeddings of ``words``, the others N(0, 0.02).
+
+    Raises:
+        RecipeError: ``words`` are not ``tokens`` tokens; empty ``words`` mean a random layer 0.
+    """
+    prompts = random_prompts(depth, tokens, clip.text_width, generator)
+    if not words:
+        return prompts
+    ids = clip.token_ids(words)
+    if len(ids) != tokens:
+        raise RecipeError(f"context {words!r} has {len(ids)} tokens, the recipe {tokens}: change one of them")
+    with torch.no_grad():
+        prompts[0] = clip.text.token_embedding.weight[torch.tensor(ids, device=clip.device)].cpu()
+    return prompts
+
+
+def placeholder_template(clip: Clip, tokens: int) -> str:
+    """ "X X X X {}." for 4 tokens: after the start token come ``tokens`` positions for the learned context.
+
+    Raises:
+        RecipeError: the tokenizer does not give each placeholder one position.
+    """
+    placeholders = " ".join([_PLACEHOLDER] * tokens)
+    ids = clip.token_ids(placeholders)
+    if len(ids) != tokens or len(set(ids)) > 1:
+        raise RecipeError(
+            f"{placeholders!r} has {len(ids)} tokens in {clip.name}, not {tokens}: take a model with CLIP's tokenizer"
+        )
+    return f"{placeholders} {{}}."
+
+
+def check_depth(clip: Clip, *, image_depth: int, text_depth: int) -> None:
+    """Refuse prompts in more layers than the towers have.
+
+    Raises:
+        RecipeError: a depth is greater than the number of blocks.
+    """
+    for tower, depth, layers in (
+        ("image", image_depth, clip.image_layers),
+        ("text", text_depth, clip.text_layers),
+    ):
+        if depth > layers:
+            raise RecipeError(
+                f"prompts in {depth} layers, but the {tower} tower of {clip.name} has {layers}: "
+                f"set {tower}_depth to at most {layers}, or take a recipe made for this model"
+            )
+
+
+def image_features(clip: Clip, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
+    """[N, 3, H, W] -> [N, D], not normalised; ``prompts`` [J, M, image width] stand after the patches.
+
+    Without prompts the result is, bit for bit, that of open_clip's ``encode_image``.
+    """
+    visual = clip.visual
+    x_NPW: Tensor = visual._embeds(pixels)
+    if prompts is None:
+        x_NPW = visual.transformer(x_NPW)
+    else:
+        # ln_pre normalises token by token, so appending normalised prompts equals appending before it
+        x_NPW = torch.cat([x_NPW, _expanded(visual.ln_pre(prompts[0]), x_NPW)], dim=1)
+        x_NPW = _through_image_blocks(visual.transformer.resblocks, x_NPW, prompts)
+        x_NPW = x_NPW[:, : -prompts.shape[1]]  # towers that average over tokens must not average over prompts
+    features: Tensor = visual._pool(x_NPW)[0] @ visual.proj
+    return features
+
+
+def _through_image_blocks(blocks: Any, x_NPW: Tensor, prompts: Tensor) -> Tensor:
+    for layer, block in enumerate(blocks):
+        if 0 < layer < prompts.shape[0]:
+            x_NPW = torch.cat([x_NPW[:, : -prompts.shape[1]], _expanded(prompts[layer], x_NPW)], dim=1)
+        x_NPW = block(x_NPW)
+    return x_NPW
+
+
+def text_features(clip: Clip, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+    """int64 [C, L] -> [C, D], not normalised; ``prompts`` [J, M, text width] take positions 1..M.
+
+    Without prompts the result is, bit for bit, that of open_clip's ``encode_text``. L may be shorter than the model's
+    context length as long as every end token is inside.
+    """
+    from open_clip.transformer import text_global_pool
+
+    text = clip.text
+    length = tokens.shape[1]
+    dtype = text.transformer.get_cast_dtype()
+    x_CLW: Tensor = text.token_embedding(tokens).to(dtype)
+    if prompts is not None:
+        x_CLW = _with_context(x_CLW, prompts[0])
+    x_CLW = x_CLW + text.positional_embedding[:length].to(dtype)
+    mask = None if text.attn_mask is None else text.attn_mask[:length, :length]
+    for layer, block in enumerate(text.transformer.resblocks):
+        if prompts is not None and 0 < layer < prompts.shape[0]:
+            x_CLW = _with_context(x_CLW, prompts[layer])
+        x_CLW = block(x_CLW, attn_mask=mask)
+    x_CLW = text.ln_final(x_CLW)
+    pool_type, eos = text_pool_of(text)
+    pooled: Tensor = text_global_pool(x_CLW, tokens, pool_type, eos_token_id=eos)
+    return _projected(pooled, text.text_projection)
+
+
+def text_pool_of(text: Any) -> tuple[str, int | None]:
+    """How the text tower pools, and its end token. open_clip names them differently in its two models."""
+    if hasattr(text, "text_pool_type"):
+        return text.text_pool_type, text.text_eos_id
+    return text.pool_type, text.eos_id
+
+
+def _projected(pooled: Tensor, projection: nn.Parameter | nn.Linear | None) -> Tensor:
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+def _with_context(x_CLW: Tensor, context_MW: Tensor) -> Tensor:
+    """Positions 1..M replaced by the context."""
+    return torch.cat([x_CLW[:, :1], _expanded(context_MW, x_CLW), x_CLW[:, 1 + context_MW.shape[0] :]], dim=1)
+
+
+def _expanded(tokens_MW: Tensor, like: Tensor) -> Tensor:
+    """[M, W] -> [N, M, W], N and type of ``like``."""
+    return tokens_MW.to(like.dtype).expand(like.shape[0], -1, -1)
