@@ -1,0 +1,226 @@
+"""The whole line on the built-in world: train, export, serve, classify, and one table at the end.
+
+    python examples/demo.py --out runs/demo
+
+Every step is a ``clipship`` command, shown as it is typed. What is there from an earlier run is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from clipship.core.bundle import Bundle, read_bundle
+from clipship.core.cli import main as clipship
+from clipship.core.errors import BundleError, CheckFailed
+
+DATASET = "prints"
+RECIPES = ("zero-shot-tiny", "coop-tiny", "sync-clip-tiny")
+SERVED = "sync-clip-tiny"
+LEAST_AGREEMENT = 0.999
+
+console = Console(width=110, highlight=False)
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where every artefact lies."""
+
+    root: Path
+
+    @property
+    def data(self) -> Path:
+        """The data set."""
+        return self.root / "world" / DATASET
+
+    @property
+    def bundle(self) -> Path:
+        """The packed model."""
+        return self.root / "bundle"
+
+    @property
+    def repository(self) -> Path:
+        """The Triton model repository."""
+        return self.root / "repository"
+
+    @property
+    def results(self) -> Path:
+        """What the server said about every test image."""
+        return self.root / "results.parquet"
+
+    def checkpoint(self, recipe: str) -> Path:
+        """The checkpoint of ``recipe``."""
+        return self.root / "checkpoints" / recipe
+
+
+def run(*arguments: str | Path, quiet: bool = False) -> str:
+    """Show and run one clipship command in this process; returns what it prints.
+
+    Raises:
+        SystemExit: the command failed; its one-line error is on stderr already.
+    """
+    words = [str(argument) for argument in arguments]
+    console.print(f"[bold]$ clipship {shlex.join(words)}[/bold]", markup=True, soft_wrap=True)
+    with redirect_stdout(StringIO()) as printed:
+        code = clipship(words)
+    text = printed.getvalue().rstrip()
+    if text and not quiet:
+        console.print(text, markup=False, soft_wrap=True)
+    if code != 0:
+        raise SystemExit(code)
+    return text
+
+
+def scores_of(places: Places, recipe: str) -> dict[str, Any]:
+    """Train ``recipe`` and evaluate it, or take what an earlier run left."""
+    checkpoint = places.checkpoint(recipe)
+    run("train", recipe, "--data", places.data, "--out", checkpoint, "--resume")
+    stored = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["scores"]
+    if stored is None:
+        stored = json.loads(run("evaluate", checkpoint, "--data", places.data, "--json", quiet=True))
+    scores: dict[str, Any] = stored
+    return scores
+
+
+def packed(places: Places) -> Bundle:
+    """The bundle of the served checkpoint, packed unless an earlier run did."""
+    checkpoint = places.checkpoint(SERVED)
+    learned = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["learned_sha256"]
+    try:
+        bundle = read_bundle(places.bundle)
+        stale = bundle.manifest.provenance.get("learned_sha256") != learned
+    except BundleError:
+        stale = True
+    if stale:
+        run("pack", checkpoint, "--images", places.data / "images", "--out", places.bundle)
+        run("repository", places.bundle, "--backend", "python", "--out", places.repository)
+    return read_bundle(places.bundle)
+
+
+@contextmanager
+def serving(repository: Path) -> Iterator[str]:
+    """A real Triton in a process of its own; gives its gRPC address."""
+    command = ["serve", str(repository), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--json"]
+    console.print(f"[bold]$ clipship {shlex.join(command)} &[/bold]", soft_wrap=True)
+    server = subprocess.Popen([sys.executable, "-m", "clipship.core", *command], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    try:
+        line = server.stdout.readline()
+        if not line:
+            raise SystemExit(server.wait() or 1)
+        yield f"127.0.0.1:{json.loads(line)['grpc_port']}"
+    finally:
+        server.send_signal(signal.SIGTERM)
+        server.wait(timeout=60)
+
+
+def test_paths(places: Places) -> list[Path]:
+    """The data set's test images, as its split file lists them."""
+    (split,) = places.data.glob("split_zhou_*.json")
+    listed = json.loads(split.read_text(encoding="utf-8"))["test"]
+    return [places.data / "images" / path for path, _, _ in listed]
+
+
+def served_labels(places: Places, url: str, paths: list[Path]) -> tuple[list[str], float]:
+    """The best class of every test image by the server, and images per second."""
+    summary = json.loads(
+        run("classify", places.data / "images" / "*" / "test_*.jpg", "--url", url, "--out", places.results, "--json")
+    )
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(places.results, columns=["path", "label"])
+    labels = dict(zip(table["path"].to_pylist(), table["label"].to_pylist(), strict=True))
+    return [labels[str(path)] for path in paths], summary["images_per_s"]
+
+
+def pytorch_labels(places: Places, bundle: Bundle, paths: list[Path]) -> list[str]:
+    """The best class of every test image by PyTorch running the checkpoint."""
+    from clipship.export.reference import Picture, image_features, pixels_of
+    from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
+
+    method = method_from_checkpoint(load_checkpoint(places.checkpoint(SERVED)))
+    pictures = [Picture(name=path.name, data=path.read_bytes()) for path in paths]
+    embedding = image_features(method, pixels_of(pictures, bundle.image_spec))
+    classes = method.class_features(bundle.vocabulary.names).detach().numpy()
+    return [bundle.vocabulary.names[best] for best in (embedding @ classes.T).argmax(axis=1)]
+
+
+def in_process_rate(bundle: Bundle, paths: list[Path]) -> float:
+    """Images per second of ONNX Runtime in this process, files to labels, by the client's own code."""
+    from clipship.serving.client import Classifier
+    from clipship.serving.local import LocalTransport
+
+    classifier = Classifier(LocalTransport(bundle))
+    classifier.classify(paths[:64])
+    started_s = time.perf_counter()
+    classifier.classify(paths)
+    return len(paths) / (time.perf_counter() - started_s)
+
+
+def accuracy_table(scores: dict[str, dict[str, Any]]) -> Table:
+    """Zero-shot, CoOp and SYNC-CLIP side by side."""
+    title = f"top-1 % on {DATASET}, 16 real images a base class, none of a new class"
+    table = Table("", "base", "new", "harmonic mean", "open-vocabulary base", "new", "harmonic mean", title=title)
+    keys = ("base", "new", "harmonic_mean", "open_base", "open_new", "open_harmonic_mean")
+    for recipe, values in scores.items():
+        table.add_row(re.sub("-tiny$", "", recipe), *(f"{values[key]:.1f}" for key in keys))
+    return table
+
+
+def summary_table(rows: dict[str, str]) -> Table:
+    """Names and values."""
+    table = Table(show_header=False)
+    for name, value in rows.items():
+        table.add_row(name, value)
+    return table
+
+
+def main() -> None:
+    """Run the line and print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    places = Places(Path(os.path.relpath(parser.parse_args().out)))
+    started_s = time.monotonic()
+    run("world", "--out", places.root / "world")
+    scores = {recipe: scores_of(places, recipe) for recipe in RECIPES}
+    bundle = packed(places)
+    paths = test_paths(places)
+    with serving(places.repository) as url:
+        labels, served_rate = served_labels(places, url, paths)
+    agreement = float(np.mean([a == b for a, b in zip(labels, pytorch_labels(places, bundle, paths), strict=True)]))
+    local_rate = in_process_rate(bundle, paths)
+    console.print(accuracy_table(scores))
+    rows = {
+        "served top-1 equal to PyTorch's": f"{100 * agreement:.2f} % of {len(paths)} test images",
+        "in process (ONNX Runtime)": f"{local_rate:.0f} images/s, from JPEG files to labels",
+        "through Triton over gRPC": f"{served_rate:.0f} images/s, {served_rate / local_rate:.2f} of in process",
+        "data, checkpoints": f"{places.data}, {places.root / 'checkpoints'}",
+        "bundle, repository, results": f"{places.bundle}, {places.repository}, {places.results}",
+        "time": f"{time.monotonic() - started_s:.0f} s",
+    }
+    console.print(summary_table(rows))
+    if agreement < LEAST_AGREEMENT:
+        raise CheckFailed(
+            f"the server agrees with PyTorch on {agreement:.4f} of the images, less than {LEAST_AGREEMENT}"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""A small CLIP with random weights in open_clip's own folder format, and methods with prompts that matter."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from clipship.export.reference import Picture
+from clipship.training.clip import Clip, load_clip
+from clipship.training.methods import Method, Task, build_method
+from clipship.training.recipes import config_from_recipe
+
+NAMES = ("red star", "blue_ring", "green fish", "Straße", "tree")
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from open_clip import CLIP
+    from safetensors.torch import save_file
+
+    folder = tmp_path_factory.mktemp("small-clip")
+    model = {
+        "embed_dim": 32,
+        "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "patch_size": 8, "head_width": 32},
+        "text_cfg": {"context_length": 20, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 3},
+    }
+    preprocessing = {"mean": [0.48145466, 0.4578275, 0.40821073], "std": [0.26862954, 0.26130258, 0.27577711]}
+    (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": model, "preprocess_cfg": preprocessing}))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        save_file(CLIP(**model).state_dict(), folder / "open_clip_model.safetensors")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clip(clip_folder: Path) -> Clip:
+    return load_clip(str(clip_folder))
+
+
+def method_of(clip: Clip, recipe: str) -> Method:
+    """A method whose learned tensors are large enough that leaving them out of an export would be seen."""
+    config = replace(config_from_recipe(recipe), base_model=clip.name)
+    if recipe == "sync-clip":
+        config = replace(config, text_depth=2, image_depth=3)
+    task = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.", "a drawing of {}."))
+    method = build_method(clip, config, task).eval()
+    with torch.no_grad():
+        for tensor in method.parameters():
+            tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5)), alpha=0.3)
+    return method
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Picture]:
+    import io
+
+    rng = np.random.default_rng(11)
+    made = []
+    for position in range(104):
+        height, width = rng.integers(20, 90, 2)
+        coarse = rng.integers(0, 256, (4, 5, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize((int(width), int(height))).save(buffer, "JPEG" if position % 2 else "PNG")
+        made.append(Picture(name=f"{position}.{'jpg' if position % 2 else 'png'}", data=buffer.getvalue()))
+    return made
