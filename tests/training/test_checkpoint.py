@@ -107,7 +107,7 @@ def test_damage_is_one_line(saved: Path, tmp_path: Path) -> None:
     record = (saved / "checkpoint.json").read_text()
     faults = {
         "{": "not JSON",
-        "[]": "not a checkpoint",
+        "[]": "is not 'clipship-checkpoint' version 1",
         record.replace('"format_version": 1', '"format_version": 9'): "version 9 is not",
         record.replace('"num_base"', '"num_bass"'): "malformed",
         record.replace('"momentum"', '"moment"'): "malformed",

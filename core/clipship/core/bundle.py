@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import BundleError
-from clipship.core.files import sha256_of, sha256_of_text, write_json_atomic
+from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.images import ImageSpec
 from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
@@ -104,13 +104,8 @@ class Manifest:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            BundleError: another format or version, or a field that is missing or malformed.
+            BundleError: a field is missing or malformed.
         """
-        if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-            raise BundleError(
-                f"format {content.get('format')!r} version {content.get('format_version')!r} is not "
-                f"{FORMAT!r} version {FORMAT_VERSION}: write it again with clipship pack"
-            )
         try:
             return cls(
                 base_model=content["base_model"],
@@ -207,12 +202,13 @@ def read_bundle(path: Path) -> Bundle:
     manifest_path = path / MANIFEST
     if not manifest_path.is_file():
         raise BundleError(f"{path}: no bundle there ({MANIFEST} is missing): write one with clipship pack")
-    try:
-        content = json.loads(manifest_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BundleError(f"{manifest_path}: not JSON ({error}): write the bundle again with clipship pack") from error
-    if not isinstance(content, dict):
-        raise BundleError(f"{manifest_path}: not a manifest: write the bundle again with clipship pack")
+    content = read_record(
+        manifest_path,
+        record_format=FORMAT,
+        version=FORMAT_VERSION,
+        error=BundleError,
+        advice="write the bundle again with clipship pack",
+    )
     manifest = Manifest.from_json(content)
     digest = _digest_of(content)
     if digest != content.get("digest"):

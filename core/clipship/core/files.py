@@ -13,6 +13,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from clipship.core.errors import UsageError
+
 _CHUNK_BYTES = 1 << 20
 _AT_FDCWD = -100  # fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
@@ -120,6 +122,27 @@ def write_text_atomic(path: Path, text: str) -> None:
 def write_json_atomic(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON to ``path`` whole or not at all."""
     write_text_atomic(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_record(
+    path: Path, *, record_format: str, version: int, error: type[UsageError], advice: str
+) -> dict[str, Any]:
+    """The JSON object at ``path``, whose ``format`` and ``format_version`` must be the given ones.
+
+    Raises:
+        error: not JSON, no object, or another format or version; the message ends in ``advice``.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as cause:  # JSONDecodeError and UnicodeDecodeError
+        raise error(f"{path}: not JSON ({cause}): {advice}") from cause
+    given = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else (None, None)
+    if given != (record_format, version):
+        raise error(
+            f"{path}: format {given[0]!r} version {given[1]!r} is not {record_format!r} version {version}: {advice}"
+        )
+    record: dict[str, Any] = content
+    return record
 
 
 def sha256_of(path: Path) -> str:

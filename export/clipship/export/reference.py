@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +21,7 @@ from clipship.core.errors import CheckpointError, DataError
 from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
-from clipship.export.verify import Verification, run_in_batches, verify_image_encoder, verify_text_encoder
+from clipship.export.verify import TOLERANCES, Verification, run_in_batches, verify_encoder
 
 if TYPE_CHECKING:
     from clipship.training.methods.base import Method
@@ -92,15 +93,16 @@ def compare_with_torch(
     tokens = method.clip.tokenize(vocabulary.prompts(method.templates[0])).numpy()
     with torch.inference_mode():
         text = run_in_batches(lambda rows: method.text_features(torch.from_numpy(rows)).numpy(), tokens, _TORCH_BATCH)
-    image_file = folder / layout.IMAGE_ENCODER
     count = min(GOLDEN_COUNT, len(pixels))
-    return Verification(
-        (
-            *verify_image_encoder(image_file, "golden samples", pixels[:count], expected[:count], features),
-            *verify_image_encoder(image_file, "images", pixels, expected, features),
-            *verify_text_encoder(folder / layout.TEXT_ENCODER, tokens, text),
-        )
+    image_encoder = partial(
+        verify_encoder, folder / layout.IMAGE_ENCODER, references=features.features, tolerance=TOLERANCES["fp32"]
     )
+    golden = image_encoder("golden samples", pixels[:count], expected[:count])
+    images = image_encoder("images", pixels, expected)
+    prompts = verify_encoder(
+        folder / layout.TEXT_ENCODER, "prompts", tokens, text, references=text, tolerance=TOLERANCES["text-fp32"]
+    )
+    return Verification((*golden, *images, *prompts))
 
 
 def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Picture]) -> Verification:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import Bundle, VocabularyFeatures
+from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, MissingExtraError
 
 if TYPE_CHECKING:
@@ -157,61 +157,41 @@ def session_function(session: onnxruntime.InferenceSession) -> Callable[[NDArray
     return lambda rows: session.run(None, {name: rows})[0]
 
 
-def verify_image_encoder(
+def verify_encoder(
     path: Path,
     what: str,
-    pixels: NDArray[np.uint8],
+    rows: NDArray[Any],
     expected: NDArray[np.float32],
-    vocabulary: VocabularyFeatures,
     *,
+    references: NDArray[np.float32],
+    tolerance: Tolerance,
     provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[Comparison, ...]:
-    """The ONNX image encoder at ``path`` on ``pixels`` [N, H, W, 3] against PyTorch's ``expected`` [N, D]."""
-    run = session_function(onnx_session(path, provider))
-    return tuple(
-        compare_features(
-            what,
-            provider,
-            batch_size,
-            expected,
-            run_in_batches(run, pixels, batch_size),
-            references=vocabulary.features,
-            tolerance=TOLERANCES["fp32"],
-        )
-        for batch_size in batch_sizes
-    )
+    """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
 
-
-def verify_text_encoder(
-    path: Path,
-    tokens: NDArray[np.int64],
-    expected: NDArray[np.float32],
-    *,
-    provider: str = CPU_PROVIDER,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-) -> tuple[Comparison, ...]:
-    """The ONNX text encoder at ``path`` on ``tokens`` [C, L] against PyTorch's ``expected`` [C, D]."""
+    Args:
+        rows: pixels for an image encoder, tokens for a text encoder.
+        references: unit features [C, D]; the nearest one is an input's best class.
+    """
     run = session_function(onnx_session(path, provider))
-    return tuple(
-        compare_features(
-            "text encoder",
-            provider,
-            batch_size,
-            expected,
-            run_in_batches(run, tokens, batch_size),
-            references=expected,
-            tolerance=TOLERANCES["text-fp32"],
-        )
-        for batch_size in batch_sizes
-    )
+
+    def compared(batch_size: int) -> Comparison:
+        given = run_in_batches(run, rows, batch_size)
+        return compare_features(what, provider, batch_size, expected, given, references=references, tolerance=tolerance)
+
+    return tuple(compared(batch_size) for batch_size in batch_sizes)
 
 
 def verify_bundle(bundle: Bundle) -> Verification:
     """The bundle's image encoder, run here, against the golden features PyTorch left in it."""
     golden = bundle.golden()
-    return Verification(
-        verify_image_encoder(
-            bundle.image_encoder, "golden samples", golden.pixels, golden.embedding, bundle.vocabulary_features()
-        )
+    comparisons = verify_encoder(
+        bundle.image_encoder,
+        "golden samples",
+        golden.pixels,
+        golden.embedding,
+        references=bundle.vocabulary_features().features,
+        tolerance=TOLERANCES["fp32"],
     )
+    return Verification(comparisons)

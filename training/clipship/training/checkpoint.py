@@ -7,7 +7,6 @@ model's digest, losses, scores, tool versions). It is written whole or not at al
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -17,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from clipship.core.errors import CheckpointError, RecipeError
-from clipship.core.files import replace_folder, sha256_of, write_json_atomic
+from clipship.core.files import read_record, replace_folder, sha256_of, write_json_atomic
 from clipship.training.clip import Clip, load_clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods import Method, Task, build_method
@@ -122,18 +121,8 @@ def _record_in(path: Path) -> dict[str, Any]:
     record = path / RECORD
     if not record.is_file():
         raise CheckpointError(f"{path}: no checkpoint there ({RECORD} is missing): write one with clipship train")
-    try:
-        content = json.loads(record.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{record}: not JSON ({error}): copy the checkpoint again, or train again") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{record}: not a checkpoint: write one with clipship train")
-    if content.get("format") != FORMAT or content.get("format_version") != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{record}: format {content.get('format')!r} version {content.get('format_version')!r} is not "
-            f"{FORMAT!r} version {FORMAT_VERSION}: train again with this version"
-        )
-    return content
+    advice = "copy the checkpoint again, or train again with this version"
+    return read_record(record, record_format=FORMAT, version=FORMAT_VERSION, error=CheckpointError, advice=advice)
 
 
 def save_scores(path: Path, scores: Mapping[str, Any]) -> None:

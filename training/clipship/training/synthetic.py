@@ -9,7 +9,6 @@
 A set is written into a temporary folder and renamed when it is complete, so a folder that exists is a whole set.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipship.core.errors import DataError, near
-from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.files import read_record, replace_folder, write_json_atomic
 
 FORMAT = "clipship-synthetic-set"
 FORMAT_VERSION = 1
@@ -207,15 +206,9 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_FILE
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_FILE}; give the folder that holds manifest.json and images.parquet")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}); write the set again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise DataError(f"{path} is not the manifest of a synthetic set: its format must be {FORMAT!r}")
-    if manifest.get("format_version") != FORMAT_VERSION:
-        found = manifest.get("format_version")
-        raise DataError(f"{path} has format version {found}, this clipship reads {FORMAT_VERSION}; write the set again")
+    manifest = read_record(
+        path, record_format=FORMAT, version=FORMAT_VERSION, error=DataError, advice="write the set again"
+    )
     if missing := sorted(_MANIFEST_KEYS - set(manifest)):
         raise DataError(f"{path} lacks {', '.join(missing)}; write the set again")
     return manifest
