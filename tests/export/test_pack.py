@@ -111,10 +111,15 @@ def test_the_graphs_are_clean(packed: tuple[str, Bundle]) -> None:
         kinds = {node.op_type for node in model.graph.node}
         assert "LayerNormalization" in kinds
         assert "Pow" not in kinds, "a LayerNorm was taken apart"
-        assert model.opset_import[0].version == 18
+        assert (model.opset_import[0].version, model.ir_version) == (18, 8)
         text = str(model)
         assert ".py" not in text, "paths of the exporting machine"
         assert {prop.key for prop in model.metadata_props} >= {"clipship.base_model", "clipship.method"}
+
+
+def test_everyone_may_read_it(packed: tuple[str, Bundle]) -> None:
+    modes = {path.stat().st_mode & 0o777 for path in packed[1].path.rglob("*") if path.is_file()}
+    assert len(modes) == 1, "a file with bits of its own cannot be read by the server's user"
 
 
 def test_manifest(packed: tuple[str, Bundle], clip: Clip) -> None:

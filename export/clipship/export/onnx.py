@@ -22,6 +22,9 @@ _INPUT, _OUTPUT = "clipship_input", "clipship_output"
 OPSET = 18
 """Where LayerNormalization is one node and every runtime of the last three years can read the file."""
 
+IR_VERSION = 8
+"""That of opset 18. The exporter writes a newer one, which older runtimes refuse, and uses nothing of it."""
+
 
 def onnx_from_module(
     module: nn.Module,
@@ -64,6 +67,7 @@ def onnx_from_module(
     model = program.model_proto
     del model.metadata_props[:]
     onnx.helper.set_model_props(model, dict(metadata))
+    model.ir_version = IR_VERSION
     _strip_traces(model)
     _rename(model.graph, {_INPUT: input_spec.name, _OUTPUT: output_spec.name})
     onnx.save(model, path)

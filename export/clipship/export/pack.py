@@ -117,11 +117,12 @@ def _export(method: Method, folder: Path, report: Report) -> None:
 
 
 def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path) -> VocabularyFeatures:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     features = method.class_features(vocabulary.names).cpu().numpy()
     scale = np.array([method.clip.logit_scale], np.float32)
-    save_file({"features": features, "logit_scale": scale}, folder / layout.VOCABULARY_TENSORS)
+    tensors = {"features": features, "logit_scale": scale}
+    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(tensors))  # save_file would let only the owner read it
     (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")
     return VocabularyFeatures(features=features, logit_scale=float(scale[0]))
 
@@ -133,7 +134,7 @@ def _write_golden(
     vocabulary: VocabularyFeatures,
     folder: Path,
 ) -> None:
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     count = len(pictures)
     golden = folder / layout.GOLDEN
@@ -151,7 +152,8 @@ def _write_golden(
         "scores": np.take_along_axis(scores, indices, axis=1),
         "indices": indices.astype(np.int64),
     }
-    save_file({name: np.ascontiguousarray(array) for name, array in arrays.items()}, folder / layout.GOLDEN_TENSORS)
+    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    (folder / layout.GOLDEN_TENSORS).write_bytes(save(contiguous))
 
 
 def _manifest(method: Method, vocabulary: Vocabulary, provenance: dict[str, Any]) -> Manifest:

@@ -209,14 +209,14 @@ class _Run:
         }
 
     def _save_state(self, losses: Losses) -> None:
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         tensors = self.method.learned()
         for name, parameter in self.method.named_parameters():
             tensors[_MOMENTUM + name] = self.optimizer.state[parameter]["momentum_buffer"].detach().cpu()
         self.state_folder.parent.mkdir(parents=True, exist_ok=True)
         with replace_folder(self.state_folder) as folder:
-            save_file(tensors, folder / _STATE_TENSORS)
+            (folder / _STATE_TENSORS).write_bytes(save(tensors))
             write_json_atomic(folder / _STATE_RECORD, {"run": self._identity(), "losses": losses})
 
     def _restored(self) -> Losses:
