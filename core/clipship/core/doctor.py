@@ -41,13 +41,17 @@ class Finding:
 
 
 def _package(name: str, extra: str) -> Finding:
+    version = _version(name)
+    if version is None and name == "onnxruntime":
+        version = _version("onnxruntime-gpu")  # takes its place
+    return Finding(what=name, found=version, advice=f"pip install 'clipship[{extra}]'")
+
+
+def _version(name: str) -> str | None:
     try:
-        version = importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        if name == "onnxruntime":
-            return _package("onnxruntime-gpu", "gpu")
-        return Finding(what=name, found=None, advice=f"pip install 'clipship[{extra}]'")
-    return Finding(what=name, found=version)
+        return None
 
 
 def _gpus() -> Finding:
