@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from clipship.core.errors import DataError
-from clipship.core.vocabulary import Vocabulary, vocabulary_from_file, write_vocabulary
+from clipship.core.vocabulary import Vocabulary, vocabulary_from_file
 
 
 def test_prompts_replace_underscores() -> None:
@@ -32,7 +33,7 @@ def test_text_file(tmp_path: Path) -> None:
 
 def test_json_round_trip(tmp_path: Path) -> None:
     vocabulary = Vocabulary(names=("cat", "straße"), templates=("a {}.", "{} texture."))
-    write_vocabulary(tmp_path / "v.json", vocabulary)
+    (tmp_path / "v.json").write_text(json.dumps(vocabulary.to_json()), encoding="utf-8")
     assert vocabulary_from_file(tmp_path / "v.json") == vocabulary
 
 

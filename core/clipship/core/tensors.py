@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +24,6 @@ class TensorSpec:
     def __post_init__(self) -> None:
         if self.dtype not in ("uint8", "int64", "float32", "string"):
             raise ValueError(f"tensor {self.name}: dtype {self.dtype} is not one of uint8, int64, float32, string")
-
-    def admits(self, shape: Sequence[int]) -> bool:
-        """Whether an array of ``shape`` fits: same rank, and equal where the size is fixed."""
-        return len(shape) == len(self.shape) and all(
-            isinstance(want, str) or want == have for want, have in zip(self.shape, shape, strict=True)
-        )
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with name, dtype and shape."""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.core.files import sha256_of_text, write_json_atomic
+from clipship.core.files import sha256_of_text
 
 DEFAULT_TEMPLATES = ("a photo of a {}.",)
 
@@ -96,8 +96,3 @@ def vocabulary_from_file(path: Path, templates: Sequence[str] = DEFAULT_TEMPLATE
     lines = (line.strip() for line in text.splitlines())
     names = tuple(line for line in lines if line and not line.startswith("#"))
     return Vocabulary(names=names, templates=tuple(templates))
-
-
-def write_vocabulary(path: Path, vocabulary: Vocabulary) -> None:
-    """Write ``vocabulary`` as JSON, whole or not at all."""
-    write_json_atomic(path, vocabulary.to_json())

@@ -22,7 +22,7 @@ from clipship.core.bundle import Bundle, Manifest, VocabularyFeatures, read_bund
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.core.progress import Report, progress
-from clipship.core.vocabulary import Vocabulary
+from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import ImageEncoder, TextEncoder
 from clipship.export.onnx import OPSET, onnx_from_module
 from clipship.export.reference import (
@@ -107,7 +107,7 @@ def _export(method: Method, folder: Path, report: Report) -> None:
     report(1, "text encoder to ONNX")
     onnx_from_module(
         TextEncoder(method),
-        clip.tokenize([template.replace("{}", name) for name in ("a", "b") for template in method.templates[:1]]),
+        clip.tokenize([prompt_of(name, method.templates[0]) for name in ("a", "b")]),
         folder / layout.TEXT_ENCODER,
         input_spec=tensors.tokens_tensor(clip.context_length),
         output_spec=tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES),
