@@ -1,24 +1,15 @@
-"""Split files, the published few-shot lists and class halves, crops and batches."""
+"""Split files, the published few-shot lists and class halves."""
 
 import json
-import random
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
 from clipship.core.errors import DataError
-from clipship.core.images import ImageSpec
 from clipship.training import data
-from clipship.training.config import TrainConfig
-from clipship.training.data import Dataset, Epoch, ImageCache, base_new_split, crop_box, few_shot, load_dataset
-from clipship.training.synthetic import SyntheticSet
-
-CONFIG = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, batch_size=4, epochs=2)
+from clipship.training.data import Dataset, base_new_split, few_shot, load_dataset
 
 
 def _published(folder: Path) -> tuple[Dataset, Path]:
@@ -140,105 +131,3 @@ def test_few_shot_takes_at_most_four_validation_images(dataset: Dataset) -> None
     train, val = few_shot(dataset, 5, seed=1)
     assert (len(train), len(val)) == (25, 15)
     assert len(few_shot(dataset, 2, seed=1)[1]) == 10
-
-
-def test_crops_stay_inside_and_keep_the_share() -> None:
-    generator = random.Random(0)
-    shares = []
-    for _ in range(500):
-        left, top, right, bottom = crop_box(90, 70, 0.3, generator)
-        assert 0 <= left < right <= 90
-        assert 0 <= top < bottom <= 70
-        assert 0.72 <= (right - left) / (bottom - top) <= 1.4
-        shares.append((right - left) * (bottom - top) / (90 * 70))
-    assert 0.28 < min(shares) < 0.35
-    assert 0.9 < max(shares) <= 1.0
-
-
-def test_crops_of_extreme_images_are_central() -> None:
-    assert crop_box(400, 10, 1.0, random.Random(0)) == (193, 0, 206, 10)
-
-
-def test_training_pixels_follow_their_key() -> None:
-    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8))
-    first = data.training_pixels(image, 32, CONFIG, "a")
-    assert first.shape == (32, 32, 3)
-    assert np.array_equal(first, data.training_pixels(image, 32, CONFIG, "a"))
-    assert not np.array_equal(first, data.training_pixels(image, 32, CONFIG, "b"))
-
-
-def test_a_recipe_can_keep_left_and_right() -> None:
-    image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
-    still = TrainConfig(recipe="test", method="coop", base_model="none", flip=False)
-    rising = [data.training_pixels(image, 16, still, str(key))[8, :, 0] for key in range(20)]
-    assert all(row[-1] > row[0] for row in rising)
-    mirrored = [data.training_pixels(image, 16, CONFIG, str(key))[8, :, 0] for key in range(20)]
-    assert 3 < sum(bool(row[-1] < row[0]) for row in mirrored) < 17
-
-
-def test_broken_images_are_named_before_training(dataset: Dataset, tmp_path: Path) -> None:
-    (broken := tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"broken.png: not an image"):
-        ImageCache().preload([dataset.train[0].path, broken])
-
-
-def test_the_cache_keeps_what_fits(dataset: Dataset) -> None:
-    paths = [item.path for item in dataset.train[:3]]
-    cache = ImageCache(limit_bytes=2 * 40 * 34 * 3)
-    cache.preload(paths)
-    assert cache.image(paths[0]) is cache.image(paths[0])
-    assert cache.image(paths[2]) is not cache.image(paths[2])
-    assert np.array_equal(np.asarray(cache.image(paths[2])), np.asarray(Image.open(paths[2])))
-
-
-def test_evaluation_pixels_are_the_clients(dataset: Dataset) -> None:
-    spec = ImageSpec(size_px=32, mean=(0, 0, 0), std=(1, 1, 1))
-    pixels = data.evaluation_pixels([item.path for item in dataset.test[:2]], spec)
-    assert (pixels.shape, pixels.dtype) == ((2, 32, 32, 3), torch.uint8)
-
-
-def _epoch(dataset: Dataset, synthetic: SyntheticSet | None, epoch: int, config: TrainConfig = CONFIG) -> Epoch:
-    base = [item for item in few_shot(dataset, 2, 1)[0] if item.label < dataset.num_base]
-    paths = data.synthetic_paths(synthetic, dataset.class_names) if synthetic else ()
-    return Epoch(base, paths, num_base=dataset.num_base, config=config, size_px=32, cache=ImageCache(), epoch=epoch)
-
-
-def test_batches_pair_real_images_with_synthetic_ones(dataset: Dataset, synthetic: SyntheticSet) -> None:
-    epoch = _epoch(dataset, synthetic, 1)
-    assert len(epoch) == 1  # 6 images, batches of 4: the rest waits for the next epoch's order
-    batch = epoch[0]
-    assert batch.pixels.shape == (4, 32, 32, 3)
-    assert batch.seen is not None
-    assert batch.unseen is not None
-    assert batch.unseen_labels is not None
-    assert set(batch.unseen_labels.tolist()) <= {3, 4}
-    real, seen, unseen = batch.files[:4], batch.files[4:8], batch.files[8:]
-    for files, labels in ((real, batch.labels), (seen, batch.labels), (unseen, batch.unseen_labels)):
-        assert [Path(file).parent.name for file in files] == [dataset.class_names[label] for label in labels]
-
-
-def test_batches_repeat_for_an_epoch_and_change_with_it(dataset: Dataset, synthetic: SyntheticSet) -> None:
-    first, again, later = (_epoch(dataset, synthetic, number)[0] for number in (1, 1, 2))
-    assert first.files == again.files
-    assert torch.equal(first.pixels, again.pixels)
-    assert first.files != later.files
-
-
-def test_synthetic_images_keep_their_crop_unless_redrawn(dataset: Dataset, synthetic: SyntheticSet) -> None:
-    redrawn = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, redraw_synthetic=True)
-    path = synthetic.kept("white")[0].path
-    once = [_epoch(dataset, synthetic, number)._synthetic_pixels([path], "0 seen") for number in (1, 2)]
-    assert torch.equal(once[0], once[1])
-    each = [_epoch(dataset, synthetic, number, redrawn)._synthetic_pixels([path], "0 seen") for number in (1, 2)]
-    assert not torch.equal(each[0], each[1])
-
-
-def test_a_batch_larger_than_the_data_is_one_step(dataset: Dataset) -> None:
-    config = TrainConfig(recipe="test", method="coop", base_model="none", batch_size=64)
-    assert len(_epoch(dataset, None, 1, config)) == 1
-    assert len(_epoch(dataset, None, 1, config)[0].labels) == 6
-
-
-def test_synthetic_sets_must_cover_every_class(synthetic: SyntheticSet) -> None:
-    with pytest.raises(DataError, match="no images of 1 classes, the first is 'violet'"):
-        data.synthetic_paths(synthetic, ["red", "violet"])

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from clipship.core.errors import DataError
 from clipship.core.progress import progress
-from clipship.training.data import Dataset, Item, evaluation_pixels
+from clipship.training.batches import evaluation_pixels
+from clipship.training.data import Dataset, Item
 from clipship.training.methods import Method
 
 _CHUNK = 100

@@ -18,10 +18,11 @@ from torch import Tensor
 from clipship.core.errors import CheckFailed, CheckpointError, RecipeError, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.core.progress import Report, log, progress
+from clipship.training.batches import Epoch, ImageCache, synthetic_paths
 from clipship.training.checkpoint import RECORD, Checkpoint, load_checkpoint, load_learned, save_checkpoint
 from clipship.training.clip import Clip, load_clip
 from clipship.training.config import TrainConfig
-from clipship.training.data import Dataset, Epoch, ImageCache, Item, digest_of_items, few_shot, synthetic_paths
+from clipship.training.data import Dataset, Item, digest_of_items, few_shot
 from clipship.training.methods import Batch, Method, build_method
 
 if TYPE_CHECKING:

@@ -1,0 +1,191 @@
+"""Training batches: decoded images, random crops, the order of an epoch. Every draw is keyed, none is global.
+
+Shapes: B images of a batch, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipship.core.errors import DataError
+from clipship.core.images import ImageDecodeError, ImageSpec, decode_image, pixels_from_image
+from clipship.core.progress import progress
+from clipship.training.config import TrainConfig
+from clipship.training.data import Item
+from clipship.training.methods.base import Batch
+
+if TYPE_CHECKING:
+    from clipship.training.synthetic import SyntheticSet
+
+_CACHE_BYTES = 1 << 30
+_ASPECT = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+
+def synthetic_paths(synthetic: SyntheticSet, class_names: Sequence[str]) -> tuple[tuple[Path, ...], ...]:
+    """The kept images of each class, in the order of ``class_names``.
+
+    Raises:
+        DataError: a class has none.
+    """
+    missing = [name for name in class_names if name not in synthetic.class_names or not synthetic.kept(name)]
+    if missing:
+        raise DataError(
+            f"the synthetic set has no images of {len(missing)} classes, the first is {missing[0]!r}: "
+            "write it for all class names of the data set, base and new"
+        )
+    return tuple(tuple(image.path for image in synthetic.kept(name)) for name in class_names)
+
+
+def decoded(path: Path) -> Image.Image:
+    """The image at ``path``, upright RGB.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        return decode_image(path.read_bytes())
+    except ImageDecodeError as error:
+        raise DataError(f"{path}: {error}: replace the image, or take it out of the split file") from error
+
+
+def evaluation_pixels(paths: Sequence[Path], spec: ImageSpec) -> torch.Tensor:
+    """uint8 [B, H, W, 3]: resize and centre crop, as the server does it.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    return torch.from_numpy(np.stack([pixels_from_image(decoded(path), spec) for path in paths]))
+
+
+class ImageCache:
+    """Decoded images, kept until a gigabyte is full."""
+
+    def __init__(self, limit_bytes: int = _CACHE_BYTES) -> None:
+        self._left = limit_bytes
+        self._images: dict[Path, Image.Image] = {}
+
+    def preload(self, paths: Sequence[Path]) -> None:
+        """Decode every image once, so that a bad file stops a run before it starts.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        with ThreadPoolExecutor() as pool, progress("reading images", len(paths)) as report:
+            for done, (path, image) in enumerate(zip(paths, pool.map(decoded, paths), strict=True), start=1):
+                self._keep(path, image)
+                report(done, "")
+
+    def image(self, path: Path) -> Image.Image:
+        """The image at ``path``, upright RGB.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        return self._images.get(path) or decoded(path)
+
+    def _keep(self, path: Path, image: Image.Image) -> None:
+        size = image.width * image.height * 3
+        if path not in self._images and size <= self._left:
+            self._left -= size
+            self._images[path] = image
+
+
+def crop_box(width: int, height: int, min_share: float, generator: random.Random) -> tuple[int, int, int, int]:
+    """A random (left, top, right, bottom) as torchvision's ``RandomResizedCrop`` draws it.
+
+    The area is uniform between ``min_share`` and all of the image's, the aspect ratio log-uniform between 3:4 and 4:3;
+    after ten boxes that do not fit, the largest central one of an allowed ratio.
+    """
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * generator.uniform(min_share, 1.0)
+        ratio = math.exp(generator.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = generator.randint(0, width - crop_width), generator.randint(0, height - crop_height)
+            return left, top, left + crop_width, top + crop_height
+    ratio = min(max(width / height, _ASPECT[0]), _ASPECT[1])
+    crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def training_pixels(image: Image.Image, size_px: int, config: TrainConfig, key: str) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3]: a random crop, resized, perhaps mirrored; equal keys give equal pixels."""
+    generator = random.Random(key)
+    box = crop_box(image.width, image.height, config.min_crop, generator)
+    cropped = image.crop(box).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    if config.flip and generator.random() < 0.5:
+        cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(cropped)
+
+
+class Epoch(torch.utils.data.Dataset[Batch]):
+    """The batches of one epoch, uint8 pixels [B, H, W, 3]. Every draw is keyed by seed, epoch and position.
+
+    With synthetic images each real one comes with a synthetic one of its class, and with one of a random new class.
+    """
+
+    def __init__(
+        self,
+        items: Sequence[Item],
+        synthetic: Sequence[Sequence[Path]],
+        *,
+        num_base: int,
+        config: TrainConfig,
+        size_px: int,
+        cache: ImageCache,
+        epoch: int,
+    ) -> None:
+        self._items = list(items)
+        self._synthetic = synthetic
+        self._num_base = num_base
+        self._config = config
+        self._size_px = size_px
+        self._cache = cache
+        self._key = f"{config.seed} {epoch}"
+        random.Random(f"{self._key} order").shuffle(self._items)
+
+    def __len__(self) -> int:
+        return max(1, len(self._items) // self._config.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        size = self._config.batch_size
+        items = self._items[step * size : (step + 1) * size]
+        generator = random.Random(f"{self._key} step {step}")
+        seen = [generator.choice(self._synthetic[item.label]) for item in items] if self._synthetic else []
+        new = range(self._num_base, len(self._synthetic))
+        labels = [generator.choice(new) for _ in items] if new else []
+        unseen = [generator.choice(self._synthetic[label]) for label in labels]
+        paths = [item.path for item in items]
+        return Batch(
+            pixels=self._pixels(paths, f"{self._key} {step} real"),
+            labels=torch.tensor([item.label for item in items]),
+            files=tuple(str(path) for path in (*paths, *seen, *unseen)),
+            seen=self._synthetic_pixels(seen, f"{step} seen") if seen else None,
+            unseen=self._synthetic_pixels(unseen, f"{step} unseen") if unseen else None,
+            unseen_labels=torch.tensor(labels) if unseen else None,
+        )
+
+    def _synthetic_pixels(self, paths: Sequence[Path], draw: str) -> torch.Tensor:
+        """Unless the recipe redraws them, a synthetic image has one crop for the whole run."""
+        if self._config.redraw_synthetic:
+            return self._pixels(paths, f"{self._key} {draw}")
+        key = f"{self._config.seed} once"
+        return torch.from_numpy(np.stack([self._one(path, f"{key} {path.name}") for path in paths]))
+
+    def _pixels(self, paths: Sequence[Path], key: str) -> torch.Tensor:
+        return torch.from_numpy(np.stack([self._one(path, f"{key} {place}") for place, path in enumerate(paths)]))
+
+    def _one(self, path: Path, key: str) -> NDArray[np.uint8]:
+        return training_pixels(self._cache.image(path), self._size_px, self._config, key)
