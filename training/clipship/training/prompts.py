@@ -106,6 +106,8 @@ def _through_image_blocks(blocks: Any, x_NPW: Tensor, prompts: Tensor) -> Tensor
 def text_features(clip: Clip, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
     """int64 [C, L] -> [C, D], not normalised; ``prompts`` [J, M, text width] take positions 1..M.
 
+    Prompts [J, C, M, text width] give every row its own.
+
     Without prompts the result is, bit for bit, that of open_clip's ``encode_text``. L may be shorter than the model's
     context length as long as every end token is inside.
     """
@@ -129,6 +131,66 @@ def text_features(clip: Clip, tokens: Tensor, prompts: Tensor | None = None) -> 
     return _projected(pooled, text.text_projection)
 
 
+def contextual_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Tensor:
+    """Every one of B contexts with every one of C class names: [B, C, D], not normalised.
+
+    ``tokens`` int64 [C, L] hold placeholders at positions 1..M, ``contexts`` [B, J, M, text width] take them. Under the
+    causal mask the start token and the context do not see the class name, so they are computed once a context instead
+    of once a class; the result is that of :func:`text_features` but for the order of summation.
+    """
+    from open_clip.transformer import text_global_pool
+
+    text = clip.text
+    num_contexts, _, num_tokens, _ = contexts.shape
+    first = 1 + num_tokens
+    num_classes, length = tokens.shape
+    dtype = text.transformer.get_cast_dtype()
+    x_CLW: Tensor = text.token_embedding(tokens).to(dtype) + text.positional_embedding[:length].to(dtype)
+    positions = text.positional_embedding[1:first].to(dtype)
+    start_B1W = x_CLW[:1, :1].expand(num_contexts, -1, -1)
+    prefix_BPW = torch.cat([start_B1W, contexts[:, 0].to(dtype) + positions], dim=1)
+    names_RSW = x_CLW[:, first:].repeat(num_contexts, 1, 1)  # R = B x C rows, S = L - 1 - M positions
+    mask = text.attn_mask[:length, :length]
+    for layer, block in enumerate(text.transformer.resblocks):
+        if 0 < layer < contexts.shape[1]:
+            prefix_BPW = torch.cat([prefix_BPW[:, :1], contexts[:, layer].to(dtype)], dim=1)
+        names_RSW = _through_text_block(block, names_RSW, prefix_BPW, mask[first:])
+        prefix_BPW = block(prefix_BPW, attn_mask=mask[:first, :first])
+    pool_type, eos = text_pool_of(text)
+    rows = tokens[:, first:].repeat(num_contexts, 1)
+    pooled: Tensor = text_global_pool(text.ln_final(names_RSW), rows, pool_type, eos_token_id=eos)
+    return _projected(pooled, text.text_projection).view(num_contexts, num_classes, -1)
+
+
+def _through_text_block(block: Any, names_RSW: Tensor, prefix_BPW: Tensor, mask_SL: Tensor) -> Tensor:
+    """One residual block for the positions after the context, which attend to the context and to each other."""
+    queries_RSW = block.ln_1(names_RSW)
+    shared_RPW = block.ln_1(prefix_BPW).repeat_interleave(len(names_RSW) // len(prefix_BPW), dim=0)
+    keys_RLW = torch.cat([shared_RPW, queries_RSW], dim=1)
+    names_RSW = names_RSW + block.ls_1(block.attention(queries_RSW, keys_RLW, keys_RLW, attn_mask=mask_SL))
+    result: Tensor = names_RSW + block.ls_2(block.mlp(block.ln_2(names_RSW)))
+    return result
+
+
+def can_share_context(clip: Clip) -> bool:
+    """Whether the context is independent of what follows it, and the blocks are the plain ones."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    return _is_causal(clip) and all(type(block) is ResidualAttentionBlock for block in clip.text.transformer.resblocks)
+
+
+def _is_causal(clip: Clip) -> bool:
+    return clip.text.attn_mask is not None and text_pool_of(clip.text)[0] in ("argmax", "eos")
+
+
+def without_padding(clip: Clip, tokens: Tensor) -> Tensor:
+    """Tokens [C, L] -> [C, L'], cut after the last end token: under a causal mask nothing after it reaches it."""
+    if not _is_causal(clip):
+        return tokens
+    is_end = tokens == clip.tokenizer.eot_token_id
+    return tokens[:, : int(is_end.int().argmax(dim=1).max()) + 1].contiguous()
+
+
 def text_pool_of(text: Any) -> tuple[str, int | None]:
     """How the text tower pools, and its end token. open_clip names them differently in its two models."""
     if hasattr(text, "text_pool_type"):
@@ -144,9 +206,9 @@ def _projected(pooled: Tensor, projection: nn.Parameter | nn.Linear | None) -> T
 
 def _with_context(x_CLW: Tensor, context_MW: Tensor) -> Tensor:
     """Positions 1..M replaced by the context."""
-    return torch.cat([x_CLW[:, :1], _expanded(context_MW, x_CLW), x_CLW[:, 1 + context_MW.shape[0] :]], dim=1)
+    return torch.cat([x_CLW[:, :1], _expanded(context_MW, x_CLW), x_CLW[:, 1 + context_MW.shape[-2] :]], dim=1)
 
 
 def _expanded(tokens_MW: Tensor, like: Tensor) -> Tensor:
-    """[M, W] -> [N, M, W], N and type of ``like``."""
+    """[M, W] or [N, M, W] -> [N, M, W], N and type of ``like``."""
     return tokens_MW.to(like.dtype).expand(like.shape[0], -1, -1)

@@ -1,14 +1,14 @@
 """What every method is: a few learned tensors, features for images and for classes, and a loss.
 
-Shapes: N images, C classes, L tokens, H = W pixels, D joint dimensions, B images of a batch, J prompted layers, M
-tokens a layer.
+Shapes: N images, C classes, L tokens, H = W pixels, D joint dimensions, B images of a batch, G generated features, J
+prompted layers, M tokens a layer.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,9 @@ from clipship.core.vocabulary import prompt_of
 from clipship.training import prompts
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.losses import classification_loss
 
-_CHUNK = 128
-"""Prompts that pass the text tower at once, so that a thousand classes fit into memory."""
+Classify = Callable[[Tensor], Tensor]
+"""Unit image features [N, D] -> logits [N, C]."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,31 +35,76 @@ class Task:
     templates: tuple[str, ...]
     """The data set's own templates, ``{}`` for the class name."""
 
+    @property
+    def base_names(self) -> tuple[str, ...]:
+        """The classes with real training images."""
+        return self.class_names[: self.num_base]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What a step learns from: normalised float32 pixels [B, 3, H, W], int64 labels [B] into the task's classes."""
+    """What a step learns from: images as normalised float32 pixels [B, 3, H, W], or as features where that is enough.
 
-    pixels: Tensor
+    A method whose image tower is frozen gets ``features``; the others get ``pixels``.
+    """
+
     labels: Tensor
+    """int64 [B] into the task's classes."""
     files: tuple[str, ...]
     """Where the images came from, for error messages."""
+    pixels: Tensor | None = None
+    features: Tensor | None = None
+    """Unit features [B, D] of the frozen image tower."""
     seen: Tensor | None = None
     """Synthetic images of the very classes in ``labels``, in the same order."""
     unseen: Tensor | None = None
     """Synthetic images of classes that have no real ones."""
     unseen_labels: Tensor | None = None
+    generated: Tensor | None = None
+    """Unit features [G, D] that a generator made for classes without images."""
+    generated_labels: Tensor | None = None
 
     def on(self, clip: Clip) -> Batch:
         """The batch where ``clip`` lives, with uint8 pixels [B, H, W, 3] normalised."""
+
+        def moved(value: Tensor | None) -> Tensor | None:
+            return None if value is None else value.to(clip.device)
+
+        def normal(value: Tensor | None) -> Tensor | None:
+            return None if value is None else clip.normalize(value.to(clip.device))
+
         return Batch(
-            pixels=clip.normalize(self.pixels.to(clip.device)),
             labels=self.labels.to(clip.device),
             files=self.files,
-            seen=None if self.seen is None else clip.normalize(self.seen.to(clip.device)),
-            unseen=None if self.unseen is None else clip.normalize(self.unseen.to(clip.device)),
-            unseen_labels=None if self.unseen_labels is None else self.unseen_labels.to(clip.device),
+            pixels=normal(self.pixels),
+            features=moved(self.features),
+            seen=normal(self.seen),
+            unseen=normal(self.unseen),
+            unseen_labels=moved(self.unseen_labels),
+            generated=moved(self.generated),
+            generated_labels=moved(self.generated_labels),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Unit features [N, D] of the frozen image tower, and their labels [N] into the task's classes."""
+
+    features: Tensor
+    labels: Tensor
+
+
+class Source(Protocol):
+    """What a method can ask for before its first step and after its last one."""
+
+    def train(self, views: int) -> Samples:
+        """The few-shot images of the learned classes: the renormalised mean over ``views`` augmented views of each."""
+
+    def validation(self) -> Samples:
+        """The few-shot validation images of the learned classes, as at test time; may be empty (N = 0)."""
+
+    def generated(self, per_class: int) -> Samples | None:
+        """Generated features of the classes without images; None where the run has no generator."""
 
 
 class Method(nn.Module):
@@ -71,9 +115,13 @@ class Method(nn.Module):
 
     name = "zero-shot"
     image_side_frozen = True
-    """Whether images pass the image tower without gradients."""
+    """Whether images pass the image tower as it is, so that their features can be kept."""
     needs_synthetic = False
     """Whether a batch must hold synthetic images."""
+    closed_vocabulary = False
+    """Whether only classes with real images can be told apart."""
+    not_exportable = ""
+    """Why ``clipship pack`` cannot take the method; empty: it can."""
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__()
@@ -82,6 +130,13 @@ class Method(nn.Module):
         self.task = task
         self.templates: tuple[str, ...] = config.templates or task.templates
         self._tokens: dict[tuple[str, ...], list[Tensor]] = {}
+        self._constant: dict[tuple[str, ...], Tensor] = {}
+
+    def begin(self, source: Source) -> None:
+        """Called once, before the first step of a run."""
+
+    def end(self, source: Source) -> None:
+        """Called once, after the last step of a run."""
 
     def text_prompts(self) -> Tensor | None:
         """Deep prompts [J, M, text width] of the text tower."""
@@ -91,9 +146,14 @@ class Method(nn.Module):
         """Deep prompts [J, M, image width] of the image tower, as used at inference."""
         return None
 
+    def adapted(self, features: Tensor) -> Tensor:
+        """Unit features [N, D] of the image tower -> unit features [N, D] that are compared with classes."""
+        return features
+
     def image_features(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [N, 3, H, W] -> unit features [N, D]."""
-        return functional.normalize(prompts.image_features(self.clip, pixels, self.image_prompts()), dim=-1)
+        raw = prompts.image_features(self.clip, pixels, self.image_prompts())
+        return self.adapted(functional.normalize(raw, dim=-1))
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [C, L] of prompts from :attr:`templates` -> unit features [C, D]."""
@@ -105,44 +165,67 @@ class Method(nn.Module):
         Raises:
             DataError: a prompt is too long for the text tower.
         """
-        each = [self._chunked_text_features(tokens) for tokens in self._tokens_of(tuple(names))]
-        if len(each) == 1:
-            return each[0]
-        return functional.normalize(torch.stack(each).mean(dim=0), dim=-1)
+        key = tuple(names)
+        if self.text_prompts() is not None:
+            return self._fresh_class_features(key)
+        if key not in self._constant:
+            with torch.no_grad():
+                self._constant = {key: self._fresh_class_features(key)}
+        return self._constant[key]
+
+    def classifier(self, names: Sequence[str]) -> Classify:
+        """What tells classes apart by name; made once, then given the features of any number of images."""
+        classes = self.class_features(names)
+        return lambda features: self.logits(features, classes)
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """[N, D] and [C, D] of unit length -> [N, C]."""
         return self.clip.logit_scale * image_features @ class_features.T
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
-        """The scalar to minimise under "total", and its parts; here cross entropy of real images over base classes."""
-        with torch.no_grad() if self.image_side_frozen else contextlib.nullcontext():
-            features = self.image_features(batch.pixels)
-        base = self.class_features(self.task.class_names[: self.task.num_base])
-        real = classification_loss(features, base, batch.labels, self.clip.logit_scale)
-        return {"total": real, "real": real.detach()}
+        """The scalar to minimise under "total", and its parts; here cross entropy over the classes of the batch."""
+        features, labels, names = self.examples(batch)
+        classification = functional.cross_entropy(self.classifier(names)(self.adapted(features)).float(), labels)
+        return {"total": classification, "real": classification.detach()}
+
+    def examples(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+        """Frozen features [B + G, D], labels [B + G], and the names they are told apart among.
+
+        Real images among the base classes; with generated features both among all classes, as SHIP does.
+        """
+        assert batch.features is not None
+        if batch.generated is None:
+            return batch.features, batch.labels, self.task.base_names
+        assert batch.generated_labels is not None
+        features = torch.cat([batch.features, batch.generated])
+        return features, torch.cat([batch.labels, batch.generated_labels]), self.task.class_names
 
     def learned(self) -> dict[str, Tensor]:
         """The learned tensors by name, detached, on the CPU."""
         return {name: value.detach().cpu() for name, value in self.state_dict().items()}
 
+    def _fresh_class_features(self, names: tuple[str, ...]) -> Tensor:
+        each = [self._chunked_text_features(tokens) for tokens in self._tokens_of(names)]
+        if len(each) == 1:
+            return each[0]
+        return functional.normalize(torch.stack(each).mean(dim=0), dim=-1)
+
     def _tokens_of(self, names: tuple[str, ...]) -> list[Tensor]:
         """Tokens [C, L'] a template, cut after the last end token; kept, as training asks for the same names again."""
         if names not in self._tokens:
             tokens = [self.clip.tokenize([prompt_of(name, form) for name in names]) for form in self.templates]
-            self._tokens = {names: [_without_padding(self.clip, one).to(self.clip.device) for one in tokens]}
+            self._tokens = {names: [prompts.without_padding(self.clip, one).to(self.clip.device) for one in tokens]}
         return self._tokens[names]
 
     def _chunked_text_features(self, tokens: Tensor) -> Tensor:
-        chunks = torch.split(tokens, _CHUNK)
+        chunks = torch.split(tokens, self.config.text_chunk)
         if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self.text_features(chunk) for chunk in chunks])
-        return torch.cat([checkpoint(self.text_features, chunk, use_reentrant=False) for chunk in chunks])
+            return torch.cat([self._shared_text_features(chunk) for chunk in chunks])
+        return torch.cat([checkpoint(self._shared_text_features, chunk, use_reentrant=False) for chunk in chunks])
 
-
-def _without_padding(clip: Clip, tokens: Tensor) -> Tensor:
-    """Under a causal mask nothing after the end token reaches it, so those columns are not computed."""
-    if clip.text.attn_mask is None or prompts.text_pool_of(clip.text)[0] not in ("argmax", "eos"):
-        return tokens
-    is_end = tokens == clip.tokenizer.eot_token_id
-    return tokens[:, : int(is_end.int().argmax(dim=1).max()) + 1].contiguous()
+    def _shared_text_features(self, tokens: Tensor) -> Tensor:
+        """As :meth:`text_features`, but what all classes have in common, the context, is computed once."""
+        context = self.text_prompts()
+        if context is None or not prompts.can_share_context(self.clip):
+            return self.text_features(tokens)
+        return functional.normalize(prompts.contextual_text_features(self.clip, tokens, context[None])[0], dim=-1)

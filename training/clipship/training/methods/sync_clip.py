@@ -54,6 +54,7 @@ class SyncClip(Method):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``real + w synthetic + lambda align``: real over base classes, synthetic over all, align on raw features."""
+        assert batch.pixels is not None
         assert batch.seen is not None
         num_seen = len(batch.seen)
         images = batch.seen if batch.unseen is None else torch.cat([batch.seen, batch.unseen])

@@ -18,13 +18,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from clipship.training.world.datasets import JPEG_QUALITY, WORLD_DATASETS, WorldDataset, dataset_named, draw_example
+from clipship.training.world.datasets import (
+    JPEG_QUALITY,
+    WORLD_DATASETS,
+    WORLD_VARIANTS,
+    WorldDataset,
+    dataset_named,
+    draw_example,
+)
 
 TINY_FOLDER = Path(__file__).resolve().parents[1] / "models" / "clipship-tiny"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot:
+class Accuracy:
     """Top-1 accuracy in per cent: all pictures over all names, and either half over its own names."""
 
     all: float
@@ -32,7 +39,7 @@ class ZeroShot:
     new: float
 
 
-def zero_shot(dataset: WorldDataset, folder: Path, *, per_class: int | None = None) -> ZeroShot:
+def zero_shot(dataset: WorldDataset, folder: Path, *, per_class: int | None = None) -> Accuracy:
     """Measure the model in `folder` (open_clip's local-dir format) on the test pictures of a data set.
 
     Args:
@@ -45,24 +52,29 @@ def zero_shot(dataset: WorldDataset, folder: Path, *, per_class: int | None = No
     model.eval()
     count = per_class or dataset.test_per_class
     labels = torch.arange(dataset.classes).repeat_interleave(count)
-    pictures = [_as_jpeg(dataset, int(label), index % count) for index, label in enumerate(labels)]
+    pictures = [picture_of(dataset, "test", int(label), index % count) for index, label in enumerate(labels)]
     with torch.no_grad():
         images = torch.stack([preprocess(picture) for picture in pictures])
         texts = tokenizer([dataset.template.format(name) for name in dataset.class_names])
         scores = model.encode_image(images, normalize=True) @ model.encode_text(texts, normalize=True).T
-    half = -(-dataset.classes // 2)
-    is_base = labels < half
-    return ZeroShot(
-        all=_top1(scores, labels),
-        base=_top1(scores[is_base, :half], labels[is_base]),
-        new=_top1(scores[~is_base, half:], labels[~is_base] - half),
-    )
+    return accuracy_of(scores, labels, dataset.num_base)
 
 
-def _as_jpeg(dataset: WorldDataset, label: int, index: int) -> Image.Image:
+def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Image.Image:
+    """Return a picture as the file would hold it: drawn, encoded as JPEG, not yet decoded."""
     buffer = io.BytesIO()
-    Image.fromarray(draw_example(dataset, "test", label, index)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    Image.fromarray(draw_example(dataset, split, label, index)).save(buffer, "JPEG", quality=JPEG_QUALITY)
     return Image.open(buffer)
+
+
+def accuracy_of(scores: Tensor, labels: Tensor, num_base: int) -> Accuracy:
+    """Return the accuracy of scores [N, C] against int64 labels [N]; the first `num_base` classes are the base ones."""
+    is_base = labels < num_base
+    return Accuracy(
+        all=_top1(scores, labels),
+        base=_top1(scores[is_base, :num_base], labels[is_base]),
+        new=_top1(scores[~is_base, num_base:], labels[~is_base] - num_base),
+    )
 
 
 def _top1(scores: Tensor, labels: Tensor) -> float:
@@ -70,18 +82,19 @@ def _top1(scores: Tensor, labels: Tensor) -> float:
 
 
 def _lines(datasets: Sequence[WorldDataset], shifts: Sequence[float], options: dict[str, Any]) -> None:
-    sys.stdout.write(f"{'data set':10} {'shift':>5} {'all':>6} {'base':>6} {'new':>6}\n")
+    sys.stdout.write(f"{'data set':15} {'shift':>5} {'all':>6} {'base':>6} {'new':>6}\n")
     for dataset in datasets:
         for shift in shifts or [dataset.shift]:
             found = zero_shot(dataclasses.replace(dataset, shift=shift), **options)
-            sys.stdout.write(f"{dataset.name:10} {shift:5.2f} {found.all:6.1f} {found.base:6.1f} {found.new:6.1f}\n")
+            sys.stdout.write(f"{dataset.name:15} {shift:5.2f} {found.all:6.1f} {found.base:6.1f} {found.new:6.1f}\n")
             sys.stdout.flush()
 
 
 def main() -> None:
     """Run the script."""
+    names = [dataset.name for dataset in (*WORLD_DATASETS, *WORLD_VARIANTS)]
     parser = argparse.ArgumentParser(prog="python -m clipship.training.world.calibrate", description=__doc__)
-    parser.add_argument("--names", nargs="+", default=[d.name for d in WORLD_DATASETS], help="data sets (default: all)")
+    parser.add_argument("--names", nargs="+", default=names, help="data sets (default: all)")
     parser.add_argument("--shifts", nargs="+", type=float, default=[], help="strengths (default: the frozen ones)")
     parser.add_argument("--per-class", type=int, help="test pictures of a class (default: all)")
     parser.add_argument("--model", type=Path, default=TINY_FOLDER, help="folder of the model (default: clipship-tiny)")

@@ -1,18 +1,22 @@
 """The downstream data sets of the built-in world, written in the CoOp layout as real JPEG files.
 
-Six data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"), its
+Nine data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"), its
 pictures are drawn in a style that pre-training never shows (`styles`), and part of the classes are compositions that
-pre-training holds out. The first half of the labels are the base classes, the rest the new ones: every attribute of a
-new class also occurs in a base class, their combination does not.
+pre-training holds out. The first half of the labels are the base classes, the rest the new ones. In six data sets
+every word of a new class also occurs in a base class and only their combination is new; in the other three no word
+does, as hardly any does in data sets of photographs.
+
+Beside them there are variants for domain generalisation: test pictures of a data set's classes in another look.
 """
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from PIL import Image
@@ -25,6 +29,7 @@ from clipship.training.world.attributes import (
     COLOURS,
     COUNT_WORDS,
     PLURALS,
+    SHAPES,
     SIZES,
     WORLD_VERSION,
     held_out_pairs,
@@ -40,7 +45,13 @@ SPLITS: tuple[str, ...] = ("train", "val", "test")
 JPEG_QUALITY = 92
 _SIDE_RANGE_PX = (72, 128)
 
+_LATER_FIELDS = {"halves": "shared", "class_seed": None}
+"""Written into the record only if they say something, so that records of earlier releases still hold."""
+
 Progress = Callable[[int, int, str], None]
+Halves = Literal["shared", "apart"]
+Composition = tuple[str, str]
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +65,9 @@ class WorldDataset:
         template: the prompt whose `{}` takes a class name.
         axes: the two attributes that a class composes.
         values: which words of either axis are used.
-        seed: decides the classes, their order and every picture.
+        halves: "shared" if base classes have every word of the new ones, "apart" if they have none of them.
+        seed: decides every picture and, without a `class_seed`, the classes and their order.
+        class_seed: decides the classes of a variant, whose pictures have a seed of their own.
         shift: how far the style is from pre-training, 0 to 1.
         classes: number of classes.
         train_per_class, val_per_class, test_per_class: number of pictures.
@@ -72,6 +85,8 @@ class WorldDataset:
     train_per_class: int = 32
     val_per_class: int = 8
     test_per_class: int = 40
+    halves: Halves = "shared"
+    class_seed: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse values that the world does not have."""
@@ -80,11 +95,21 @@ class WorldDataset:
                 raise ValueError(f"{self.name}: {sorted(set(words) - set(AXES[axis]))} are not among {AXES[axis]}")
         if not 0 <= self.shift <= 1:
             raise ValueError(f"{self.name}: shift is {self.shift}; it must be between 0 and 1")
+        if self.halves not in get_args(Halves):
+            raise ValueError(f"{self.name}: halves is {self.halves!r}; it must be one of {get_args(Halves)}")
+        room = len(self.values[0]) // 2 * (len(self.values[1]) // 2)
+        if self.halves == "apart" and room < self.num_base:
+            raise ValueError(f"{self.name}: {room} compositions in the smaller half, {self.num_base} are needed")
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Return the class names in label order."""
         return tuple(class_name_of(self.axes, composition) for composition in compositions_of(self))
+
+    @property
+    def num_base(self) -> int:
+        """Return how many classes, from the first, are base classes."""
+        return -(-self.classes // 2)
 
     def per_class(self, split: str) -> int:
         """Return the number of pictures of a class in `train`, `val` or `test`."""
@@ -122,10 +147,35 @@ WORLD_DATASETS: tuple[WorldDataset, ...] = (
         name="fabrics", split_file="split_zhou_Fabrics.json", template="a photo of {}.",
         axes=("colour", "texture"), values=((*_HUES, "gray"), AXES["texture"]), seed=16, shift=0.15,
     ),
+    WorldDataset(
+        name="games", split_file="split_zhou_Games.json", template="a {} in a video game.",
+        axes=("colour", "shape"), values=(AXES["colour"], SHAPES), halves="apart", seed=17, shift=0.3,
+    ),
+    WorldDataset(
+        name="origami", split_file="split_zhou_Origami.json", template="a origami {}.",
+        axes=("texture", "shape"), values=(AXES["texture"], SHAPES), halves="apart", seed=18, shift=0.3,
+    ),
+    WorldDataset(
+        name="renders", split_file="split_zhou_Renders.json", template="a rendering of a {}.",
+        axes=("shape", "background"), values=(SHAPES, AXES["background"]), halves="apart", seed=19, shift=0.3,
+    ),
 )  # fmt: skip
 
 
-def class_name_of(axes: tuple[str, str], composition: tuple[str, str]) -> str:
+def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float) -> WorldDataset:
+    """Return test pictures of a data set's classes in another look, with the data set's own prompt."""
+    (dataset,) = (dataset for dataset in WORLD_DATASETS if dataset.name == source)
+    counts = {"train_per_class": 0, "val_per_class": 0}
+    return replace(dataset, name=name, split_file=split_file, seed=seed, class_seed=dataset.seed, shift=shift, **counts)
+
+
+WORLD_VARIANTS: tuple[WorldDataset, ...] = (
+    _variant("prints", name="prints_night", split_file="split_zhou_PrintsNight.json", seed=31, shift=0.3),
+    _variant("prints", name="prints_sketched", split_file="split_zhou_PrintsSketched.json", seed=32, shift=0.5),
+)
+
+
+def class_name_of(axes: tuple[str, str], composition: Composition) -> str:
     """Return what people would call a composition."""
     first, second = composition
     if axes == ("shape", "background"):
@@ -136,25 +186,45 @@ def class_name_of(axes: tuple[str, str], composition: tuple[str, str]) -> str:
 
 
 @cache
-def compositions_of(dataset: WorldDataset) -> tuple[tuple[str, str], ...]:
+def compositions_of(dataset: WorldDataset) -> tuple[Composition, ...]:
     """Return the compositions of a data set in label order.
 
-    The first shuffle whose base half has every word of the new half, and whose halves both hold compositions that
-    pre-training never shows (at least one in six).
+    The first draw whose halves share their words, or have them apart, as `dataset.halves` says, and both hold
+    compositions that pre-training never shows (at least one in six).
     """
-    rng = np.random.Generator(np.random.PCG64([WORLD_VERSION, dataset.seed]))
-    pairs = [(first, second) for first in dataset.values[0] for second in dataset.values[1]]
-    half = -(-dataset.classes // 2)
+    seed = dataset.seed if dataset.class_seed is None else dataset.class_seed
+    rng = np.random.Generator(np.random.PCG64([WORLD_VERSION, seed]))
+    draw = _draw_apart if dataset.halves == "apart" else _draw_shared
     while True:
-        chosen = [pairs[int(i)] for i in rng.permutation(len(pairs))[: dataset.classes]]
-        if _shares_words(chosen[:half], chosen[half:]) and all(
-            len(chosen_half) <= 6 * sum(is_unseen(dataset.axes, pair) for pair in chosen_half)
-            for chosen_half in (chosen[:half], chosen[half:])
-        ):
-            return tuple(chosen)
+        halves = draw(dataset, rng)
+        if halves is not None and all(_has_unseen(dataset.axes, half) for half in halves):
+            return (*halves[0], *halves[1])
 
 
-def is_unseen(axes: tuple[str, str], composition: tuple[str, str]) -> bool:
+def _draw_shared(dataset: WorldDataset, rng: np.random.Generator) -> tuple[list[Composition], list[Composition]] | None:
+    chosen = _some(product(*dataset.values), dataset.classes, rng)
+    base, new = chosen[: dataset.num_base], chosen[dataset.num_base :]
+    return (base, new) if _shares_words(base, new) else None
+
+
+def _draw_apart(dataset: WorldDataset, rng: np.random.Generator) -> tuple[list[Composition], list[Composition]]:
+    """Deal the words of either axis to the halves, the odd one to the base classes, then compose each half."""
+    first, second = (_some(words, len(words), rng) for words in dataset.values)
+    of_first, of_second = -(-len(first) // 2), -(-len(second) // 2)
+    base = _some(product(first[:of_first], second[:of_second]), dataset.num_base, rng)
+    return base, _some(product(first[of_first:], second[of_second:]), dataset.classes - dataset.num_base, rng)
+
+
+def _some(values: Iterable[_T], count: int, rng: np.random.Generator) -> list[_T]:
+    listed = list(values)
+    return [listed[int(i)] for i in rng.permutation(len(listed))[:count]]
+
+
+def _has_unseen(axes: tuple[str, str], half: Sequence[Composition]) -> bool:
+    return len(half) <= 6 * sum(is_unseen(axes, pair) for pair in half)
+
+
+def is_unseen(axes: tuple[str, str], composition: Composition) -> bool:
     """Return whether pre-training holds the composition out."""
     first, second = composition
     if axes == ("shape", "background"):  # held_out_pairs names the background first
@@ -162,12 +232,12 @@ def is_unseen(axes: tuple[str, str], composition: tuple[str, str]) -> bool:
     return composition in held_out_pairs(*axes)
 
 
-def _shares_words(base: Iterable[tuple[str, str]], new: Iterable[tuple[str, str]]) -> bool:
+def _shares_words(base: Iterable[Composition], new: Iterable[Composition]) -> bool:
     base_words, new_words = ([set(words) for words in zip(*half, strict=True)] for half in (base, new))
     return all(new_side <= base_side for base_side, new_side in zip(base_words, new_words, strict=True))
 
 
-def scene_of(axes: tuple[str, str], composition: tuple[str, str], rng: np.random.Generator) -> Scene:
+def scene_of(axes: tuple[str, str], composition: Composition, rng: np.random.Generator) -> Scene:
     """Return a scene of a composition; what the class name leaves open is random."""
     words = dict(zip(axes, composition, strict=True))
     count = COUNT_WORDS.index(words.get("count", "one")) + 1
@@ -201,7 +271,7 @@ def write_world(
 
     Args:
         out: folder for the data sets.
-        names: which ones; all when None.
+        names: which ones, variants included; all of `WORLD_DATASETS` when None.
         progress: called with (pictures done, pictures in all, data set).
         processes: processes that draw.
 
@@ -219,15 +289,15 @@ def write_world(
 
 
 def dataset_named(name: str) -> WorldDataset:
-    """Return the data set of that name.
+    """Return the data set or variant of that name.
 
     Raises:
         DataError: there is none.
     """
-    for dataset in WORLD_DATASETS:
-        if dataset.name == name:
-            return dataset
-    raise DataError(f"no built-in data set is named {name!r}; {near(name, [d.name for d in WORLD_DATASETS])}")
+    known = {dataset.name: dataset for dataset in (*WORLD_DATASETS, *WORLD_VARIANTS)}
+    if name not in known:
+        raise DataError(f"no built-in data set is named {name!r}; {near(name, known)}")
+    return known[name]
 
 
 def _is_written(folder: Path, dataset: WorldDataset) -> bool:
@@ -242,7 +312,11 @@ def _is_written(folder: Path, dataset: WorldDataset) -> bool:
 
 
 def _record_of(dataset: WorldDataset) -> dict[str, Any]:
-    record = {"format": WORLD_FORMAT, "generator_version": WORLD_VERSION, "dataset": asdict(dataset)}
+    fields = asdict(dataset)
+    for name, default in _LATER_FIELDS.items():
+        if fields[name] == default:
+            del fields[name]
+    record = {"format": WORLD_FORMAT, "generator_version": WORLD_VERSION, "dataset": fields}
     return dict(json.loads(json.dumps(record)))  # lists for tuples, as in the file
 
 

@@ -1,4 +1,4 @@
-"""How the downstream data sets look: six styles, each a systematic shift from what pre-training shows.
+"""How the downstream data sets look: a style for each, a systematic shift from what pre-training shows.
 
 Every style takes a `shift` from 0 (close to pre-training) to 1 (far away). The strength that a data set is frozen
 with was chosen by measuring the zero-shot accuracy of `clipship-tiny` (docs/world.md).
@@ -165,6 +165,83 @@ def fabric(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
     return photographed(cloth * shade[..., None].astype(np.float32), rng)
 
 
+def video_game(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
+    """Draw with the coarse pixels and the few tones of an old game, on a screen whose lines show."""
+    side_px = frame.side_px
+    canvas = backdrop(scene.background, rng, side_px)
+    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
+        paste(canvas, thing, spot, rng)
+    coarse_px = round(side_px / ((1.2 + 3 * frame.shift) * frame.unit_px))
+    image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((coarse_px, coarse_px))
+    step = 24 + 40 * frame.shift
+    tones = np.round(np.asarray(image, np.float32) / step) * step
+    screen = Image.fromarray(np.clip(tones, 0, 255).astype(np.uint8))
+    picture = np.array(screen.resize((side_px, side_px), Image.Resampling.NEAREST), np.float32)
+    picture[::2] *= 1 - 0.5 * frame.shift
+    return photographed(picture, rng)
+
+
+def origami(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
+    """Fold the things from patterned paper: facets in different light, and a shadow to the lower right."""
+    table = np.full((frame.side_px, frame.side_px, 3), rng.uniform(150, 235, 3), np.float32)
+    table += 12 * (noise(rng, frame.side_px, 40) - 0.5)
+    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
+        facets = _facets(max(8, round(spot.side * frame.side_px)), rng, amount=0.15 + 0.5 * frame.shift)
+        _paste_lit(table, thing, spot, rng, frame, facets)
+    return photographed(table, rng)
+
+
+def _facets(side_px: int, rng: np.random.Generator, amount: float) -> Floats:
+    """Return a factor around 1, float32 [side_px, side_px, 1], that jumps at four straight folds."""
+    rows, columns = np.mgrid[-1 : 1 : side_px * 1j, -1 : 1 : side_px * 1j]
+    light = np.zeros((side_px, side_px))
+    for angle in rng.uniform(0, np.pi) + np.arange(4) * np.pi / 4:
+        light += np.sign(rows * np.cos(angle) + columns * np.sin(angle) - rng.uniform(-0.4, 0.4))
+    return np.asarray(1 + amount * light[..., None] / 4, np.float32)
+
+
+def rendering(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
+    """Render the things in plastic: light from the upper left, a shadow, and a floor out of focus."""
+    side_px = frame.side_px
+    floor = np.clip(backdrop(scene.background, rng, side_px), 0, 255).astype(np.uint8)
+    far = Image.fromarray(floor).filter(ImageFilter.GaussianBlur((0.3 + 2.5 * frame.shift) * frame.unit_px))
+    canvas = recoloured(np.asarray(far, np.float32), hue_deg=0, saturation=1 - 0.6 * frame.shift)
+    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
+        _paste_lit(canvas, thing, spot, rng, frame, _gloss(max(8, round(spot.side * side_px)), 0.2 + frame.shift))
+    return photographed(canvas, rng)
+
+
+def _gloss(side_px: int, amount: float) -> Floats:
+    """Return a factor, float32 [side_px, side_px, 1], bright at the upper left and dark at the lower right."""
+    rows, columns = np.mgrid[-1 : 1 : side_px * 1j, -1 : 1 : side_px * 1j]
+    highlight = np.exp(-((rows + 0.35) ** 2 + (columns + 0.35) ** 2) / 0.08)
+    return np.asarray(1 + amount * (highlight - 0.35 * (rows + columns))[..., None], np.float32)
+
+
+def _paste_lit(canvas: Floats, thing: Thing, spot: Spot, rng: np.random.Generator, frame: Frame, light: Floats) -> None:
+    """Draw a thing under that light, float32 [side, side, 1] for its `side` in pixels, and its shadow before it."""
+    side_px, size_px = light.shape[0], frame.side_px
+    mask = mask_of(thing.shape, ANGLES_DEG[int(rng.integers(len(ANGLES_DEG)))], side_px)
+    body = textured(thing, rng, side_px, zoom=float(rng.uniform(0.85, 1.2)), scale=spot.side * PICTURE_PX)
+    by_px = (2 + 5 * frame.shift) * frame.unit_px
+    shadow = np.zeros((size_px, size_px, 1), np.float32)
+    blend(shadow, np.ones_like(mask), mask, (spot.x * size_px + by_px, spot.y * size_px + by_px))
+    canvas *= 1 - (0.3 + 0.4 * frame.shift) * blurred(shadow, 1.5 * frame.unit_px)
+    blend(canvas, body * light, mask, (spot.x * size_px, spot.y * size_px))
+
+
+def night_photo(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
+    """Photograph the scene at night: a lamp beside it, colours that fade, and the noise of a small sensor."""
+    canvas = backdrop(scene.background, rng, frame.side_px)
+    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
+        paste(canvas, thing, spot, rng)
+    canvas = recoloured(canvas, hue_deg=0, saturation=1 - 0.6 * frame.shift)
+    lamp = np.linspace(1, 0.35, frame.side_px, dtype=np.float32)[None, :, None]
+    canvas = canvas * (1 - 0.8 * frame.shift) * lamp * np.asarray((0.85, 0.95, 1.2), np.float32)
+    canvas += rng.standard_normal(canvas.shape, np.float32) * np.float32(50 * frame.shift)
+    return photographed(canvas, rng)
+
+
 STYLES: dict[str, Style] = {
     "sketches": sketch,
     "prints": print_photo,
@@ -172,6 +249,11 @@ STYLES: dict[str, Style] = {
     "places": painting,
     "groups": stamp,
     "fabrics": fabric,
+    "games": video_game,
+    "origami": origami,
+    "renders": rendering,
+    "prints_night": night_photo,
+    "prints_sketched": sketch,
 }
 
 
