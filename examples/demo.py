@@ -95,9 +95,9 @@ def scores_of(places: Places, recipe: str) -> dict[str, Any]:
     checkpoint = places.checkpoint(recipe)
     run("train", recipe, "--data", places.data, "--out", checkpoint, "--resume")
     stored = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["scores"]
-    if stored is None:
+    if DATASET not in stored:
         stored = json.loads(run("evaluate", checkpoint, "--data", places.data, "--json", quiet=True))
-    scores: dict[str, Any] = stored
+    scores: dict[str, Any] = stored[DATASET]
     return scores
 
 

@@ -17,8 +17,9 @@ from PIL import Image
 
 from clipship.core.errors import UsageError
 from clipship.core.images import pixels_from_bytes
+from clipship.core.pictures import ImageLike
 from clipship.serving import client as client_module
-from clipship.serving.client import Classifier, ImageLike, Result, Retry
+from clipship.serving.client import Classifier, Result, Retry
 from clipship.serving.errors import (
     DeadlineExceeded,
     ModelsMissing,

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -71,6 +72,14 @@ def write_data(folder: Path) -> Path:
 def _one_thread() -> None:
     """Models of a few thousand weights are slower on several threads, much slower where the cores are shared."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Features are kept between runs; a test's own go with it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CLIPSHIP_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,7 @@ def test_batches_pair_real_images_with_synthetic_ones(dataset: Dataset, syntheti
     epoch = _epoch(dataset, synthetic, 1)
     assert len(epoch) == 1  # 6 images, batches of 4: the rest waits for the next epoch's order
     batch = epoch[0]
+    assert batch.pixels is not None
     assert batch.pixels.shape == (4, 32, 32, 3)
     assert batch.seen is not None
     assert batch.unseen is not None
@@ -97,6 +98,8 @@ def test_batches_pair_real_images_with_synthetic_ones(dataset: Dataset, syntheti
 def test_batches_repeat_for_an_epoch_and_change_with_it(dataset: Dataset, synthetic: SyntheticSet) -> None:
     first, again, later = (_epoch(dataset, synthetic, number)[0] for number in (1, 1, 2))
     assert first.files == again.files
+    assert first.pixels is not None
+    assert again.pixels is not None
     assert torch.equal(first.pixels, again.pixels)
     assert first.files != later.files
 

@@ -57,20 +57,21 @@ def test_a_checkpoint_comes_back_as_it_was(checkpoint: Checkpoint, saved: Path, 
 
 def test_the_record_says_what_it_came_from(saved: Path, clip: Clip) -> None:
     record = json.loads((saved / "checkpoint.json").read_text())
-    assert (record["format"], record["format_version"]) == ("clipship-checkpoint", 1)
+    assert (record["format"], record["format_version"]) == ("clipship-checkpoint", 2)
     assert (record["seed"], record["base_model"], record["base_model_digest"]) == (7, clip.name, clip.digest)
     assert (record["class_names"], record["num_base"], record["selection"]) == (
         ["red", "green", "blue"],
         2,
         "last step",
     )
-    assert record["scores"] is None
+    assert record["scores"] == {}
     assert torch.__version__.startswith(record["versions"]["torch"])
 
 
 def test_scores_are_added_to_the_record(saved: Path) -> None:
-    save_scores(saved, {"base": 50.0})
-    assert load_checkpoint(saved).scores == {"base": 50.0}
+    save_scores(saved, "prints", {"base": 50.0})
+    save_scores(saved, "neon", {"all": 9.0})
+    assert load_checkpoint(saved).scores == {"prints": {"base": 50.0}, "neon": {"all": 9.0}}
 
 
 def test_another_base_model_is_refused(saved: Path, tmp_path: Path) -> None:
@@ -107,8 +108,8 @@ def test_damage_is_one_line(saved: Path, tmp_path: Path) -> None:
     record = (saved / "checkpoint.json").read_text()
     faults = {
         "{": "not JSON",
-        "[]": "is not 'clipship-checkpoint' version 1",
-        record.replace('"format_version": 1', '"format_version": 9'): "version 9 is not",
+        "[]": "is not 'clipship-checkpoint' version 2",
+        record.replace('"format_version": 2', '"format_version": 9'): "version 9 is not",
         record.replace('"num_base"', '"num_bass"'): "malformed",
         record.replace('"momentum"', '"moment"'): "malformed",
     }

@@ -29,10 +29,10 @@ def test_train_and_evaluate(
     assert code == 0
     assert json.loads(out)["learned_parameters"] == 4 * 48
     code, out, _ = _run(capsys, "evaluate", run, "--data", data_folder, "--json")
-    scores = json.loads(out)
+    scores = json.loads(out)["Colours"]
     assert code == 0
     assert scores["num_base_images"] == 12
-    assert json.loads((run / "checkpoint.json").read_text())["scores"] == scores
+    assert json.loads((run / "checkpoint.json").read_text())["scores"] == {"Colours": scores}
     code, out, _ = _run(capsys, "evaluate", run, "--data", data_folder)
     assert code == 0
     assert f"{scores['open_harmonic_mean']:.2f}" in out

@@ -75,49 +75,45 @@ def test_unknown_split_files_get_the_default_template(dataset: Dataset, data_fol
     assert load_dataset(folder).train[0].path == folder / "red" / "train_0.png"
 
 
-def _with_split(folder: Path, content: str) -> Path:
-    (folder / "split_zhou_X.json").write_text(content)
-    return folder
-
-
-def _split(**lists: object) -> str:
-    return json.dumps({"train": [["a.png", 0, "a"], ["b.png", 1, "b"]], "val": [], "test": [], **lists})
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "not JSON"),
-        ("[]", "lists train, val and test"),
-        (json.dumps({"train": []}), "lists train, val and test"),
-        (_split(train=[]), "the list train is empty"),
-        (_split(test=[["a.png", "0", "a"]]), r"test holds \['a.png', '0', 'a'\]"),
-        (_split(test=[["a.png", 0]]), "each entry must be"),
-        (_split(test=[["a.png", 0, "other"]]), "label 0 is both 'a' and 'other'"),
-        (_split(train=[["a.png", 0, "a"], ["b.png", 2, "b"]]), "without gaps"),
-        (_split(train=[["a.png", 0, "a"], ["b.png", 1, "a"]]), "class name 'a' has several labels"),
-        (_split(), "2 of the images named in split_zhou_X.json are not there, the first is .*a.png"),
-    ],
-)
-def test_bad_split_files_are_named_with_their_fault(tmp_path: Path, content: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        load_dataset(_with_split(tmp_path, content))
-
-
-def test_folders_without_one_split_file_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such folder"):
+def test_folders_without_a_data_set_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such folder or file"):
         load_dataset(tmp_path / "absent")
-    with pytest.raises(DataError, match="no split_zhou_"):
+    with pytest.raises(DataError, match="no such folder or file"):
+        load_dataset(tmp_path / "absent.csv")
+    with pytest.raises(DataError, match=r"no split_zhou_.* and no class folders in it"):
         load_dataset(tmp_path)
-    _with_split(tmp_path, _split())
-    (tmp_path / "split_zhou_Y.json").write_text(_split())
+    for name in ("X", "Y"):
+        (tmp_path / f"split_zhou_{name}.json").write_text("{}")
     with pytest.raises(DataError, match=r"several split files \(split_zhou_X.json, split_zhou_Y.json\)"):
         load_dataset(tmp_path)
+
+
+def test_a_split_file_comes_before_the_name_of_the_folder(data_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(data_folder, tmp_path / "imagenet")
+    assert load_dataset(folder).record.name == "Colours"
+
+
+def test_the_folder_may_be_the_one_commands_run_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sun397").mkdir()
+    monkeypatch.chdir(tmp_path / "sun397")
+    with pytest.raises(DataError, match=r"split_zhou_SUN397.json is missing"):
+        load_dataset(Path())
 
 
 def test_a_class_with_too_few_images_is_named(dataset: Dataset) -> None:
     with pytest.raises(DataError, match="class 'red' has 6 training images, 7 are asked for"):
         few_shot(dataset, 7, seed=1)
+
+
+def test_a_data_set_without_training_images_is_named(dataset: Dataset) -> None:
+    with pytest.raises(DataError, match="Colours has no training images: it is for testing only"):
+        few_shot(replace(dataset, train=()), 1, seed=1)
+
+
+def test_all_given_base_classes_need_training_images(dataset: Dataset) -> None:
+    some = tuple(item for item in dataset.train if item.label < 3)
+    with pytest.raises(DataError, match="class 'white' has 0 training images, 1 are asked for"):
+        few_shot(replace(dataset, train=some, base_classes=4), 1, seed=1)
 
 
 def test_new_classes_need_no_training_images(dataset: Dataset) -> None:

@@ -1,6 +1,13 @@
 """The training loop: schedule, what it may touch, resuming, and what it refuses."""
 
+import contextlib
+import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,13 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipship.core.errors import CheckFailed, DataError, RecipeError, UsageError
+from clipship.core.errors import CheckFailed, ClipshipError, DataError, RecipeError, UsageError
 from clipship.training import loop
 from clipship.training.checkpoint import Checkpoint, load_checkpoint, method_from_checkpoint
 from clipship.training.clip import Clip, digest_of_tensors
 from clipship.training.config import TrainConfig
 from clipship.training.data import Dataset
 from clipship.training.evaluate import evaluate
+from clipship.training.loop import RunOptions
 from clipship.training.methods import Batch
 from clipship.training.methods.coop import CoOp
 from clipship.training.synthetic import SyntheticSet
@@ -29,9 +37,15 @@ def _config(clip: Clip, method: str = "sync-clip", **changes: object) -> TrainCo
 
 
 def _train(
-    config: TrainConfig, dataset: Dataset, synthetic: SyntheticSet | None, out: Path, **more: object
+    config: TrainConfig,
+    dataset: Dataset,
+    synthetic: SyntheticSet | None,
+    out: Path,
+    clip: Clip | None = None,
+    **options: object,
 ) -> Checkpoint:
-    return loop.train(config, dataset, out=out, synthetic=synthetic, device="cpu", **more)  # type: ignore[arg-type]
+    run_options = RunOptions(device="cpu", **options)  # type: ignore[arg-type]
+    return loop.train(config, dataset, out=out, synthetic=synthetic, clip=clip, options=run_options)
 
 
 def test_the_learning_rate_is_the_published_schedule() -> None:
@@ -60,11 +74,13 @@ def test_sync_clip_tells_the_colours_apart_better_than_zero_shot(
     clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path
 ) -> None:
     """On random weights zero-shot is chance; prompts learned from a few images are not."""
-    scores = {}
+    scores: dict[str, float] = {}
     for method in ("zero-shot", "sync-clip"):
         config = _config(clip, method, epochs=15, learning_rate=0.1, synthetic_weight=1.0)
         checkpoint = _train(config, dataset, synthetic, tmp_path / method, clip=clip)
-        scores[method] = evaluate(method_from_checkpoint(checkpoint, clip), dataset).open_harmonic_mean
+        mean = evaluate(method_from_checkpoint(checkpoint, clip), dataset).open_harmonic_mean
+        assert mean is not None
+        scores[method] = mean
     assert scores["sync-clip"] > scores["zero-shot"] + 25
 
 
@@ -93,21 +109,37 @@ class _Stop(Exception):
     """Stands for a kill."""
 
 
+@pytest.mark.parametrize("place", ["epoch 1 step 2", "epoch 3 step 1", "epoch 3 step 2"])
+@pytest.mark.parametrize(
+    ("method", "changes"),
+    [
+        ("sync-clip", {}),
+        ("coop", {"feature_views": 2, "optimizer": "adamw", "schedule": "step-cosine", "warmup_epochs": 0}),
+        ("coop", {"average_mean": 2.0, "average_std": 1.0, "momentum": 0.0, "accumulate": 2}),
+    ],
+)
 def test_an_interrupted_run_ends_with_the_tensors_of_a_whole_one(
-    clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    clip: Clip,
+    dataset: Dataset,
+    synthetic: SyntheticSet,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    changes: dict[str, object],
+    place: str,
 ) -> None:
-    config = _config(clip)
+    config = _config(clip, method, **changes)
     whole = _train(config, dataset, synthetic, tmp_path / "whole", clip=clip)
     step = loop._Run._step
 
-    def stops(self: loop._Run, batch: Batch, place: str) -> dict[str, float]:
-        if place == "epoch 3 step 2":
+    def stops(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
+        if at == place:
             raise _Stop
-        return step(self, batch, place)
+        return step(self, batch, rate, at)
 
     monkeypatch.setattr(loop._Run, "_step", stops)
     with pytest.raises(_Stop):
-        _train(config, dataset, synthetic, tmp_path / "cut", clip=clip)
+        _train(config, dataset, synthetic, tmp_path / "cut", clip=clip, save_every_s=0.0)
     monkeypatch.undo()
     with pytest.raises(RecipeError, match="holds an unfinished run: add --resume"):
         _train(config, dataset, synthetic, tmp_path / "cut", clip=clip)
@@ -117,6 +149,152 @@ def test_an_interrupted_run_ends_with_the_tensors_of_a_whole_one(
     assert digest_of_tensors(dict(resumed.learned)) == digest_of_tensors(dict(whole.learned))
     assert list(resumed.losses) == list(whole.losses)
     assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["checkpoint.json", "learned.safetensors"]
+
+
+_KILLED = """
+import sys
+from pathlib import Path
+import torch
+from clipship.training.config import TrainConfig
+from clipship.training.data import load_dataset
+from clipship.training.loop import RunOptions, train
+from clipship.training.synthetic import SyntheticSet
+
+torch.set_num_threads(1)
+content, data, synthetic, out = sys.argv[1:]
+train(TrainConfig.from_json(__import__("json").loads(content)), load_dataset(Path(data)), out=Path(out),
+      synthetic=SyntheticSet.load(Path(synthetic)), options=RunOptions(device="cpu", resume=True, save_every_s=0.0))
+"""
+
+
+def test_kill_9_at_any_step_costs_nothing(
+    clip: Clip, dataset: Dataset, data_folder: Path, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
+    """A real process, killed when its state has changed a few times, twice; the third one ends as if undisturbed."""
+    config = _config(clip, epochs=8)
+    whole = _train(config, dataset, synthetic, tmp_path / "whole", clip=clip)
+    arguments = [json.dumps(config.to_json()), str(data_folder), str(synthetic.folder), str(tmp_path / "cut")]
+    state = tmp_path / "cut" / "state" / "state.json"
+    for changes in (3, 5):
+        with subprocess.Popen([sys.executable, "-c", _KILLED, *arguments]) as process:
+            _wait_for_changes(state, changes, process)
+            process.send_signal(signal.SIGKILL)
+        assert process.returncode == -signal.SIGKILL
+    resumed = _train(config, dataset, synthetic, tmp_path / "cut", clip=clip, resume=True)
+    assert list(resumed.losses) == list(whole.losses)
+    assert digest_of_tensors(dict(resumed.learned)) == digest_of_tensors(dict(whole.learned))
+
+
+def _wait_for_changes(path: Path, changes: int, process: subprocess.Popen[bytes]) -> None:
+    seen: set[int] = set()
+    while len(seen) <= changes:
+        assert process.poll() is None, "it ended before it could be killed"
+        with contextlib.suppress(OSError):
+            seen.add(path.stat().st_mtime_ns)
+        time.sleep(0.002)
+
+
+def test_kept_features_are_those_of_encoding_anew(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
+    """With as many views as epochs nothing but the order of summation differs."""
+    anew, kept = (
+        _train(_config(clip, "coop", feature_views=views), dataset, None, tmp_path / str(views), clip=clip)
+        for views in (0, 3)
+    )
+    for name, value in anew.learned.items():
+        torch.testing.assert_close(kept.learned[name], value, rtol=1e-4, atol=1e-5)
+    again = _train(_config(clip, "coop", feature_views=1), dataset, None, tmp_path / "1", clip=clip)
+    assert digest_of_tensors(dict(again.learned)) != digest_of_tensors(dict(kept.learned))
+
+
+def test_features_on_disk_are_used_and_follow_the_images(
+    clip: Clip, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = _config(clip, "coop", feature_views=2)
+    cache = tmp_path / "features"
+    first = _train(config, dataset, None, tmp_path / "a", clip=clip, cache=cache)
+    monkeypatch.setattr("clipship.training.features.frozen_features", None)  # would fail if it were called
+    second = _train(config, dataset, None, tmp_path / "b", clip=clip, cache=cache)
+    assert digest_of_tensors(dict(first.learned)) == digest_of_tensors(dict(second.learned))
+    os.utime(dataset.train[0].path)
+    with pytest.raises(TypeError):
+        _train(config, dataset, None, tmp_path / "c", clip=clip, cache=cache)
+
+
+def test_accumulated_parts_have_the_gradients_of_the_whole_batch(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
+    whole, parts = (
+        _train(_config(clip, "coop", accumulate=count), dataset, None, tmp_path / str(count), clip=clip)
+        for count in (1, 3)
+    )
+    for name, value in whole.learned.items():
+        torch.testing.assert_close(parts.learned[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_the_weights_kept_are_the_gaussian_average(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
+    """A bell so narrow that one epoch has all the weight gives that epoch's weights."""
+    config = _config(clip, "coop", schedule="constant")
+    short = _train(replace(config, epochs=2), dataset, None, tmp_path / "short", clip=clip)
+    averaged = _train(
+        replace(config, average_mean=2.0, average_std=0.1), dataset, None, tmp_path / "averaged", clip=clip
+    )
+    wide = _train(replace(config, average_mean=2.0, average_std=9.0), dataset, None, tmp_path / "wide", clip=clip)
+    torch.testing.assert_close(averaged.learned["context"], short.learned["context"])
+    assert averaged.selection == "Gaussian average over epochs (mean 2, std 0.1)"
+    assert (averaged.learned["context"] - wide.learned["context"]).abs().max() > 1e-4
+
+
+def test_tensorboard_gets_every_step(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
+    _train(_config(clip, "coop"), dataset, None, tmp_path / "run", clip=clip, tensorboard=tmp_path / "board")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(tmp_path / "board"))
+    events.Reload()
+    assert sorted(events.Tags()["scalars"]) == ["learning_rate", "real", "total"]
+    assert [one.step for one in events.Scalars("total")] == list(range(1, 10))
+
+
+def test_two_processes_learn_what_one_does(
+    clip: Clip, dataset: Dataset, data_folder: Path, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
+    config = _config(clip, "coop", epochs=2)
+    alone = _train(config, dataset, None, tmp_path / "alone", clip=clip)
+    script = tmp_path / "run.py"
+    script.write_text(_KILLED)
+    arguments = [json.dumps(config.to_json()), str(data_folder), str(synthetic.folder), str(tmp_path / "two")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29561", str(script)]
+    subprocess.run([*launch, *arguments], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    two = load_checkpoint(tmp_path / "two")
+    torch.testing.assert_close(two.learned["context"], alone.learned["context"], rtol=1e-4, atol=1e-5)
+    assert two.losses[-1]["total"] == pytest.approx(alone.losses[-1]["total"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError("too much"),
+    ],
+)
+def test_out_of_memory_says_what_lowers_it(
+    clip: Clip, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def hungry(self: CoOp, batch: Batch) -> dict[str, Tensor]:
+        raise error
+
+    monkeypatch.setattr(CoOp, "loss", hungry)
+    with pytest.raises(ClipshipError, match=r"epoch 1 step 1: out of memory .*raise --accumulate.*--text-chunk"):
+        _train(_config(clip, "coop"), dataset, None, tmp_path / "run", clip=clip)
+
+
+def test_other_errors_of_a_step_are_not_taken_for_it(
+    clip: Clip, dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(self: CoOp, batch: Batch) -> dict[str, Tensor]:
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(CoOp, "loss", wrong)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        _train(_config(clip, "coop"), dataset, None, tmp_path / "run", clip=clip)
 
 
 def test_a_finished_run_is_kept(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
@@ -179,13 +357,16 @@ def test_too_few_shots_are_refused_before_anything_is_written(clip: Clip, datase
     assert not (tmp_path / "run").exists()
 
 
-def test_bf16_learns_float32_tensors(clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path) -> None:
+def test_reduced_precision_learns_float32_tensors(
+    clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
     runs = {
         precision: _train(
             _config(clip, epochs=1, precision=precision), dataset, synthetic, tmp_path / precision, clip=clip
         )
-        for precision in ("fp32", "bf16")
+        for precision in ("fp32", "bf16", "fp16")
     }
-    assert all(value.dtype == torch.float32 for value in runs["bf16"].learned.values())
-    assert runs["bf16"].losses[0]["total"] == pytest.approx(runs["fp32"].losses[0]["total"], rel=0.05)
-    assert runs["bf16"].losses[0]["total"] != runs["fp32"].losses[0]["total"]
+    for precision in ("bf16", "fp16"):
+        assert all(value.dtype == torch.float32 for value in runs[precision].learned.values())
+        assert runs[precision].losses[0]["total"] == pytest.approx(runs["fp32"].losses[0]["total"], rel=0.05)
+        assert runs[precision].losses[0]["total"] != runs["fp32"].losses[0]["total"]

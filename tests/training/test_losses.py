@@ -1,26 +1,43 @@
-"""SYNC-CLIP's three losses against their formulas written out in float64 NumPy."""
+"""Every loss, and every method's total, against its formula written out in float64 NumPy, to 1e-6."""
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional
 
+from clipship.training import losses, prompts
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.losses import alignment_loss, classification_loss
-from clipship.training.methods import Batch, SyncClip, Task
-from clipship.training.prompts import image_features
+from clipship.training.methods import Batch, Method, SyncClip, Task, build_method
+from clipship.training.methods.cocoop import CoCoOp
 
 Array = NDArray[np.float64]
 
+NAMES = ("red", "green_grass", "blue", "white", "black")
+TASK = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.",))
+LABELS = [0, 1, 2, 1]
+TOLERANCE = 1e-6
 
-def _cross_entropy(features: Array, classes: Array, labels: list[int], scale: float) -> float:
-    total = 0.0
-    for feature, label in zip(features, labels, strict=True):
-        logits = [scale * float(feature @ one) / float(np.sqrt(feature @ feature)) for one in classes]
-        top = max(logits)
-        total -= logits[label] - top - float(np.log(sum(np.exp(logit - top) for logit in logits)))
-    return total / len(labels)
+
+def _log_softmax(logits: list[float]) -> list[float]:
+    top = max(logits)
+    total = top + float(np.log(sum(np.exp(logit - top) for logit in logits)))
+    return [logit - total for logit in logits]
+
+
+def _logits(features: Array, classes: Array, scale: float) -> list[list[float]]:
+    return [[scale * float(one @ feature) / float(np.sqrt(feature @ feature)) for one in classes]
+            for feature in features]  # fmt: skip
+
+
+def _cross_entropy(logits: list[list[float]], labels: list[int]) -> float:
+    return -sum(_log_softmax(row)[label] for row, label in zip(logits, labels, strict=True)) / len(labels)
+
+
+def _classification(features: Array, classes: Array, labels: list[int], scale: float) -> float:
+    return _cross_entropy(_logits(features, classes, scale), labels)
 
 
 def _alignment(synthetic: Array, real: Array, labels: list[int], margin: float = 0.0) -> float:
@@ -37,28 +54,82 @@ def _alignment(synthetic: Array, real: Array, labels: list[int], margin: float =
     return total / len(labels)
 
 
+def _cosine_distance(learned: Array, frozen: Array) -> float:
+    return 1 - sum(float(a @ b) for a, b in zip(learned, frozen, strict=True)) / len(learned)
+
+
+def _absolute_distance(learned: Array, frozen: Array) -> float:
+    entries = [abs(float(a) - float(b)) for a, b in zip(learned.ravel(), frozen.ravel(), strict=True)]
+    return sum(entries) / len(entries)
+
+
+def _divergence(logits: list[list[float]], frozen_logits: list[list[float]]) -> float:
+    """Sum over B and C of p0 (log p0 - log p), over B C."""
+    total = 0.0
+    for row, frozen_row in zip(logits, frozen_logits, strict=True):
+        for log_p, log_p0 in zip(_log_softmax(row), _log_softmax(frozen_row), strict=True):
+            total += float(np.exp(log_p0)) * (log_p0 - log_p)
+    return total / (len(logits) * len(logits[0]))
+
+
 def _unit(features: Array) -> Array:
     unit: Array = features / np.linalg.norm(features, axis=1, keepdims=True)
     return unit
+
+
+def _near(want: float) -> object:
+    return pytest.approx(want, rel=TOLERANCE, abs=1e-12)
 
 
 def test_each_loss_is_its_formula() -> None:
     draw = np.random.default_rng(3)
     synthetic, real, classes = draw.normal(size=(6, 16)), draw.normal(size=(6, 16)), _unit(draw.normal(size=(5, 16)))
     labels = [0, 1, 1, 2, 0, 2]
-    as_tensor = [torch.from_numpy(one).float() for one in (synthetic, real, classes)]
-    got = alignment_loss(as_tensor[0], as_tensor[1], torch.tensor(labels))
-    assert float(got) == pytest.approx(_alignment(synthetic, real, labels), rel=1e-6)
-    got = alignment_loss(as_tensor[0], as_tensor[1], torch.tensor(labels), margin=0.4)
-    assert float(got) == pytest.approx(_alignment(synthetic, real, labels, 0.4), rel=1e-6)
-    got = classification_loss(as_tensor[1], as_tensor[2], torch.tensor(labels), 100.0)
-    assert float(got) == pytest.approx(_cross_entropy(real, classes, labels, 100.0), rel=1e-6)
+    a, b, c = (torch.from_numpy(one) for one in (synthetic, real, classes))
+    y = torch.tensor(labels)
+    assert float(losses.alignment_loss(a, b, y)) == _near(_alignment(synthetic, real, labels))
+    assert float(losses.alignment_loss(a, b, y, margin=0.4)) == _near(_alignment(synthetic, real, labels, 0.4))
+    want = _classification(real, classes, labels, 100.0)
+    assert float(losses.classification_loss(b, c, y, 100.0)) == _near(want)
+    logits, frozen = draw.normal(size=(6, 5)) * 4, draw.normal(size=(6, 5)) * 4
+    assert float(losses.cross_entropy(torch.from_numpy(logits), y)) == _near(_cross_entropy(logits.tolist(), labels))
+    got = losses.divergence(torch.from_numpy(logits), torch.from_numpy(frozen))
+    assert float(got) == _near(_divergence(logits.tolist(), frozen.tolist()))
+    assert float(got) != pytest.approx(_divergence(frozen.tolist(), logits.tolist()), rel=1e-2)
+    learned, reference = _unit(synthetic), _unit(real)
+    pair = (torch.from_numpy(learned), torch.from_numpy(reference))
+    assert float(losses.cosine_distance(*pair)) == _near(_cosine_distance(learned, reference))
+    assert float(losses.absolute_distance(*pair)) == _near(_absolute_distance(learned, reference))
+
+
+@pytest.mark.parametrize("given", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_losses_are_never_less_than_float32(given: torch.dtype) -> None:
+    features = functional.normalize(torch.randn(4, 8, dtype=torch.float64), dim=-1).to(given)
+    labels = torch.tensor([0, 1, 2, 0])
+    values = [
+        losses.classification_loss(features, features, labels, 100.0),
+        losses.alignment_loss(features, features, labels),
+        losses.cross_entropy(features, labels),
+        losses.cosine_distance(features, features),
+        losses.absolute_distance(features, features),
+        losses.divergence(features, features),
+    ]
+    want = torch.float64 if given == torch.float64 else torch.float32
+    assert {value.dtype for value in values} == {want}
+
+
+def test_autocast_does_not_round_the_logits() -> None:
+    features, classes = torch.randn(8, 16), functional.normalize(torch.randn(5, 16), dim=-1)
+    labels = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2])
+    want = losses.classification_loss(features, classes, labels, 100.0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert float(losses.classification_loss(features, classes, labels, 100.0)) == pytest.approx(float(want), 1e-6)
 
 
 def test_the_hinge_is_off_where_the_batch_has_one_class() -> None:
     synthetic = torch.randn(4, 8, requires_grad=True)
     real = torch.randn(4, 8)
-    loss = alignment_loss(synthetic, real, torch.ones(4, dtype=torch.long))
+    loss = losses.alignment_loss(synthetic, real, torch.ones(4, dtype=torch.long))
     assert float(loss.detach()) == pytest.approx(float((synthetic - real).abs().mean().detach()), rel=1e-6)
     loss.backward()  # type: ignore[no-untyped-call]
     assert synthetic.grad is not None
@@ -67,40 +138,171 @@ def test_the_hinge_is_off_where_the_batch_has_one_class() -> None:
 
 def test_the_alignment_pulls_both_sides() -> None:
     synthetic, real = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8, requires_grad=True)
-    alignment_loss(synthetic, real, torch.tensor([0, 1, 2])).backward()  # type: ignore[no-untyped-call]
+    losses.alignment_loss(synthetic, real, torch.tensor([0, 1, 2])).backward()  # type: ignore[no-untyped-call]
     assert synthetic.grad is not None
     assert real.grad is not None
     assert float(real.grad.abs().sum()) > 0
 
 
-def test_sync_clips_total_is_the_sum_of_its_formulas(clip: Clip) -> None:
-    names = ("red", "green", "blue", "white", "black")
-    config = TrainConfig(
-        recipe="t", method="sync-clip", base_model=clip.name, text_depth=2, image_tokens=4, image_depth=3,
-        domain_tokens=2, synthetic_weight=0.3, align_weight=0.7,
+# The totals: the towers in float64, every learned tensor moved away from where it starts.
+
+
+@pytest.fixture
+def exact(clip: Clip) -> Clip:
+    clip.model.double()
+    return clip
+
+
+def _method(clip: Clip, name: str, **settings: object) -> Method:
+    config = TrainConfig(recipe="t", method=name, base_model="small", **settings)  # type: ignore[arg-type]
+    method = build_method(clip, config, TASK).double()
+    draw = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for parameter in method.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=draw))
+    return method
+
+
+def _pixels(seed: int) -> Tensor:
+    return torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _array(tensor: Tensor) -> Array:
+    assert tensor.dtype == torch.float64
+    array: Array = tensor.detach().numpy()
+    return array
+
+
+def _frozen_text(clip: Clip, template: str, names: tuple[str, ...]) -> Array:
+    """Raw features [C, D] of open_clip's own text tower."""
+    tokens = clip.tokenize([template.replace("{}", name.replace("_", " ")) for name in names])
+    with torch.no_grad():
+        return _array(clip.model.encode_text(tokens))
+
+
+def _values(parts: dict[str, Tensor]) -> dict[str, float]:
+    assert {value.dtype for value in parts.values()} == {torch.float64}
+    return {name: float(value.detach()) for name, value in parts.items()}
+
+
+def test_coops_total(exact: Clip) -> None:
+    method = _method(exact, "coop")
+    features = _array(method.image_features(_pixels(1)))
+    classes = _array(method.class_features(NAMES[:3]))
+    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    want = _classification(features, classes, LABELS, exact.logit_scale)
+    assert _values(method.loss(batch)) == {"total": _near(want), "real": _near(want)}
+
+
+def test_coops_total_with_generated_features_is_over_all_classes(exact: Clip) -> None:
+    method = _method(exact, "coop")
+    features, generated = _array(method.image_features(_pixels(1))), _array(method.image_features(_pixels(2)))
+    batch = Batch(
+        features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=(),
+        generated=torch.from_numpy(generated), generated_labels=torch.tensor([3, 4, 4, 3]),
     )  # fmt: skip
-    method = SyncClip(clip, config, Task(class_names=names, num_base=3, templates=("a photo of a {}.",)))
-    draw = torch.Generator().manual_seed(1)
-    pixels, seen, unseen = (torch.randn(4, 3, 32, 32, generator=draw) for _ in range(3))
-    labels, unseen_labels = [0, 1, 2, 1], [3, 4, 4, 3]
+    classes = _array(method.class_features(NAMES))
+    both = np.concatenate([features, generated])
+    want = _classification(both, classes, [*LABELS, 3, 4, 4, 3], exact.logit_scale)
+    assert _values(method.loss(batch))["total"] == _near(want)
+
+
+def test_cocoops_total(exact: Clip) -> None:
+    method = _method(exact, "cocoop", meta_reduction=4, text_chunk=7)
+    assert isinstance(method, CoCoOp)
+    features = _array(method.image_features(_pixels(1)))
+    net = {name: _array(value) for name, value in method.meta_net.state_dict().items()}
+    rows = []
+    tokens = exact.tokenize([f"X X X X {name.replace('_', ' ')}." for name in NAMES[:3]])
+    for feature in features:
+        hidden = np.maximum(net["0.weight"] @ feature + net["0.bias"], 0)
+        shift = net["2.weight"] @ hidden + net["2.bias"]
+        context = torch.from_numpy(_array(method.context) + shift)
+        classes = _unit(_array(prompts.text_features(exact, tokens, context)))
+        rows.append([exact.logit_scale * float(one @ feature) for one in classes])
+    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    assert _values(method.loss(batch))["total"] == _near(_cross_entropy(rows, LABELS))
+
+
+@pytest.mark.parametrize("template", ["a photo of a {}.", "some {}, a type of thing."])
+def test_kgcoops_total(exact: Clip, template: str) -> None:
+    method = _method(exact, "kgcoop", text_consistency=8.0, reference_templates=(template,))
+    features = _array(method.image_features(_pixels(1)))
+    classes = _array(method.class_features(NAMES[:3]))
+    real = _classification(features, classes, LABELS, exact.logit_scale)
+    text = _cosine_distance(classes, _unit(_frozen_text(exact, template, NAMES[:3])))
+    assert text > 1e-3
+    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    want = {"total": _near(real + 8.0 * text), "real": _near(real), "text": _near(text)}
+    assert _values(method.loss(batch)) == want
+
+
+IMAGE_METHODS: dict[str, dict[str, object]] = {
+    "vpt": {"image_tokens": 4, "image_depth": 3},
+    "ivlp": {"text_depth": 2, "image_tokens": 4, "image_depth": 3},
+    "maple": {"text_tokens": 2, "text_depth": 2},
+}
+
+
+@pytest.mark.parametrize("name", sorted(IMAGE_METHODS))
+def test_totals_of_prompted_images(exact: Clip, name: str) -> None:
+    method = _method(exact, name, **IMAGE_METHODS[name])
+    with torch.no_grad():
+        raw = _array(prompts.image_features(exact, _pixels(1), method.image_prompts()))
+    classes = _array(method.class_features(NAMES[:3]))
+    if name == "vpt":
+        np.testing.assert_allclose(classes, _unit(_frozen_text(exact, TASK.templates[0], NAMES[:3])), rtol=1e-9)
+    want = _classification(raw, classes, LABELS, exact.logit_scale)
+    values = _values(method.loss(Batch(pixels=_pixels(1), labels=torch.tensor(LABELS), files=())))
+    assert values == {"total": _near(want), "real": _near(want)}
+
+
+def test_promptsrcs_total(exact: Clip) -> None:
+    templates = ("a photo of a {}.", "many {}!")
+    method = _method(
+        exact, "promptsrc", text_depth=2, image_tokens=4, image_depth=3, text_consistency=25.0,
+        image_consistency=10.0, logit_consistency=1.5, reference_templates=templates,
+    )  # fmt: skip
+    scale = exact.logit_scale
+    classes = _array(method.class_features(NAMES[:3]))
+    frozen_classes = _unit(sum((_frozen_text(exact, form, NAMES[:3]) for form in templates), np.zeros((3, 24))) / 2)
+    with torch.no_grad():
+        raw = _array(prompts.image_features(exact, _pixels(1), method.image_prompts()))
+        frozen_raw = _array(exact.model.encode_image(_pixels(1)))
+    want = {
+        "real": _classification(raw, classes, LABELS, scale),
+        "text": _absolute_distance(classes, frozen_classes),
+        "image": _absolute_distance(_unit(raw), _unit(frozen_raw)),
+        "logits": _divergence(_logits(raw, classes, scale), _logits(frozen_raw, frozen_classes, scale)),
+    }
+    assert min(want.values()) > 1e-3
+    total = want["real"] + 25 * want["text"] + 10 * want["image"] + 1.5 * want["logits"]
+    values = _values(method.loss(Batch(pixels=_pixels(1), labels=torch.tensor(LABELS), files=())))
+    assert values == {"total": _near(total), **{part: _near(value) for part, value in want.items()}}
+
+
+def test_sync_clips_total(exact: Clip) -> None:
+    method = _method(
+        exact, "sync-clip", text_depth=2, image_tokens=4, image_depth=3, domain_tokens=2, synthetic_weight=0.3,
+        align_weight=0.7,
+    )  # fmt: skip
+    assert isinstance(method, SyncClip)
+    pixels, seen, unseen = (_pixels(seed) for seed in (1, 2, 3))
+    unseen_labels = [3, 4, 4, 3]
     parts = method.loss(
-        Batch(pixels=pixels, labels=torch.tensor(labels), files=(), seen=seen, unseen=unseen,
+        Batch(pixels=pixels, labels=torch.tensor(LABELS), files=(), seen=seen, unseen=unseen,
               unseen_labels=torch.tensor(unseen_labels))
     )  # fmt: skip
     with torch.no_grad():
-        real_path, synthetic_path = method.image_prompts(), method.synthetic_image_prompts()
-        real = image_features(clip, pixels, real_path).double().numpy()
-        pairs = image_features(clip, seen, synthetic_path).double().numpy()
-        others = image_features(clip, unseen, synthetic_path).double().numpy()
-        classes = method.class_features(names).double().numpy()
-    scale = clip.logit_scale
-    want_real = _cross_entropy(real, classes[:3], labels, scale)
-    want_synthetic = _cross_entropy(pairs, classes, labels, scale) + _cross_entropy(
-        others, classes, unseen_labels, scale
-    )
-    want_align = _alignment(pairs, real, labels)
-    assert float(parts["real"]) == pytest.approx(want_real, rel=2e-6)
-    assert float(parts["synthetic"]) == pytest.approx(want_synthetic, rel=2e-6)
-    assert float(parts["align"]) == pytest.approx(want_align, rel=2e-6)
-    total = want_real + 0.3 * want_synthetic + 0.7 * want_align
-    assert float(parts["total"].detach()) == pytest.approx(total, rel=2e-6)
+        real = _array(prompts.image_features(exact, pixels, method.image_prompts()))
+        pairs = _array(prompts.image_features(exact, seen, method.synthetic_image_prompts()))
+        others = _array(prompts.image_features(exact, unseen, method.synthetic_image_prompts()))
+    classes, scale = _array(method.class_features(NAMES)), exact.logit_scale
+    want = {
+        "real": _classification(real, classes[:3], LABELS, scale),
+        "synthetic": _classification(pairs, classes, LABELS, scale)
+        + _classification(others, classes, unseen_labels, scale),
+        "align": _alignment(pairs, real, LABELS),
+    }
+    total = want["real"] + 0.3 * want["synthetic"] + 0.7 * want["align"]
+    assert _values(parts) == {"total": _near(total), **{part: _near(value) for part, value in want.items()}}

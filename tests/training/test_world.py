@@ -14,6 +14,12 @@ import torch
 from PIL import Image
 
 from clipship.core.errors import DataError
+from clipship.training.clip import TINY, load_clip
+from clipship.training.config import TrainConfig
+from clipship.training.losses import classification_loss
+from clipship.training.methods import CoOp, Task, ZeroShot
+from clipship.training.recipes import config_from_recipe
+from clipship.training.world import contexts
 from clipship.training.world import datasets as world_datasets
 from clipship.training.world import pretrain as pretraining
 from clipship.training.world.attributes import (
@@ -24,11 +30,14 @@ from clipship.training.world.attributes import (
     held_out_pairs,
 )
 from clipship.training.world.calibrate import TINY_FOLDER, zero_shot
-from clipship.training.world.captions import caption_of
+from clipship.training.world.captions import MANY_TEMPLATES, SINGLE_TEMPLATES, TEMPLATES, caption_of
 from clipship.training.world.datasets import (
+    SPLITS,
     WORLD_DATASETS,
+    WORLD_VARIANTS,
     WorldDataset,
     compositions_of,
+    dataset_named,
     draw_example,
     is_unseen,
     write_world,
@@ -43,6 +52,15 @@ PINNED_MEANS = [
     [176, 167, 190], [59, 107, 40], [103, 128, 49], [146, 109, 68],
     [197, 198, 219], [168, 189, 174], [149, 139, 165], [59, 133, 183],
 ]  # fmt: skip
+PINNED_DATASETS = [
+    # name, sha256 of the class names, sha256 of six pictures (both cut)
+    ("sketches", "75641ea3de5581c2", "565c7ad16bfd6929"),
+    ("prints", "39c84b89445c36ca", "0e7f9063856150c0"),
+    ("neon", "3fc684ac268cbb7e", "f47dabfe1b5d46f0"),
+    ("places", "a7a1d7ddcf65a5c1", "e4f5f5edf383fafc"),
+    ("groups", "0642ac6e67983e4f", "2d2a1e3f6fccb708"),
+    ("fabrics", "adf30eec84f06692", "c0b4aaff3f7fd62d"),
+]
 PAIRS = [("colour", "shape"), ("texture", "shape"), ("background", "shape"), ("count", "shape"), ("colour", "texture")]
 
 
@@ -137,6 +155,12 @@ def test_captions_state_only_facts_and_leave_words_out() -> None:
                 assert value in caption.text
 
 
+def test_templates_are_of_forms_that_captions_have() -> None:
+    forms = {form.replace("{a}", "a") for form in (*SINGLE_TEMPLATES, *MANY_TEMPLATES)}
+    assert set(TEMPLATES) <= forms
+    assert 8 <= len(set(TEMPLATES)) == len(TEMPLATES)
+
+
 def test_fits_matrix_knows_which_caption_is_true_of_which_picture() -> None:
     red_star = frozenset({"kind:single", "first.colour:red", "first.shape:star"})
     blue_star = frozenset({"kind:single", "first.colour:blue", "first.shape:star"})
@@ -193,14 +217,47 @@ def test_drawing_is_quick() -> None:
 
 
 @pytest.mark.parametrize("dataset", WORLD_DATASETS, ids=lambda dataset: dataset.name)
-def test_new_classes_share_words_with_base_classes_but_not_compositions(dataset: WorldDataset) -> None:
+def test_halves_share_all_their_words_or_none_and_never_a_composition(dataset: WorldDataset) -> None:
     compositions = compositions_of(dataset)
     assert 20 <= len(compositions) <= 30
     assert len(set(compositions)) == len(compositions) == len(set(dataset.class_names))
-    base, new = compositions[: dataset.classes // 2], compositions[dataset.classes // 2 :]
+    base, new = compositions[: dataset.num_base], compositions[dataset.num_base :]
     for side in (0, 1):
-        assert {pair[side] for pair in new} <= {pair[side] for pair in base}
+        base_words, new_words = ({pair[side] for pair in half} for half in (base, new))
+        if dataset.halves == "apart":
+            assert base_words.isdisjoint(new_words)
+        else:
+            assert new_words <= base_words
     assert 2 <= sum(is_unseen(dataset.axes, pair) for pair in new) < len(new)
+
+
+def test_some_data_sets_have_their_words_apart() -> None:
+    assert sum(dataset.halves == "apart" for dataset in WORLD_DATASETS) >= 3
+
+
+@pytest.mark.parametrize(("name", "of_classes", "of_pixels"), PINNED_DATASETS, ids=[one[0] for one in PINNED_DATASETS])
+def test_published_data_sets_stay_as_they_are(name: str, of_classes: str, of_pixels: str) -> None:
+    dataset = dataset_named(name)
+    assert hashlib.sha256("\n".join(dataset.class_names).encode()).hexdigest()[:16] == of_classes
+    pixels = b"".join(draw_example(dataset, split, label, 3).tobytes() for split in SPLITS for label in (0, 13))
+    assert hashlib.sha256(pixels).hexdigest()[:16] == of_pixels
+
+
+@pytest.mark.parametrize("variant", WORLD_VARIANTS, ids=lambda variant: variant.name)
+def test_variants_show_the_classes_of_a_data_set_in_another_look(variant: WorldDataset) -> None:
+    source = dataset_named(variant.name.split("_")[0])
+    assert variant.class_names == source.class_names
+    assert variant.template == source.template
+    assert [variant.per_class(split) for split in SPLITS] == [0, 0, source.test_per_class]
+    picture = draw_example(variant, "test", 0, 0)
+    assert np.array_equal(picture, draw_example(variant, "test", 0, 0))
+    assert not np.array_equal(picture[:72, :72], draw_example(source, "test", 0, 0)[:72, :72])
+
+
+def test_names_of_data_sets_and_variants_are_their_own() -> None:
+    known = (*WORLD_DATASETS, *WORLD_VARIANTS)
+    for field in ("name", "split_file", "seed"):
+        assert len({getattr(dataset, field) for dataset in known}) == len(known), field
 
 
 @pytest.mark.parametrize("dataset", WORLD_DATASETS, ids=lambda dataset: dataset.name)
@@ -246,6 +303,27 @@ def test_write_world_writes_the_coop_layout(tmp_path: Path, monkeypatch: pytest.
     (folder / "world.json").write_text(json.dumps({"format": "clipship-world", "generator_version": 0}))
     with pytest.raises(DataError, match="another version"):
         write_world(tmp_path, names=[dataset.name])
+
+
+def test_a_variant_is_written_when_asked_for_and_has_test_pictures_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variant = dataclasses.replace(WORLD_VARIANTS[0], test_per_class=1)
+    monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (tiny_dataset(),))
+    monkeypatch.setattr(world_datasets, "WORLD_VARIANTS", (variant,))
+    (folder,) = write_world(tmp_path, names=[variant.name])
+    split = json.loads((folder / variant.split_file).read_text())
+    assert {name: len(rows) for name, rows in split.items()} == {"train": 0, "val": 0, "test": 24}
+    assert len(list(folder.rglob("*.jpg"))) == 24
+    assert [path.name for path in write_world(tmp_path / "all")] == ["sketches"]
+
+
+def test_records_of_earlier_releases_still_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = tiny_dataset()
+    monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (dataset,))
+    (folder,) = write_world(tmp_path)
+    fields = json.loads((folder / "world.json").read_text())["dataset"]
+    assert not {"halves", "class_seed"} & set(fields), "data sets written before these fields came would be refused"
 
 
 def test_write_world_refuses_foreign_folders_and_unknown_names(tmp_path: Path) -> None:
@@ -297,6 +375,10 @@ def test_records_are_checked() -> None:
         dataclasses.replace(WORLD_DATASETS[0], shift=2)
     with pytest.raises(ValueError, match="plaid"):
         dataclasses.replace(WORLD_DATASETS[0], values=(("plaid",), ("star",)))
+    with pytest.raises(ValueError, match="halves is 'far'"):
+        dataclasses.replace(WORLD_DATASETS[0], halves="far")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="1 compositions in the smaller half, 12 are needed"):
+        dataclasses.replace(WORLD_DATASETS[0], values=(("red", "blue"), ("star", "ring")), halves="apart")
 
 
 # Pre-training.
@@ -421,11 +503,59 @@ def test_committed_model_is_an_ordinary_open_clip_folder() -> None:
     assert int(scores.argmax()) == 0
 
 
-@pytest.mark.parametrize("dataset", WORLD_DATASETS, ids=lambda dataset: dataset.name)
+@pytest.mark.parametrize("dataset", [*WORLD_DATASETS, *WORLD_VARIANTS], ids=lambda dataset: dataset.name)
 def test_zero_shot_is_neither_hopeless_nor_saturated(dataset: WorldDataset) -> None:
     found = zero_shot(dataset, TINY_FOLDER, per_class=6)
     assert 40 < found.all < 80
-    assert found.all < min(found.base, found.new)
+    assert max(found.base, found.new) < 95
+    if dataset.halves == "shared":  # every class has classes of its own words in the other half
+        assert found.all < min(found.base, found.new)
+
+
+def few_pictures() -> WorldDataset:
+    return dataclasses.replace(dataset_named("games"), train_per_class=2)
+
+
+def short_run() -> TrainConfig:
+    return dataclasses.replace(config_from_recipe("coop-tiny"), shots=2, batch_size=8, epochs=4)
+
+
+def test_scores_on_frozen_features_are_those_of_the_plain_model() -> None:
+    dataset, clip = few_pictures(), load_clip(TINY)
+    task = Task(class_names=dataset.class_names, num_base=dataset.num_base, templates=(dataset.template,))
+    frozen = contexts.frozen_features(clip, dataset, split="test", per_class=3)
+    assert frozen.crops.shape[:2] == (2 * dataset.num_base, contexts.CROPS)
+    assert torch.allclose(frozen.crops.norm(dim=-1), torch.ones(1))
+    found = contexts.scores_of(ZeroShot(clip, config_from_recipe("zero-shot-tiny"), task), frozen)
+    assert found == zero_shot(dataset, TINY_FOLDER, per_class=3)
+
+
+def test_a_context_is_learned_from_base_classes_and_equal_seeds_give_equal_ones() -> None:
+    dataset, clip = few_pictures(), load_clip(TINY)
+    task = Task(class_names=dataset.class_names, num_base=dataset.num_base, templates=(dataset.template,))
+    frozen = contexts.frozen_features(clip, dataset, per_class=1)
+    runs = [contexts.learned_context(clip, task, frozen, short_run()).learned()["context"] for _ in range(2)]
+    assert torch.equal(runs[0], runs[1])
+    methods = CoOp(clip, short_run(), task), contexts.learned_context(clip, task, frozen, short_run())
+    with torch.no_grad():
+        classes = [method.class_features(task.class_names[: task.num_base]) for method in methods]
+        before, after = (
+            classification_loss(frozen.crops[:, 0], one, frozen.crop_labels, clip.logit_scale) for one in classes
+        )
+    assert after < before
+
+
+def test_contexts_prints_a_line_for_every_way_to_compose_the_classes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (few_pictures(),))
+    monkeypatch.setattr(contexts, "_CONFIG", dataclasses.replace(short_run(), epochs=1))
+    options = ["--names", "games", "--halves", "shared", "apart", "--per-class", "1", "--seeds", "2", "--shifts", "0.5"]
+    monkeypatch.setattr(sys, "argv", ["contexts", *options])
+    contexts.main()
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert header.startswith("data set")
+    assert [line.split()[:3] for line in lines] == [["games", "shared", "0.50"], ["games", "apart", "0.50"]]
 
 
 def test_log_is_of_the_run_that_made_the_weights() -> None:

@@ -23,6 +23,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "recipes": ("clipship.training.cli:recipes", "List the training recipes."),
     "train": ("clipship.training.cli:train", "Learn prompts: recipe + data -> checkpoint."),
     "evaluate": ("clipship.training.cli:evaluate", "Base, new, harmonic mean and open-vocabulary accuracy."),
+    "compare": ("clipship.training.compare.cli:compare", "Methods x data sets x seeds: table, plots, one HTML page."),
     "pack": ("clipship.export.cli:pack", "Checkpoint + vocabulary -> verified ONNX bundle."),
     "verify": ("clipship.export.cli:verify", "Compare a bundle with its golden samples and your images."),
     "repository": ("clipship.serving.cli:repository", "Bundle -> Triton model repository."),

@@ -20,6 +20,14 @@ _AT_FDCWD = -100  # fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
+def cache_folder() -> Path:
+    """``CLIPSHIP_CACHE``, or ``clipship`` in the user's cache folder: what can be made again, kept between runs."""
+    given = os.environ.get("CLIPSHIP_CACHE")
+    if given:
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipship"
+
+
 def _sibling(final: Path) -> Path:
     return final.with_name(f".{final.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part")
 

@@ -27,6 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+"""What a file's name ends in, in lower case, where a folder is searched for images."""
+
 MAX_PIXELS = 400_000_000
 """Images with more pixels are refused before they are decoded (a 20,000 x 20,000 image just passes)."""
 

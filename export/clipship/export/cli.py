@@ -48,7 +48,12 @@ def pack(checkpoint: Path, vocabulary: Path | None, images: Path | None, out: Pa
     pictures = pictures_for(images)
     log(f"verifying with {len(pictures)} images of {images or 'the built-in world'}")
     bundle = bundle_from_method(
-        method_from_checkpoint(saved), words, pictures, out, provenance=_provenance(checkpoint, saved)
+        method_from_checkpoint(saved),
+        words,
+        pictures,
+        out,
+        provenance=_provenance(checkpoint, saved),
+        temperature=saved.temperature,
     )
     result = {"bundle": str(out), "digest": bundle.digest, "classes": len(words), **bundle.verification()}
     line = f"{out}: {len(words)} classes, verified on {len(pictures)} images, digest {bundle.digest[:16]}"
@@ -64,7 +69,8 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
         "config": checkpoint.config.to_json(),
         "dataset": checkpoint.dataset,
         "data_digest": checkpoint.data_digest,
-        "scores": checkpoint.scores,
+        "scores": dict(checkpoint.scores),
+        "calibration": checkpoint.calibration,
         "trained_with": dict(checkpoint.versions),
     }
 

@@ -45,21 +45,25 @@ def bundle_from_method(
     out: Path,
     *,
     provenance: dict[str, Any],
+    temperature: float | None = None,
 ) -> Bundle:
     """Export ``method`` for ``vocabulary``, compare it with PyTorch on ``pictures``, and write the bundle ``out``.
 
     The bundle takes the name ``out`` only when every comparison is within tolerance; until then an older bundle of that
-    name stays.
+    name stays. ``temperature`` is the checkpoint's: the logit scale is divided by it, so that what is served is
+    calibrated as in PyTorch.
 
     Raises:
         CheckFailed: a comparison is out of tolerance; the message is the whole table.
         DataError: a picture cannot be decoded, a class name is too long for the text tower.
-        UsageError: ``out`` exists and is no bundle.
+        UsageError: ``out`` exists and is no bundle, or the method cannot be exported.
     """
     refuse_foreign_folder(out)
+    if method.not_exportable:
+        raise UsageError(f"{method.name} cannot be packed: {method.not_exportable}")
     with progress("pack", 5) as report, replace_folder(out) as folder, torch.inference_mode():
         _export(method, folder, report)
-        features = _write_vocabulary(method, vocabulary, folder)
+        features = _write_vocabulary(method, vocabulary, folder, temperature or 1.0)
         report(3, "golden samples")
         pixels = pixels_of(pictures, method.clip.image_spec)
         expected = image_features(method, pixels)
@@ -116,11 +120,11 @@ def _export(method: Method, folder: Path, report: Report) -> None:
     report(2, "text features")
 
 
-def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path) -> VocabularyFeatures:
+def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path, temperature: float) -> VocabularyFeatures:
     from safetensors.numpy import save
 
     features = method.class_features(vocabulary.names).cpu().numpy()
-    scale = np.array([method.clip.logit_scale], np.float32)
+    scale = np.array([method.clip.logit_scale / temperature], np.float32)
     tensors = {"features": features, "logit_scale": scale}
     (folder / layout.VOCABULARY_TENSORS).write_bytes(save(tensors))  # save_file would let only the owner read it
     (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")

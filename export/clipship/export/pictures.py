@@ -9,11 +9,11 @@ import numpy as np
 from PIL import Image
 
 from clipship.core.errors import DataError
+from clipship.core.images import IMAGE_SUFFIXES
 from clipship.export.reference import VERIFY_COUNT, Picture
 from clipship.training.world.render import render_scene
 from clipship.training.world.scenes import sample_scene
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 _WORLD_STREAM = 7_001  # a seed of its own: none of the data sets' pictures
 
 
@@ -25,9 +25,10 @@ def pictures_from_folder(folder: Path, count: int = VERIFY_COUNT) -> list[Pictur
     """
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder: give --images a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
     if not paths:
-        raise DataError(f"{folder}: no images in it (looked for {', '.join(SUFFIXES)}): give --images another folder")
+        looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
+        raise DataError(f"{folder}: no images in it (looked for {looked_for}): give --images another folder")
     chosen = [paths[position * len(paths) // count] for position in range(count)] if len(paths) > count else paths
     return [Picture(name=path.name, data=path.read_bytes()) for path in chosen]
 

@@ -20,16 +20,16 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core.errors import UsageError
-from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes, pixels_from_image, rgb_from_image
+from clipship.core.images import ImageDecodeError, ImageSpec, rgb_from_image
+from clipship.core.pictures import ImageLike, bytes_or_image, pixels_from_any
 from clipship.core.tensors import ENCODED, ERROR, image_tensor, indices_tensor, labels_tensor, scores_tensor
 from clipship.serving.errors import RETRYABLE, ModelsMissing
 from clipship.serving.names import (
@@ -47,9 +47,6 @@ MAX_REQUEST_BYTES = 64 * 2**20
 """Encoded images of one request together; a larger one travels alone."""
 MAX_IMAGE_BYTES = 2**30
 """A larger file is not sent: it gets a result with an error."""
-
-ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
-"""A path, an image file's bytes, a PIL image, or RGB pixels uint8 [height, width, 3] of any size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,15 +238,10 @@ class Classifier:
 
     def _payload(self, image: ImageLike) -> NDArray[np.uint8] | bytes:
         """Pixels uint8 [H, W, 3], or encoded bytes when the server decodes."""
-        if isinstance(image, str | os.PathLike):
-            image = Path(image).read_bytes()
-        if isinstance(image, bytes):
-            return image if self._decode == "server" else pixels_from_bytes(image, self.facts.image_spec)
-        if isinstance(image, np.ndarray):
-            image = _image_from_array(image)
-        if not isinstance(image, Image.Image):
-            raise UsageError(f"an image is a {type(image).__name__}: give a path, bytes, a PIL image or an array")
-        return _png_bytes(image) if self._decode == "server" else pixels_from_image(image, self.facts.image_spec)
+        if self._decode == "client":
+            return pixels_from_any(image, self.facts.image_spec)
+        given = bytes_or_image(image)
+        return given if isinstance(given, bytes) else _png_bytes(given)
 
     def _send(self, images: list[_Loaded]) -> _Batch:
         payloads = [image.payload for image in images if image.payload is not None]
@@ -325,17 +317,6 @@ def _checked_batch_size(given: int | None, largest: int) -> int:
 
 def _is_done(batch: _Batch) -> bool:
     return batch.answer is None or batch.answer.done()
-
-
-def _image_from_array(array: NDArray[Any]) -> Image.Image:
-    """A PIL image of RGB pixels uint8 [height, width, 3].
-
-    Raises:
-        UsageError: another type or shape.
-    """
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise UsageError(f"an array is {array.dtype} {list(array.shape)}: give RGB pixels, uint8 [height, width, 3]")
-    return Image.fromarray(array)
 
 
 def _png_bytes(image: Image.Image) -> bytes:

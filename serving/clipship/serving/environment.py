@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
-from clipship.core.files import replace_folder, sha256_of_text
+from clipship.core.files import cache_folder, replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
 from clipship.serving.errors import ServingError
 
@@ -112,14 +112,6 @@ def container_command(repository: Path, *, http_port: int, grpc_port: int, metri
     return (
         f'docker run --rm --shm-size=2g {ports} -v {repository.resolve()}:/models:ro {CONTAINER_IMAGE} sh -c "{start}"'
     )
-
-
-def cache_folder() -> Path:
-    """``CLIPSHIP_CACHE``, or ``clipship`` in the user's cache folder."""
-    given = os.environ.get("CLIPSHIP_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipship"
 
 
 def _joined(*paths: str) -> str:

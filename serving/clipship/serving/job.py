@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
+from clipship.core.images import IMAGE_SUFFIXES
 from clipship.core.progress import progress
 from clipship.serving.client import Classifier
 from clipship.serving.results import Sink
-
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-"""What counts as an image in a folder; a file that is named is taken whatever its name."""
 
 
 @dataclass(frozen=True, kw_only=True)

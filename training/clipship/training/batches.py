@@ -9,6 +9,7 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -92,7 +93,11 @@ class ImageCache:
         Raises:
             DataError: it cannot be decoded.
         """
-        return self._images.get(path) or decoded(path)
+        if path not in self._images:
+            image = decoded(path)
+            self._keep(path, image)
+            return image
+        return self._images[path]
 
     def _keep(self, path: Path, image: Image.Image) -> None:
         size = image.width * image.height * 3
@@ -130,10 +135,35 @@ def training_pixels(image: Image.Image, size_px: int, config: TrainConfig, key: 
     return np.array(cropped)
 
 
+def training_view(
+    images: ImageCache, path: Path, position: int, size_px: int, config: TrainConfig, epoch: int
+) -> torch.Tensor:
+    """uint8 [H, W, 3]: the crop that the few-shot image at ``position`` has in ``epoch``."""
+    key = f"{config.seed} {epoch} {position} real"
+    return torch.from_numpy(training_pixels(images.image(path), size_px, config, key))
+
+
+def views_of(config: TrainConfig, epoch: int) -> int:
+    """The epoch whose crops ``epoch`` learns from: its own, or one of the first ``feature_views``."""
+    return epoch if config.feature_views == 0 else 1 + (epoch - 1) % config.feature_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What a step learns from, before any image is read."""
+
+    positions: tuple[int, ...]
+    """Of real images in the few-shot list."""
+    seen: tuple[Path, ...]
+    unseen: tuple[Path, ...]
+    unseen_labels: tuple[int, ...]
+
+
 class Epoch(torch.utils.data.Dataset[Batch]):
-    """The batches of one epoch, uint8 pixels [B, H, W, 3]. Every draw is keyed by seed, epoch and position.
+    """The batches of one epoch. Every draw is keyed by seed, epoch and position, so any step can be made again.
 
     With synthetic images each real one comes with a synthetic one of its class, and with one of a random new class.
+    ``features`` [N, D], those of the few-shot images in this epoch, take the place of uint8 pixels [B, H, W, 3].
     """
 
     def __init__(
@@ -146,46 +176,67 @@ class Epoch(torch.utils.data.Dataset[Batch]):
         size_px: int,
         cache: ImageCache,
         epoch: int,
+        features: torch.Tensor | None = None,
+        num_classes: int = 0,
     ) -> None:
-        self._items = list(items)
+        self._items = items
         self._synthetic = synthetic
         self._num_base = num_base
         self._config = config
         self._size_px = size_px
         self._cache = cache
+        self._epoch = epoch
+        self._features = features
         self._key = f"{config.seed} {epoch}"
-        random.Random(f"{self._key} order").shuffle(self._items)
+        self._images = len(items) or num_classes * config.shots  # as many steps where all features are generated
+        self._order = list(range(len(items)))
+        random.Random(f"{self._key} order").shuffle(self._order)
 
     def __len__(self) -> int:
-        return max(1, len(self._items) // self._config.batch_size)
+        return max(1, self._images // self._config.batch_size)
 
     def __getitem__(self, step: int) -> Batch:
-        size = self._config.batch_size
-        items = self._items[step * size : (step + 1) * size]
-        generator = random.Random(f"{self._key} step {step}")
-        seen = [generator.choice(self._synthetic[item.label]) for item in items] if self._synthetic else []
-        new = range(self._num_base, len(self._synthetic))
-        labels = [generator.choice(new) for _ in items] if new else []
-        unseen = [generator.choice(self._synthetic[label]) for label in labels]
-        paths = [item.path for item in items]
+        draw = self.draw(step)
+        items = [self._items[position] for position in draw.positions]
+        paths = (*(item.path for item in items), *draw.seen, *draw.unseen)
         return Batch(
-            pixels=self._pixels(paths, f"{self._key} {step} real"),
-            labels=torch.tensor([item.label for item in items]),
-            files=tuple(str(path) for path in (*paths, *seen, *unseen)),
-            seen=self._synthetic_pixels(seen, f"{step} seen") if seen else None,
-            unseen=self._synthetic_pixels(unseen, f"{step} unseen") if unseen else None,
-            unseen_labels=torch.tensor(labels) if unseen else None,
+            labels=torch.tensor([item.label for item in items], dtype=torch.long),
+            files=tuple(map(str, paths)),
+            features=None if self._features is None else self._features[list(draw.positions)],
+            pixels=self._real_pixels(draw.positions) if self._features is None and items else None,
+            seen=self._synthetic_pixels(draw.seen, f"{step} seen") if draw.seen else None,
+            unseen=self._synthetic_pixels(draw.unseen, f"{step} unseen") if draw.unseen else None,
+            unseen_labels=torch.tensor(draw.unseen_labels) if draw.unseen else None,
+        )
+
+    def draw(self, step: int) -> Draw:
+        """The images of ``step`` (from 0)."""
+        size = self._config.batch_size
+        positions = tuple(self._order[step * size : (step + 1) * size])
+        if not self._synthetic:
+            return Draw(positions=positions, seen=(), unseen=(), unseen_labels=())
+        generator = random.Random(f"{self._key} step {step}")
+        seen = tuple(generator.choice(self._synthetic[self._items[position].label]) for position in positions)
+        new = range(self._num_base, len(self._synthetic))
+        labels = tuple(generator.choice(new) for _ in positions) if new else ()
+        unseen = tuple(generator.choice(self._synthetic[label]) for label in labels)
+        return Draw(positions=positions, seen=seen, unseen=unseen, unseen_labels=labels)
+
+    def _real_pixels(self, positions: Sequence[int]) -> torch.Tensor:
+        return torch.stack(
+            [
+                training_view(self._cache, self._items[i].path, i, self._size_px, self._config, self._epoch)
+                for i in positions
+            ]
         )
 
     def _synthetic_pixels(self, paths: Sequence[Path], draw: str) -> torch.Tensor:
         """Unless the recipe redraws them, a synthetic image has one crop for the whole run."""
         if self._config.redraw_synthetic:
-            return self._pixels(paths, f"{self._key} {draw}")
-        key = f"{self._config.seed} once"
-        return torch.from_numpy(np.stack([self._one(path, f"{key} {path.name}") for path in paths]))
-
-    def _pixels(self, paths: Sequence[Path], key: str) -> torch.Tensor:
-        return torch.from_numpy(np.stack([self._one(path, f"{key} {place}") for place, path in enumerate(paths)]))
+            keys = [f"{self._key} {draw} {place}" for place in range(len(paths))]
+        else:
+            keys = [f"{self._config.seed} once {path.name}" for path in paths]
+        return torch.from_numpy(np.stack([self._one(path, key) for path, key in zip(paths, keys, strict=True)]))
 
     def _one(self, path: Path, key: str) -> NDArray[np.uint8]:
         return training_pixels(self._cache.image(path), self._size_px, self._config, key)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,11 +23,11 @@ from clipship.training.config import TrainConfig
 from clipship.training.methods import Method, Task, build_method
 
 FORMAT = "clipship-checkpoint"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 LEARNED = "learned.safetensors"
 RECORD = "checkpoint.json"
-SELECTION = "last step"
-"""Which weights are kept. Never the ones that are best on the test images."""
+GENERATOR = "generator"
+"""The folder below a checkpoint's that holds the checkpoint of its feature generator, if the run learned one."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -52,9 +53,20 @@ class Checkpoint:
     """Learned tensors by name; none for zero-shot."""
     losses: Sequence[Mapping[str, float]] = ()
     """One record an epoch: learning rate and mean losses."""
-    scores: Mapping[str, Any] | None = None
-    """What ``clipship evaluate`` found, if it has run."""
+    notes: Mapping[str, float] = field(default_factory=dict)
+    """What the method measured besides its losses."""
+    selection: str = "last step"
+    """The rule by which the weights were kept. Never: those that are best on the test images."""
+    calibration: Mapping[str, Any] | None = None
+    """The temperature of its probabilities, fitted on validation images, and what it changed."""
+    scores: Mapping[str, Any] = field(default_factory=dict)
+    """What ``clipship evaluate`` found, by the name of the data set."""
     versions: Mapping[str, str] = field(default_factory=tool_versions)
+
+    @property
+    def temperature(self) -> float | None:
+        """What logits are divided by before the softmax, so that probabilities mean what they say."""
+        return None if self.calibration is None else float(self.calibration["temperature"])
 
     def to_json(self) -> dict[str, Any]:
         """``checkpoint.json`` without the digest of the tensors' file."""
@@ -68,9 +80,11 @@ class Checkpoint:
             "dataset": self.dataset,
             "data_digest": self.data_digest,
             **asdict(self.task),
-            "selection": SELECTION,
+            "selection": self.selection,
             "losses": [dict(epoch) for epoch in self.losses],
-            "scores": self.scores,
+            "notes": dict(self.notes),
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "scores": dict(self.scores),
             "versions": dict(self.versions),
         }
 
@@ -83,6 +97,8 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         (folder / LEARNED).write_bytes(save(dict(checkpoint.learned)))  # save_file would let only the owner read it
         digest = sha256_of(folder / LEARNED)
         write_json_atomic(folder / RECORD, {**checkpoint.to_json(), "learned_sha256": digest})
+        if (path / GENERATOR).is_dir():
+            shutil.copytree(path / GENERATOR, folder / GENERATOR)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -110,6 +126,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
             base_model_digest=content["base_model_digest"],
             learned=load_file(path / LEARNED),
             losses=tuple(content["losses"]),
+            notes=content["notes"],
+            selection=content["selection"],
+            calibration=content["calibration"],
             scores=content["scores"],
             versions=content["versions"],
         )
@@ -125,9 +144,10 @@ def _record_in(path: Path) -> dict[str, Any]:
     return read_record(record, record_format=FORMAT, version=FORMAT_VERSION, error=CheckpointError, advice=advice)
 
 
-def save_scores(path: Path, scores: Mapping[str, Any]) -> None:
-    """Put ``scores`` into the record of the checkpoint in the folder ``path``."""
-    write_json_atomic(path / RECORD, {**_record_in(path), "scores": dict(scores)})
+def save_scores(path: Path, dataset: str, scores: Mapping[str, Any]) -> None:
+    """Put the ``scores`` on the data set of that name into the record of the checkpoint in the folder ``path``."""
+    record = _record_in(path)
+    write_json_atomic(path / RECORD, {**record, "scores": {**record["scores"], dataset: dict(scores)}})
 
 
 def method_from_checkpoint(checkpoint: Checkpoint, clip: Clip | None = None) -> Method:

@@ -12,6 +12,7 @@ import click
 
 from clipship.core.cli import emit, existing_folder, json_option
 from clipship.core.errors import DataError, MissingExtraError, UsageError, near
+from clipship.core.files import cache_folder
 from clipship.core.progress import log, progress
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _CANDIDATES, _KEPT = 24, 16
 
 
 @contextmanager
-def _needs_training() -> Iterator[None]:
+def needs_training() -> Iterator[None]:
     """Turn a missing PyTorch or open_clip into the line that says what to install."""
     try:
         import open_clip
@@ -46,15 +47,18 @@ def _needs_training() -> Iterator[None]:
 def world(out: Path, only: tuple[str, ...], synthetic_seed: int, as_json: bool) -> None:
     """Write the built-in data sets in the CoOp layout, each with a synthetic set beside its images.
 
-    What is there already is kept. Example: clipship world --out world
+    What is there already is kept. Variants with test images only are written when --only names them.
+
+    Example: clipship world --out world
     """
-    with _needs_training():
-        from clipship.training.world.datasets import SPLITS, WORLD_DATASETS, write_world
-    names = [one.name for one in WORLD_DATASETS]
+    with needs_training():
+        from clipship.training.world.datasets import SPLITS, WORLD_DATASETS, WORLD_VARIANTS, write_world
+    known = (*WORLD_DATASETS, *WORLD_VARIANTS)
+    names = [one.name for one in known]
     for name in only:
         if name not in names:
             raise UsageError(f"unknown data set {name!r}: {near(name, names)}")
-    chosen = [one for one in WORLD_DATASETS if not only or one.name in only]
+    chosen = [one for one in known if one.name in only] if only else WORLD_DATASETS
     absent = [one for one in chosen if not (out / one.name).exists()]
     total = sum(one.classes * sum(map(one.per_class, SPLITS)) for one in absent)
     with progress("drawing", total) as report:
@@ -65,13 +69,13 @@ def world(out: Path, only: tuple[str, ...], synthetic_seed: int, as_json: bool) 
 
 
 def _write_synthetic(folder: Path, seed: int) -> Dataset:
-    """Write the synthetic set of the data set in ``folder`` unless one of that seed is there."""
+    """Write the synthetic set of the data set in ``folder`` unless one of that seed is there, or it has only tests."""
     from clipship.training.clip import TINY, load_clip
     from clipship.training.data import load_dataset
     from clipship.training.world.synthesis import clip_scorer, write_world_synthetic_set
 
     dataset = load_dataset(folder)
-    if _has_synthetic(folder / SYNTHETIC, seed):
+    if not dataset.train or _has_synthetic(folder / SYNTHETIC, seed):
         return dataset
     clip = load_clip(TINY)
     with progress(f"synthetic {dataset.record.name}", len(dataset.class_names)) as report:
@@ -104,7 +108,7 @@ def _describe(folder: Path, dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.record.name,
         "path": str(folder),
-        "synthetic": str(folder / SYNTHETIC),
+        "synthetic": str(folder / SYNTHETIC) if dataset.train else None,
         "classes": len(dataset.class_names),
         "images": images,
     }
@@ -117,7 +121,7 @@ def recipes(as_json: bool) -> None:
 
     Example: clipship recipes
     """
-    with _needs_training():
+    with needs_training():
         from clipship.training.recipes import RECIPES
     listed = {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in RECIPES.items()}
     width = max(map(len, listed))
@@ -126,17 +130,24 @@ def recipes(as_json: bool) -> None:
 
 @click.command()
 @click.argument("recipe")
-@click.option("--data", required=True, help="Folder of one data set in the CoOp layout.")
+@click.option("--data", required=True, help="A data set: a folder, or a CSV or Parquet list of images.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the checkpoint.")
 @click.option("--synthetic", help="Folder of a synthetic set; default: DATA/synthetic.")
+@click.option("--generator", help="Checkpoint of a feature generator, instead of the one the recipe learns first.")
 @click.option("--seed", default=1, show_default=True, help="Of the few-shot sample, prompts, order and crops.")
 @click.option("--shots", type=click.IntRange(min=1), help="Real images a class; default: the recipe's.")
+@click.option("--classes", type=click.Choice(["base", "all"]), help="Which classes have real images.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Real images a step; default: the recipe's.")
+@click.option("--accumulate", type=click.IntRange(min=1), help="Parts a batch is computed in, one after the other.")
+@click.option("--text-chunk", type=click.IntRange(min=1), help="Prompts that pass the text tower at once.")
+@click.option("--precision", type=click.Choice(["fp32", "bf16", "fp16"]), help="Of matrix products.")
 @click.option("--base-model", metavar="NAME", help="clipship-tiny, ARCHITECTURE/PRETRAINED of open_clip, or a folder.")
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @click.option(
     "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that prepare images."
 )
+@click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run; a finished one is kept as it is.")
 @json_option
 def train(
@@ -144,32 +155,62 @@ def train(
     data: str,
     out: Path,
     synthetic: str | None,
+    generator: str | None,
     device: str | None,
     workers: int,
+    tensorboard: Path | None,
     resume: bool,
     as_json: bool,
     **changes: Any,
 ) -> None:
-    """Learn RECIPE's prompts on the base classes of a data set; list the recipes with clipship recipes.
+    """Learn RECIPE from a few images a class; list the recipes with clipship recipes.
 
     Example: clipship train sync-clip-tiny --data world/prints --out runs/prints
     """
-    with _needs_training():
+    with needs_training():
         from clipship.training.data import load_dataset
+        from clipship.training.loop import RunOptions
         from clipship.training.loop import train as run
         from clipship.training.recipes import config_from_recipe
-    dataset = load_dataset(existing_folder(data, "the folder of a data set"))
+    dataset = load_dataset(Path(data))
     config = config_from_recipe(recipe, dataset.record.name)
     changes["base_model"] = _absolute(changes["base_model"])
     config = dataclasses.replace(config, **{name: value for name, value in changes.items() if value is not None})
-    images = _synthetic_set(config, Path(synthetic) if synthetic else Path(data) / SYNTHETIC)
-    checkpoint = run(config, dataset, out=out, synthetic=images, resume=resume, device=_device(device), workers=workers)
+    checkpoint = run(
+        config,
+        dataset,
+        out=out,
+        synthetic=synthetic_set_for(config, Path(synthetic) if synthetic else synthetic_beside(Path(data))),
+        generator=None if generator is None else existing_folder(generator, "the folder of a generator's checkpoint"),
+        options=RunOptions(
+            resume=resume,
+            device=checked_device(device),
+            workers=workers,
+            cache=feature_cache(),
+            tensorboard=tensorboard,
+        ),
+    )
     learned = sum(value.numel() for value in checkpoint.learned.values())
     result = {"checkpoint": str(out), "learned_parameters": learned, "losses": [dict(one) for one in checkpoint.losses]}
     emit(result, f"{out}: {config.method} on {config.base_model}, {learned:,} learned parameters", as_json=as_json)
 
 
-def _synthetic_set(config: TrainConfig, folder: Path) -> SyntheticSet | None:
+def synthetic_beside(data: Path) -> Path:
+    """Where the synthetic set of a data set lies if nobody says: in its folder, or beside its list of images."""
+    return (data if data.is_dir() else data.parent) / SYNTHETIC
+
+
+def feature_cache() -> Path:
+    """Where features of frozen image towers are kept between runs."""
+    return cache_folder() / "features"
+
+
+def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
+    """The synthetic set in ``folder``, if the recipe learns from one.
+
+    Raises:
+        DataError: it does, and there is none.
+    """
     from clipship.training.methods import method_named
     from clipship.training.synthetic import SyntheticSet
 
@@ -188,7 +229,7 @@ def _absolute(base_model: str | None) -> str | None:
     return str(Path(base_model).resolve()) if base_model and Path(base_model).is_dir() else base_model
 
 
-def _device(name: str | None) -> str | None:
+def checked_device(name: str | None) -> str | None:
     """``name`` checked, so that a typing error is one line."""
     if name is None:
         return None
@@ -203,33 +244,42 @@ def _device(name: str | None) -> str | None:
 
 @click.command()
 @click.argument("checkpoint")
-@click.option("--data", required=True, help="Folder of the data set the checkpoint was trained on.")
+@click.option("--data", required=True, multiple=True, help="A data set; several times: the learned one and others.")
 @click.option("--base-model", metavar="NAME", help="Where the base model is now, if its folder was moved.")
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @json_option
-def evaluate(checkpoint: str, data: str, base_model: str | None, device: str | None, as_json: bool) -> None:
-    """Classify a data set's test images and store the scores in CHECKPOINT.
+def evaluate(checkpoint: str, data: tuple[str, ...], base_model: str | None, device: str | None, as_json: bool) -> None:
+    """Classify test images and store the scores in CHECKPOINT.
 
-    Base-to-new: each half among its own class names. Open vocabulary: each half among all class names.
+    On the data set it was trained on: each half among its own class names, and among all (open vocabulary). On others:
+    their images among their class names, nothing learned from them.
 
-    Example: clipship evaluate runs/prints --data world/prints
+    Example: clipship evaluate runs/prints --data world/prints --data world/neon
     """
-    with _needs_training():
-        import torch
-
+    with needs_training():
         from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint, save_scores
-        from clipship.training.clip import load_clip
+        from clipship.training.clip import default_device, load_clip
         from clipship.training.data import load_dataset
         from clipship.training.evaluate import evaluate as scores_of
     folder = existing_folder(checkpoint, "the folder of a checkpoint")
     loaded = load_checkpoint(folder)
-    dataset = load_dataset(existing_folder(data, "the folder of a data set"))
-    clip = load_clip(base_model or loaded.config.base_model).to(
-        _device(device) or ("cuda" if torch.cuda.is_available() else "cpu")
-    )
-    scores = scores_of(method_from_checkpoint(loaded, clip), dataset)
-    save_scores(folder, scores.to_json())
-    emit(scores.to_json(), _table(scores), as_json=as_json)
+    datasets = [load_dataset(Path(one)) for one in data]
+    clip = load_clip(base_model or loaded.config.base_model).to(checked_device(device) or default_device())
+    method = method_from_checkpoint(loaded, clip)
+    found = {}
+    for dataset in datasets:
+        scores = scores_of(
+            method,
+            dataset,
+            selection=loaded.selection,
+            trained_on=loaded.dataset,
+            temperature=loaded.temperature,
+            cache=feature_cache(),
+        )
+        save_scores(folder, dataset.record.name, scores.to_json())
+        found[dataset.record.name] = scores
+    text = "\n".join(map(_table, found.values()))
+    emit({name: scores.to_json() for name, scores in found.items()}, text, as_json=as_json)
 
 
 def _table(scores: Scores) -> str:
@@ -237,14 +287,16 @@ def _table(scores: Scores) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("top-1 %", "base", "new", "harmonic mean", title=f"{scores.dataset}, {scores.split} images")
-    rows = {
-        "base-to-new": (scores.base, scores.new, scores.harmonic_mean),
-        "open vocabulary": (scores.open_base, scores.open_new, scores.open_harmonic_mean),
+    table = Table("top-1 %", "base", "new", "harmonic mean", "all", title=f"{scores.dataset}, {scores.split} images")
+    rows: dict[str, tuple[float | None, ...]] = {
+        "base-to-new": (scores.base, scores.new, scores.harmonic_mean, None),
+        "open vocabulary": (scores.open_base, scores.open_new, scores.open_harmonic_mean, scores.all),
+        "open, mean over classes": (scores.seen, scores.unseen, scores.generalised_harmonic_mean, None),
     }
     for name, values in rows.items():
-        table.add_row(name, *(f"{value:.2f}" for value in values))
-    console = Console(width=78)
+        if any(value is not None for value in values):
+            table.add_row(name, *("-" if value is None else f"{value:.2f}" for value in values))
+    console = Console(width=88)
     with console.capture() as captured:
         console.print(table)
     return captured.get().rstrip()

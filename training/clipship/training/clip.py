@@ -139,6 +139,11 @@ class Clip:
         return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
 
 
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def digest_of_tensors(tensors: dict[str, Any]) -> str:
     """SHA-256 over the names and bytes of ``tensors`` in the order of their names: 64 hexadecimal digits."""
     digest = hashlib.sha256()

@@ -1,7 +1,8 @@
-"""Data sets in the CoOp layout: split files, few-shot samples, base and new classes.
+"""Data sets: what is published, and a user's own; few-shot samples, base and new classes.
 
-The layout, the sampling and the splits are those of the CoOp code base (KaiyangZhou/CoOp, Dassl.pytorch): a
-``split_zhou_NAME.json`` with the lists "train", "val" and "test" of ``[path, label, class name]``.
+:func:`load_dataset` reads the CoOp layout (KaiyangZhou/CoOp, Dassl.pytorch), the proposed splits of generalised
+zero-shot learning, any tree with a folder for each class, and CSV or Parquet lists. The sampling and the halves of
+classes are those of the CoOp code base.
 """
 
 from __future__ import annotations
@@ -9,156 +10,121 @@ from __future__ import annotations
 import json
 import random
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 from clipship.core.errors import DataError
 from clipship.core.files import sha256_of_text
-from clipship.core.vocabulary import DEFAULT_TEMPLATES
-from clipship.training.methods.base import Task
+from clipship.training.datasets.aircraft import read_aircraft
+from clipship.training.datasets.base import (
+    SPLITS,
+    Counts,
+    Dataset,
+    DatasetRecord,
+    Item,
+    Reader,
+    base_new_split,
+    folders_in,
+)
+from clipship.training.datasets.folders import read_tree
+from clipship.training.datasets.gzsl import SPLIT_FILE, read_gzsl
+from clipship.training.datasets.imagenet import (
+    read_imagenet,
+    read_imagenet_numbered,
+    read_imagenet_part,
+    read_imagenet_test,
+)
+from clipship.training.datasets.listing import LIST_SUFFIXES, read_list
+from clipship.training.datasets.records import PUBLISHED_DATASETS
+from clipship.training.datasets.split_file import read_split, read_split_file
 
-SPLITS = ("train", "val", "test")
 VAL_SHOTS = 4
 """At most this many validation images a class go with a few-shot sample."""
 
-
-@dataclass(frozen=True, kw_only=True)
-class DatasetRecord:
-    """What a split file does not say about its data set."""
-
-    name: str
-    split_file: str
-    image_dir: str
-    """Folder below the data set's that the paths in the split file start from."""
-    template: str = "a photo of a {}."
-
-
-PUBLISHED_DATASETS = (
-    DatasetRecord(name="Caltech101", split_file="split_zhou_Caltech101.json", image_dir="101_ObjectCategories"),
-    DatasetRecord(
-        name="OxfordPets",
-        split_file="split_zhou_OxfordPets.json",
-        image_dir="images",
-        template="a photo of a {}, a type of pet.",
-    ),
-    DatasetRecord(name="StanfordCars", split_file="split_zhou_StanfordCars.json", image_dir="."),
-    DatasetRecord(
-        name="OxfordFlowers",
-        split_file="split_zhou_OxfordFlowers.json",
-        image_dir="jpg",
-        template="a photo of a {}, a type of flower.",
-    ),
-    DatasetRecord(
-        name="Food101",
-        split_file="split_zhou_Food101.json",
-        image_dir="images",
-        template="a photo of {}, a type of food.",
-    ),
-    DatasetRecord(name="SUN397", split_file="split_zhou_SUN397.json", image_dir="SUN397"),
-    DatasetRecord(
-        name="DescribableTextures",
-        split_file="split_zhou_DescribableTextures.json",
-        image_dir="images",
-        template="{} texture.",
-    ),
-    DatasetRecord(
-        name="EuroSAT",
-        split_file="split_zhou_EuroSAT.json",
-        image_dir="2750",
-        template="a centered satellite photo of {}.",
-    ),
-    DatasetRecord(
-        name="UCF101",
-        split_file="split_zhou_UCF101.json",
-        image_dir="UCF-101-midframes",
-        template="a photo of a person doing {}.",
-    ),
-)
-
-
-@dataclass(frozen=True)
-class Item:
-    """One labelled image."""
-
-    path: Path
-    label: int
-    class_name: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Dataset:
-    """A data set on disk."""
-
-    record: DatasetRecord
-    train: tuple[Item, ...]
-    val: tuple[Item, ...]
-    test: tuple[Item, ...]
-    class_names: tuple[str, ...]
-    """In the order of the labels, underscores as in the split file."""
-
-    @property
-    def num_base(self) -> int:
-        """How many classes, from the first, are base classes."""
-        return base_new_split(len(self.class_names))
-
-    @property
-    def task(self) -> Task:
-        """What a method is built for."""
-        return Task(class_names=self.class_names, num_base=self.num_base, templates=(self.record.template,))
-
-    def items(self, split: str) -> tuple[Item, ...]:
-        """The items of "train", "val" or "test"."""
-        assert split in SPLITS
-        found: tuple[Item, ...] = getattr(self, split)
-        return found
-
-
-def base_new_split(num_classes: int) -> int:
-    """How many of ``num_classes`` are base classes: the first half, rounded up."""
-    return (num_classes + 1) // 2
+READERS: dict[Reader, Callable[[Path, DatasetRecord], Dataset]] = {
+    "split-file": read_split_file,
+    "aircraft": read_aircraft,
+    "imagenet": read_imagenet,
+    "imagenet-test": read_imagenet_test,
+    "imagenet-part": read_imagenet_part,
+    "imagenet-numbered": read_imagenet_numbered,
+    "gzsl": read_gzsl,
+    "tree": read_tree,
+    "list": read_list,
+}
 
 
 def known_records() -> dict[str, DatasetRecord]:
-    """The published data sets and the built-in ones, by split file."""
-    from clipship.training.world.datasets import WORLD_DATASETS
+    """The published data sets that have a split file and the built-in ones, by split file."""
+    from clipship.training.world.datasets import WORLD_DATASETS, WORLD_VARIANTS
 
     world = (
         DatasetRecord(name=one.name, split_file=one.split_file, image_dir=one.image_dir, template=one.template)
-        for one in WORLD_DATASETS
+        for one in (*WORLD_DATASETS, *WORLD_VARIANTS)
     )
-    return {record.split_file: record for record in (*PUBLISHED_DATASETS, *world)}
+    return {record.split_file: record for record in (*PUBLISHED_DATASETS, *world) if record.split_file}
 
 
-def load_dataset(folder: Path) -> Dataset:
-    """Read the data set in ``folder``; an unknown split file gets the template "a photo of a {}.".
+def load_dataset(path: Path) -> Dataset:
+    """Read the data set that ``path`` is: a folder, or a CSV or Parquet list.
+
+    A folder with a ``split_zhou_NAME.json`` is in the CoOp layout. One without is a published data set if it has the
+    name that the CoOp code base gives it (``dtd``, ``fgvc_aircraft``, ``imagenet-sketch``; ``awa2``, ``cub`` and
+    ``sun`` for the proposed zero-shot splits), or the files that tell it. Anything else is a tree with a folder for
+    each class. What is not published has the template "a photo of a {}.". ``train`` may be empty.
 
     Raises:
-        DataError: no folder, no or several split files, a malformed one, or images that are not there.
+        DataError: nothing there, a file or folder that is missing (with where to get it), or a malformed one.
+        MissingExtraError: a package that the layout needs is not installed.
     """
-    split_path = _split_file_in(folder)
-    record = known_records().get(split_path.name) or _unknown_record(split_path)
-    dataset = read_split(split_path, record)
-    missing = [item.path for split in SPLITS for item in dataset.items(split) if not item.path.is_file()]
-    if missing:
+    record = _record_of_folder(path) if path.is_dir() else _record_of_list(path)
+    return READERS[record.reader](path, record)
+
+
+def _record_of_list(path: Path) -> DatasetRecord:
+    if not path.exists():
+        raise DataError(f"{path}: no such folder or file: give a data set, or write the built-in ones: clipship world")
+    if path.suffix.lower() not in LIST_SUFFIXES:
         raise DataError(
-            f"{folder}: {len(missing)} of the images named in {split_path.name} are not there, "
-            f"the first is {missing[0]}: put the images where the split file names them"
+            f"{path}: not a list of images: give a folder or a file that ends in {', '.join(LIST_SUFFIXES)}"
         )
-    return dataset
+    return DatasetRecord(name=path.stem, reader="list")
 
 
-def _split_file_in(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder: give a data set, or write the built-in ones with clipship world")
+def _record_of_folder(folder: Path) -> DatasetRecord:
+    split_file = _split_file_in(folder)
+    if split_file is not None:
+        return known_records().get(split_file.name) or _unknown_record(split_file)
+    name = folder.absolute().name
+    for record in PUBLISHED_DATASETS:
+        if name in record.folders:
+            return record
+    for record in PUBLISHED_DATASETS:
+        if record.marks and all((folder / mark).exists() for mark in record.marks):
+            return record
+    _check_tree(folder)
+    return DatasetRecord(name=name, reader="tree")
+
+
+def _check_tree(folder: Path) -> None:
+    if (folder / SPLIT_FILE).exists():
+        names = ", ".join(record.folders[0] for record in PUBLISHED_DATASETS if record.reader == "gzsl")
+        raise DataError(
+            f"{folder}: has {SPLIT_FILE}, but which data set it is of is not known: name the folder {names}"
+        )
+    if not folders_in(folder):
+        raise DataError(
+            f"{folder}: no split_zhou_*.json and no class folders in it: "
+            "give the folder of one data set, or a CSV or Parquet list of images"
+        )
+
+
+def _split_file_in(folder: Path) -> Path | None:
     found = sorted(folder.glob("split_zhou_*.json"))
-    if not found:
-        raise DataError(f"{folder}: no split_zhou_*.json in it: give the folder of one data set in the CoOp layout")
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{folder}: several split files ({names}): keep one")
-    return found[0]
+    return found[0] if found else None
 
 
 def _unknown_record(split_path: Path) -> DatasetRecord:
@@ -167,55 +133,7 @@ def _unknown_record(split_path: Path) -> DatasetRecord:
         name=split_path.stem.removeprefix("split_zhou_"),
         split_file=split_path.name,
         image_dir="images" if has_images else ".",
-        template=DEFAULT_TEMPLATES[0],
     )
-
-
-def read_split(split_path: Path, record: DatasetRecord) -> Dataset:
-    """Read a split file without looking for its images.
-
-    Raises:
-        DataError: not JSON, a list or entry that is not as it should be, or labels and names that contradict each
-        other.
-    """
-    try:
-        content = json.loads(split_path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{split_path}: not JSON ({error}): get the split file again") from error
-    if not isinstance(content, dict) or not all(isinstance(content.get(split), list) for split in SPLITS):
-        raise DataError(f"{split_path}: must be an object with the lists train, val and test")
-    images = split_path.parent / record.image_dir
-    lists = {
-        split: tuple(_item_from_entry(split_path, split, images, one) for one in content[split]) for split in SPLITS
-    }
-    if not lists["train"]:
-        raise DataError(f"{split_path}: the list train is empty: give a split with training images")
-    names = _class_names_of(split_path, [item for split in SPLITS for item in lists[split]])
-    return Dataset(record=record, train=lists["train"], val=lists["val"], test=lists["test"], class_names=names)
-
-
-def _item_from_entry(split_path: Path, split: str, images: Path, entry: Any) -> Item:
-    match entry:
-        case [str(path), int(label), str(name)] if path and label >= 0 and name.strip():
-            return Item(images / path, label, name)
-    raise DataError(
-        f"{split_path}: {split} holds {str(entry)[:80]}: each entry must be [path, label from 0, class name]"
-    )
-
-
-def _class_names_of(split_path: Path, items: Sequence[Item]) -> tuple[str, ...]:
-    names: dict[int, str] = {}
-    for item in items:
-        if names.setdefault(item.label, item.class_name) != item.class_name:
-            raise DataError(
-                f"{split_path}: label {item.label} is both {names[item.label]!r} and {item.class_name!r}: give one name"
-            )
-    if sorted(names) != list(range(len(names))) or len(names) < 2:
-        raise DataError(f"{split_path}: labels are {sorted(names)[:5]}...: they must be 0, 1, 2, ... without gaps")
-    repeated = [name for name, count in Counter(names.values()).items() if count > 1]
-    if repeated:
-        raise DataError(f"{split_path}: class name {repeated[0]!r} has several labels: give each class its own name")
-    return tuple(names[label] for label in range(len(names)))
 
 
 def few_shot(dataset: Dataset, shots: int, seed: int) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
@@ -226,8 +144,10 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> tuple[tuple[Item, ...],
     fewer images, or none.
 
     Raises:
-        DataError: a base class has fewer training images than ``shots``.
+        DataError: no training images, or a base class has fewer than ``shots``.
     """
+    if not dataset.train:
+        raise DataError(f"{dataset.record.name} has no training images: it is for testing only, learn from another")
     counts = Counter(item.label for item in dataset.train)
     for label, name in enumerate(dataset.class_names[: dataset.num_base]):
         if counts[label] < shots:
@@ -246,5 +166,23 @@ def _sampled(items: Sequence[Item], count: int, generator: random.Random) -> tup
 
 
 def digest_of_items(items: Sequence[Item]) -> str:
-    """SHA-256 over the items' file names and labels in order: what a run has learned from."""
-    return sha256_of_text(json.dumps([[item.path.name, item.label] for item in items]))
+    """SHA-256 over the items' file names, labels and class names in order: what a run has learned from."""
+    return sha256_of_text(json.dumps([[item.path.name, item.label, item.class_name] for item in items]))
+
+
+__all__ = [
+    "PUBLISHED_DATASETS",
+    "READERS",
+    "SPLITS",
+    "VAL_SHOTS",
+    "Counts",
+    "Dataset",
+    "DatasetRecord",
+    "Item",
+    "base_new_split",
+    "digest_of_items",
+    "few_shot",
+    "known_records",
+    "load_dataset",
+    "read_split",
+]

@@ -1,49 +1,78 @@
-"""The one training loop: SGD on a method's own tensors, saved after every epoch, resumed to the bit."""
+"""The one training loop: a method's own tensors, learned step by step, saved in between, resumed to the bit."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from clipship.core.errors import CheckFailed, CheckpointError, RecipeError, UsageError
-from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.errors import CheckFailed, ClipshipError, RecipeError, UsageError
+from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
-from clipship.training.batches import Epoch, ImageCache, synthetic_paths
-from clipship.training.checkpoint import RECORD, Checkpoint, load_checkpoint, load_learned, save_checkpoint
+from clipship.training.batches import synthetic_paths
+from clipship.training.checkpoint import GENERATOR, RECORD, Checkpoint, load_checkpoint, save_checkpoint
 from clipship.training.clip import Clip, load_clip
 from clipship.training.config import TrainConfig
-from clipship.training.data import Dataset, Item, digest_of_items, few_shot
+from clipship.training.data import Dataset
+from clipship.training.features import frozen_features
+from clipship.training.few_shot import FewShot
+from clipship.training.generation import generation_for
 from clipship.training.methods import Batch, Method, build_method
+from clipship.training.precision import autocast, gradient_scaler
+from clipship.training.processes import Processes
+from clipship.training.state import Losses, Position, RunState, WeightAverage
 
 if TYPE_CHECKING:
     from clipship.training.synthetic import SyntheticSet
 
 STATE = "state"
-_STATE_TENSORS = "state.safetensors"
-_STATE_RECORD = "state.json"
-_MOMENTUM = "momentum."
-
-Losses = list[dict[str, float]]
+SAVE_EVERY_S = 30.0
+"""Seconds of training that a kill can cost."""
 
 
-def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """The rate of ``epoch`` (from 1): the warm-up's in the first, then a cosine that starts after it.
+def learning_rate(config: TrainConfig, epoch: int, step: int = 0, steps: int = 1) -> float:
+    """The rate of step ``step`` (from 0) of the ``steps`` in ``epoch`` (from 1).
 
-    As in Dassl: epoch e of E has ``(1 + cos(pi (e - 2) / E)) / 2`` of the full rate, so the last one is not at 0.
+    "epoch-cosine" is Dassl's: the cosine starts after the warm-up, so epoch e of E has
+    ``(1 + cos(pi (e - 1 - warm-up) / E)) / 2`` of the full rate and the last one is not at 0. "step-cosine" falls from
+    the first step on, to 0 after the last.
     """
-    if epoch == 1:
+    if epoch <= config.warmup_epochs:
         return config.warmup_learning_rate
-    return config.learning_rate * (1 + math.cos(math.pi * (epoch - 2) / config.epochs)) / 2
+    if config.schedule == "constant":
+        return config.learning_rate
+    done = epoch - 1 - config.warmup_epochs
+    total = config.epochs
+    if config.schedule == "step-cosine":
+        done, total = done * steps + step, (total - config.warmup_epochs) * steps
+    return config.learning_rate * (1 + math.cos(math.pi * done / total)) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run is carried out; none of it changes what is learned."""
+
+    resume: bool = False
+    """Go on with an interrupted run; a finished one is returned as it is."""
+    device: str | None = None
+    """A torch device; None: the GPU if there is one."""
+    workers: int = 0
+    """Processes that prepare images."""
+    cache: Path | None = None
+    """Folder for what other runs can use again, features of frozen image towers and generators; None: for this run."""
+    tensorboard: Path | None = None
+    """Folder for TensorBoard's event files; None: none are written."""
+    save_every_s: float = SAVE_EVERY_S
+    """Seconds of training between two states on disk."""
 
 
 def train(
@@ -52,48 +81,82 @@ def train(
     *,
     out: Path,
     synthetic: SyntheticSet | None = None,
-    resume: bool = False,
+    generator: Path | None = None,
     clip: Clip | None = None,
-    device: str | None = None,
-    workers: int = 0,
+    options: RunOptions | None = None,
 ) -> Checkpoint:
-    """Learn ``config.method`` on the base classes of ``dataset`` and write the checkpoint to the folder ``out``.
+    """Learn ``config.method`` from a few images of ``dataset`` and write the checkpoint to the folder ``out``.
 
-    The state is saved in ``out/state`` after every epoch; with ``resume`` an interrupted run goes on from there and
-    ends with the very tensors of an uninterrupted one, and a finished run is returned as it is. ``clip`` is the
-    loaded base model if there is one already, ``device`` a torch device (default: the GPU if there is one),
-    ``workers`` the number of processes that prepare images.
+    The state is saved in ``out/state`` twice a minute; an interrupted run that is resumed ends with the very tensors
+    and losses of an uninterrupted one. ``clip`` is the loaded base model if there is one already, ``generator`` the
+    checkpoint of a feature generator that takes the place of the one the recipe would learn first.
 
     Raises:
         RecipeError: settings the model cannot take, or ``out`` holds a run with other settings.
         UsageError: ``out`` holds something that is not to be overwritten.
         DataError: images that are missing or broken, or no synthetic ones where the method needs them.
         CheckFailed: a loss that is not finite.
+        ClipshipError: out of memory; the message says what lowers it.
     """
-    train_items, _ = few_shot(dataset, config.shots, config.seed)
-    base_items = tuple(item for item in train_items if item.label < dataset.num_base)
-    data_digest = digest_of_items(base_items)
-    finished = _finished_run(out, config, data_digest, resume=resume)
+    options = options or RunOptions()
+    data = FewShot(dataset, config, cache=options.cache)
+    finished = _finished_run(out, config, data.digest, resume=options.resume)
     if finished is not None:
         return finished
-    clip = (clip or load_clip(config.base_model)).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    method = build_method(clip, config, dataset.task)
+    processes = Processes(options.device)
+    clip = (clip or load_clip(config.base_model)).to(processes.device)
+    learn_generator = _learner_of_generators(dataset, out / GENERATOR, clip, options, processes)
+    data.use(clip, generation_for(config, data.task, clip, generator, learn_generator))
+    method = build_method(clip, config, data.task)
     paths = synthetic_paths(_needed(synthetic, config), dataset.class_names) if method.needs_synthetic else ()
     losses: Losses = []
     if method.learned():
-        run = _Run(method, base_items, paths, data_digest, out / STATE)
-        losses = run.learn(resume=resume, workers=workers)
+        run = _Run(method, data, paths, processes, options, out)
+        losses = run.learn()
     checkpoint = Checkpoint(
         config=config,
-        task=dataset.task,
+        task=data.task,
         dataset=dataset.record.name,
-        data_digest=data_digest,
+        data_digest=data.digest,
         base_model_digest=clip.digest,
         learned=method.learned(),
         losses=losses,
+        notes=method.notes,
+        selection=_selection(method),
+        calibration=data.calibration_of(method),
     )
-    save_checkpoint(out, checkpoint)
+    if processes.is_main:
+        save_checkpoint(out, checkpoint)
+    processes.wait()
     return checkpoint
+
+
+def _learner_of_generators(
+    dataset: Dataset, out: Path, clip: Clip, options: RunOptions, processes: Processes
+) -> Callable[[TrainConfig], Checkpoint]:
+    """What learns the feature generator of a recipe, in ``out``; with a cache, once for all recipes that share it."""
+
+    def learn(config: TrainConfig) -> Checkpoint:
+        data = FewShot(dataset, config, cache=None)
+        depends = [config.digest, data.digest, clip.digest, [str(item.path.resolve()) for item in data.items[:1]]]
+        shared = None if options.cache is None else options.cache / GENERATOR / sha256_of_text(json.dumps(depends))
+        resumed = replace(options, resume=True, tensorboard=None)
+        checkpoint = train(config, dataset, out=shared or out, clip=clip, options=resumed)
+        if shared is not None and not out.exists() and processes.is_main:
+            with replace_folder(out) as copy:
+                shutil.copytree(shared, copy, dirs_exist_ok=True)
+        return checkpoint
+
+    return learn
+
+
+def _selection(method: Method) -> str:
+    """The rule by which the weights were kept. Never: those that are best on the test images."""
+    config = method.config
+    rule = "last step"
+    if config.average_std:
+        rule = f"Gaussian average over epochs (mean {config.average_mean:g}, std {config.average_std:g})"
+    return f"{rule}; {method.selection}" if method.selection else rule
 
 
 def _needed(synthetic: SyntheticSet | None, config: TrainConfig) -> SyntheticSet:
@@ -115,8 +178,8 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
         raise UsageError(f"{out} is a file: give a folder for the checkpoint")
     if not out.exists() or not any(out.iterdir()):
         return None
-    has_checkpoint, has_state = (out / RECORD).is_file(), (out / STATE).is_dir()
-    if not has_checkpoint and not has_state:
+    has_checkpoint = (out / RECORD).is_file()
+    if not has_checkpoint and not (out / STATE).is_dir() and not (out / GENERATOR).is_dir():
         raise UsageError(f"{out} holds other files: give a new folder for the checkpoint")
     if not resume:
         kind = "a finished" if has_checkpoint else "an unfinished"
@@ -130,133 +193,188 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
     return checkpoint
 
 
-@dataclass
 class _Run:
     """A method, what it learns from, and where its state is kept."""
 
-    method: Method
-    items: tuple[Item, ...]
-    synthetic: tuple[tuple[Path, ...], ...]
-    data_digest: str
-    state_folder: Path
+    def __init__(
+        self,
+        method: Method,
+        data: FewShot,
+        synthetic: tuple[tuple[Path, ...], ...],
+        processes: Processes,
+        options: RunOptions,
+        out: Path,
+    ) -> None:
+        self.method, self.data, self.processes, self.options = method, data, processes, options
+        self.config, self.clip = method.config, method.clip
+        self.synthetic = synthetic
+        self.folder = out / STATE
+        _check_batch(self.config, data, processes)
+        average = WeightAverage(method, self.config) if self.config.average_std else None
+        scaler = gradient_scaler(self.config.precision, self.clip.device)
+        self.state = RunState(module=method, optimizer=_optimizer(method), scaler=scaler, average=average)
+        self.saved_at = time.monotonic()
 
-    def __post_init__(self) -> None:
-        self.config = self.method.config
-        self.clip = self.method.clip
-        self.cache = ImageCache()
-        self.optimizer = torch.optim.SGD(
-            self.method.parameters(),
-            lr=self.config.learning_rate,
-            momentum=self.config.momentum,
-            weight_decay=self.config.weight_decay,
-        )
-
-    def learn(self, *, resume: bool, workers: int) -> Losses:
-        """All epochs that are left; the records of all epochs."""
-        self.cache.preload([*(item.path for item in self.items), *(path for paths in self.synthetic for path in paths)])
-        losses = self._restored() if resume and self.state_folder.is_dir() else []
+    def learn(self) -> Losses:
+        """All steps that are left; the records of all epochs."""
+        self.data.preload([path for paths in self.synthetic for path in paths])
+        position = self._restored() if self.options.resume and self.folder.is_dir() else None
+        if position is None:
+            self.method.begin(self.data)
+            position = Position()
         self.method.train()
-        with progress(self.config.recipe, self.config.epochs * len(self._epoch(1))) as report:
-            for epoch in range(len(losses) + 1, self.config.epochs + 1):
-                losses.append(self._learn_epoch(epoch, workers, report))
-                self._save_state(losses)
+        steps = len(self.data.epoch(1, self.synthetic))
+        with ExitStack() as stack:
+            report = stack.enter_context(progress(self.config.recipe, self.config.epochs * steps))
+            write = stack.enter_context(self._tensorboard(position, steps))
+            while position.epoch <= self.config.epochs:
+                self._learn_epoch(position, report, write)
+        if self.state.average is not None:
+            self.state.average.apply()
         self.method.eval()
-        return losses
+        self.method.end(self.data)
+        return position.losses
 
-    def _epoch(self, epoch: int) -> Epoch:
-        return Epoch(
-            self.items,
-            self.synthetic,
-            num_base=self.method.task.num_base,
-            config=self.config,
-            size_px=self.clip.image_spec.size_px,
-            cache=self.cache,
-            epoch=epoch,
-        )
+    def _learn_epoch(self, position: Position, report: Report, write: Any) -> None:
+        batches = self.data.epoch(position.epoch, self.synthetic)
+        started, first = time.perf_counter(), position.step
+        for batch in _batches(batches, position.step, self.options.workers):
+            rate = learning_rate(self.config, position.epoch, position.step, len(batches))
+            place = f"epoch {position.epoch} step {position.step + 1}"
+            values = self._step(self.data.with_generated(batch, position.epoch, position.step), rate, place)
+            position.step += 1
+            position.sums = {name: position.sums.get(name, 0.0) + value for name, value in values.items()}
+            done = (position.epoch - 1) * len(batches) + position.step
+            write(done, {**values, "learning_rate": rate})
+            speed = (position.step - first) * self.config.batch_size / (time.perf_counter() - started)
+            report(done, f"epoch {position.epoch} loss {values['total']:.3f} {speed:.0f} images/s")
+            self._save_in_time(position)
+        means = {name: value / len(batches) for name, value in position.sums.items()}
+        rate = learning_rate(self.config, position.epoch, 0, len(batches))
+        position.losses.append({"epoch": position.epoch, "learning_rate": rate, **means})
+        if self.state.average is not None:
+            self.state.average.add(position.epoch)
+        position.epoch, position.step, position.sums = position.epoch + 1, 0, {}
 
-    def _learn_epoch(self, epoch: int, workers: int, report: Report) -> dict[str, float]:
-        rate = learning_rate(self.config, epoch)
-        for group in self.optimizer.param_groups:
+    def _step(self, batch: Batch, rate: float, place: str) -> dict[str, float]:
+        optimizer, scaler = self.state.optimizer, self.state.scaler
+        for group in optimizer.param_groups:
             group["lr"] = rate
-        batches = self._epoch(epoch)
-        sums: defaultdict[str, float] = defaultdict(float)
-        started = time.perf_counter()
-        for step, batch in enumerate(_batches(batches, workers), start=1):
-            for name, value in self._step(batch, f"epoch {epoch} step {step}").items():
-                sums[name] += value
-            speed = step * self.config.batch_size / (time.perf_counter() - started)
-            done = (epoch - 1) * len(batches) + step
-            report(done, f"epoch {epoch} loss {sums['total'] / step:.3f} {speed:.0f} images/s")
-        return {"epoch": epoch, "learning_rate": rate, **{name: value / len(batches) for name, value in sums.items()}}
-
-    def _step(self, batch: Batch, place: str) -> dict[str, float]:
-        self.optimizer.zero_grad()
-        with _autocast(self.config, self.clip.device):
-            parts = self.method.loss(batch.on(self.clip))
-        values = {name: float(value.detach()) for name, value in parts.items()}
-        if not math.isfinite(values["total"]):
+        optimizer.zero_grad()
+        with _memory(place, self.config):
+            values = self._gradients(batch.part(self.processes.rank, self.processes.count), len(batch))
+        if not all(map(math.isfinite, values.values())):
             raise CheckFailed(f"{place}: the loss is {values}: lower the learning rate, or look at {_names(batch)}")
-        parts["total"].backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         return values
+
+    def _gradients(self, batch: Batch, size: int) -> dict[str, float]:
+        """Add up the gradients of all parts in all processes; the losses, as means over the ``size`` images."""
+        totals: dict[str, Tensor] = {}
+        for number in range(self.config.accumulate):
+            part = batch.part(number, self.config.accumulate)
+            share = len(part) / size
+            if not share:
+                continue
+            with autocast(self.config.precision, self.clip.device):
+                parts = self.method.loss(self._encoded(part.on(self.clip)))
+            self.state.scaler.scale(parts["total"] * share).backward()  # type: ignore[no-untyped-call]
+            for name, value in parts.items():
+                totals[name] = totals.get(name, torch.zeros_like(value)) + value.detach() * share
+        if self.processes.count > 1:
+            for parameter in self.method.parameters():
+                own = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self.processes.sum(own)
+        return {name: float(self.processes.sum(value)) for name, value in totals.items()}
+
+    def _encoded(self, batch: Batch) -> Batch:
+        """The batch of a method that leaves the image tower alone, with features for pixels."""
+        if not self.method.image_side_frozen or batch.pixels is None:
+            return batch
+        return replace(batch, pixels=None, features=frozen_features(self.clip, batch.pixels))
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""
         return {
             "config": self.config.digest,
             "base_model": self.clip.digest,
-            "data": self.data_digest,
+            "data": self.data.digest,
+            "generator": self.data.generator_digest,
             "synthetic": [[path.name for path in paths] for paths in self.synthetic],
         }
 
-    def _save_state(self, losses: Losses) -> None:
-        from safetensors.torch import save
+    def _save_in_time(self, position: Position) -> None:
+        if self.processes.is_main and time.monotonic() - self.saved_at >= self.options.save_every_s:
+            self.state.save(self.folder, self._identity(), position)
+            self.saved_at = time.monotonic()
 
-        tensors = self.method.learned()
-        for name, parameter in self.method.named_parameters():
-            tensors[_MOMENTUM + name] = self.optimizer.state[parameter]["momentum_buffer"].detach().cpu()
-        self.state_folder.parent.mkdir(parents=True, exist_ok=True)
-        with replace_folder(self.state_folder) as folder:
-            (folder / _STATE_TENSORS).write_bytes(save(tensors))
-            write_json_atomic(folder / _STATE_RECORD, {"run": self._identity(), "losses": losses})
+    def _restored(self) -> Position:
+        position = self.state.restore(self.folder, self._identity(), self.clip.device)
+        log(f"going on at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
+        return position
 
-    def _restored(self) -> Losses:
-        """Load tensors and momentum of the last finished epoch; the records of all finished ones.
+    @contextmanager
+    def _tensorboard(self, position: Position, steps: int) -> Iterator[Any]:
+        """What writes the losses of a step to TensorBoard's files, if there is a folder for them."""
+        if self.options.tensorboard is None or not self.processes.is_main:
+            yield lambda step, values: None
+            return
+        from torch.utils.tensorboard import SummaryWriter
 
-        Raises:
-            CheckpointError: the state is damaged.
-            RecipeError: it belongs to a run with other settings or data.
-        """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        done = (position.epoch - 1) * steps + position.step
+        with SummaryWriter(str(self.options.tensorboard), purge_step=done + 1) as writer:
 
-        try:
-            record = json.loads((self.state_folder / _STATE_RECORD).read_text(encoding="utf-8"))
-            tensors = load_file(self.state_folder / _STATE_TENSORS, device=str(self.clip.device))
-            identity, losses = record["run"], record["losses"]
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise CheckpointError(f"{self.state_folder} is damaged ({error}): delete it and start again") from error
-        if identity != self._identity():
-            raise RecipeError(f"{self.state_folder} is of a run with other settings or data: give another folder")
-        load_learned(self.method, {name: value for name, value in tensors.items() if not name.startswith(_MOMENTUM)})
-        self._restore_momentum(tensors)
-        return list(losses)
+            def write(step: int, values: Mapping[str, float]) -> None:
+                for name, value in values.items():
+                    writer.add_scalar(name, value, step)
 
-    def _restore_momentum(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.method.named_parameters():
-            self.optimizer.state[parameter]["momentum_buffer"] = tensors[_MOMENTUM + name].clone()
+            yield write
 
 
-def _batches(epoch: Epoch, workers: int) -> Iterator[Batch]:
+def _check_batch(config: TrainConfig, data: FewShot, processes: Processes) -> None:
+    size = min(config.batch_size, len(data.items) or config.batch_size)
+    if size < processes.count:
+        raise UsageError(f"{processes.count} processes share batches of {size}: start at most {size}")
+
+
+def _optimizer(method: Method) -> torch.optim.Optimizer:
+    config = method.config
+    parameters = list(method.parameters()) or [nn.Parameter(torch.zeros(0))]  # a cache learns nothing step by step
+    rate, decay = config.learning_rate, config.weight_decay
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, lr=rate, weight_decay=decay, eps=config.adam_epsilon)
+    return torch.optim.SGD(parameters, lr=rate, weight_decay=decay, momentum=config.momentum)
+
+
+def _batches(epoch: Any, first: int, workers: int) -> Iterator[Batch]:
+    """The batches of ``epoch`` from step ``first`` on."""
     # The loader draws a seed for its workers; from a generator of its own, so that the global one is left alone.
     generator = torch.Generator()
-    yield from torch.utils.data.DataLoader(epoch, batch_size=None, num_workers=workers, generator=generator)
+    steps = range(first, len(epoch))
+    yield from torch.utils.data.DataLoader(
+        epoch, batch_size=None, sampler=steps, num_workers=workers, generator=generator
+    )
 
 
 @contextmanager
-def _autocast(config: TrainConfig, device: torch.device) -> Iterator[None]:
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.precision == "bf16"):
+def _memory(place: str, config: TrainConfig) -> Iterator[None]:
+    """Turn "out of memory" into what lowers the need for it.
+
+    Raises:
+        ClipshipError: the body ran out of memory.
+    """
+    try:
         yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+        if not is_memory:
+            raise
+        raise ClipshipError(
+            f"{place}: out of memory ({str(error).splitlines()[0][:120]}): raise --accumulate (now "
+            f"{config.accumulate}), lower --batch-size ({config.batch_size}) or --text-chunk ({config.text_chunk}), "
+            "or take --precision bf16"
+        ) from error
 
 
 def _names(batch: Batch) -> str:

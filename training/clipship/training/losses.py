@@ -1,4 +1,7 @@
-"""Losses, each a function of features. B images of a batch, C classes, D joint dimensions."""
+"""Losses, each a function of features or logits. B images of a batch, C classes, D joint dimensions.
+
+float16 and bfloat16 are raised to float32 first; float64 stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,21 @@ from torch import Tensor
 from torch.nn import functional
 
 
+def raised(values: Tensor) -> Tensor:
+    """``values`` in float32, or in float64 where they are."""
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The mean over B of minus the log-probability of the label: logits [B, C], labels [B]."""
+    return functional.cross_entropy(raised(logits), labels)
+
+
 def classification_loss(features: Tensor, class_features: Tensor, labels: Tensor, logit_scale: float) -> Tensor:
     """Cross entropy of ``logit_scale`` x cosine: features [B, D], class features [C, D] of unit length, labels [B]."""
-    cosine = functional.normalize(features.float(), dim=-1) @ class_features.float().T
-    return functional.cross_entropy(logit_scale * cosine, labels)
+    with torch.autocast(features.device.type, enabled=False):  # times 100, bfloat16's steps are 0.1 of a logit
+        cosine = functional.normalize(raised(features), dim=-1) @ raised(class_features).T
+    return cross_entropy(logit_scale * cosine, labels)
 
 
 def alignment_loss(synthetic: Tensor, real: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
@@ -21,8 +35,27 @@ def alignment_loss(synthetic: Tensor, real: Tensor, labels: Tensor, margin: floa
     ``max(0, d_ii - min over j of another class of d_ij + margin) + d_ii``; where the batch holds one class only, the
     first term is 0. The cross-domain alignment of SYNC-CLIP (arXiv 2312.03805).
     """
-    distance_BB = (synthetic.float()[:, None] - real.float()[None]).abs().mean(dim=-1)
+    distance_BB = (raised(synthetic)[:, None] - raised(real)[None]).abs().mean(dim=-1)
     same_BB = labels[:, None] == labels[None]
     nearest_other_B = distance_BB.masked_fill(same_BB, torch.inf).amin(dim=1)
     paired_B = distance_BB.diagonal()
     return (functional.relu(paired_B - nearest_other_B + margin) + paired_B).mean()
+
+
+def cosine_distance(learned: Tensor, frozen: Tensor) -> Tensor:
+    """1 minus the mean cosine of unit features [C, D], row by row: KgCoOp's knowledge loss (arXiv 2303.13283)."""
+    return 1 - (raised(learned) * raised(frozen)).sum(dim=-1).mean()
+
+
+def absolute_distance(learned: Tensor, frozen: Tensor) -> Tensor:
+    """The mean absolute difference over rows and dimensions: PromptSRC's for features (arXiv 2307.06948)."""
+    return (raised(learned) - raised(frozen)).abs().mean()
+
+
+def divergence(logits: Tensor, frozen_logits: Tensor) -> Tensor:
+    """KL(frozen || learned) of the class probabilities, logits [B, C]; the mean over B x C, not over B.
+
+    PromptSRC's for logits (arXiv 2307.06948).
+    """
+    learned, frozen = (functional.log_softmax(raised(one), dim=-1) for one in (logits, frozen_logits))
+    return (frozen.exp() * (frozen - learned)).mean()

@@ -5,12 +5,27 @@ from __future__ import annotations
 from clipship.core.errors import RecipeError, near
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Batch, Method, Task
+from clipship.training.methods.base import Batch, FeatureGenerator, Method, Samples, Source, Task
+from clipship.training.methods.clip_adapter import ClipAdapter
+from clipship.training.methods.cocoop import CoCoOp
 from clipship.training.methods.coop import CoOp
+from clipship.training.methods.ivlp import Ivlp
+from clipship.training.methods.kgcoop import KgCoOp
+from clipship.training.methods.linear_probe import LinearProbe
+from clipship.training.methods.maple import Maple
+from clipship.training.methods.promptsrc import PromptSrc
+from clipship.training.methods.ship import ShipGenerator
 from clipship.training.methods.sync_clip import SyncClip
+from clipship.training.methods.tip_adapter import TipAdapter, TipAdapterF
+from clipship.training.methods.vpt import Vpt
 from clipship.training.methods.zero_shot import ZeroShot
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (ZeroShot, CoOp, SyncClip)}
+_METHODS: tuple[type[Method], ...] = (
+    *(ZeroShot, CoOp, CoCoOp, KgCoOp),
+    *(Vpt, Ivlp, Maple, PromptSrc, SyncClip),
+    *(ClipAdapter, TipAdapter, TipAdapterF, LinearProbe, ShipGenerator),
+)
+METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}
 
 
 def method_named(name: str) -> type[Method]:
@@ -33,4 +48,17 @@ def build_method(clip: Clip, config: TrainConfig, task: Task) -> Method:
     return method_named(config.method)(clip, config, task).to(clip.device)
 
 
-__all__ = ["METHODS", "Batch", "CoOp", "Method", "SyncClip", "Task", "ZeroShot", "build_method", "method_named"]
+__all__ = [
+    "METHODS",
+    "Batch",
+    "CoOp",
+    "FeatureGenerator",
+    "Method",
+    "Samples",
+    "Source",
+    "SyncClip",
+    "Task",
+    "ZeroShot",
+    "build_method",
+    "method_named",
+]

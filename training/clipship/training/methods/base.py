@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from clipship.core.vocabulary import prompt_of
 from clipship.training import prompts
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
+from clipship.training.losses import cross_entropy, raised
 
 Classify = Callable[[Tensor], Tensor]
 """Unit image features [N, D] -> logits [N, C]."""
@@ -64,26 +65,38 @@ class Batch:
     """Unit features [G, D] that a generator made for classes without images."""
     generated_labels: Tensor | None = None
 
+    def __len__(self) -> int:
+        return max(len(self.labels), 0 if self.generated_labels is None else len(self.generated_labels))
+
+    def part(self, number: int, count: int) -> Batch:
+        """Part ``number`` (from 0) of ``count`` nearly equal ones: an image stays with its synthetic partners."""
+
+        def cut(value: Tensor | None) -> Tensor | None:
+            if value is None:
+                return None
+            return value[len(value) * number // count : len(value) * (number + 1) // count]
+
+        if count == 1:
+            return self
+        labels = cut(self.labels)
+        assert labels is not None
+        tensors = {name: cut(getattr(self, name)) for name in _TENSORS}
+        return Batch(labels=labels, files=self.files, **tensors)
+
     def on(self, clip: Clip) -> Batch:
         """The batch where ``clip`` lives, with uint8 pixels [B, H, W, 3] normalised."""
 
-        def moved(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value.to(clip.device)
+        def moved(name: str) -> Tensor | None:
+            value: Tensor | None = getattr(self, name)
+            if value is None:
+                return None
+            return clip.normalize(value.to(clip.device)) if name in _IMAGES else value.to(clip.device)
 
-        def normal(value: Tensor | None) -> Tensor | None:
-            return None if value is None else clip.normalize(value.to(clip.device))
+        return Batch(labels=self.labels.to(clip.device), files=self.files, **{name: moved(name) for name in _TENSORS})
 
-        return Batch(
-            labels=self.labels.to(clip.device),
-            files=self.files,
-            pixels=normal(self.pixels),
-            features=moved(self.features),
-            seen=normal(self.seen),
-            unseen=normal(self.unseen),
-            unseen_labels=moved(self.unseen_labels),
-            generated=moved(self.generated),
-            generated_labels=moved(self.generated_labels),
-        )
+
+_IMAGES = ("pixels", "seen", "unseen")
+_TENSORS = (*_IMAGES, "features", "unseen_labels", "generated", "generated_labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +120,14 @@ class Source(Protocol):
         """Generated features of the classes without images; None where the run has no generator."""
 
 
+@runtime_checkable
+class FeatureGenerator(Protocol):
+    """A method that makes image features from class names."""
+
+    def generate(self, labels: Tensor, names: Sequence[str], generator: torch.Generator) -> Tensor:
+        """Unit features [G, D] of the classes ``names[label]``, labels int64 [G]; equal generators give equal ones."""
+
+
 class Method(nn.Module):
     """The plain CLIP; a method overrides the prompts it learns and, where it must, the loss.
 
@@ -120,6 +141,8 @@ class Method(nn.Module):
     """Whether a batch must hold synthetic images."""
     closed_vocabulary = False
     """Whether only classes with real images can be told apart."""
+    selection = ""
+    """What is chosen on validation images besides the weights, in a few words; empty: nothing."""
     not_exportable = ""
     """Why ``clipship pack`` cannot take the method; empty: it can."""
 
@@ -129,6 +152,8 @@ class Method(nn.Module):
         self.config = config
         self.task = task
         self.templates: tuple[str, ...] = config.templates or task.templates
+        self.notes: dict[str, float] = {}
+        """What a run has measured besides its losses; stored in the checkpoint's record."""
         self._tokens: dict[tuple[str, ...], list[Tensor]] = {}
         self._constant: dict[tuple[str, ...], Tensor] = {}
 
@@ -180,12 +205,13 @@ class Method(nn.Module):
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """[N, D] and [C, D] of unit length -> [N, C]."""
-        return self.clip.logit_scale * image_features @ class_features.T
+        with torch.autocast(image_features.device.type, enabled=False):  # times 100, bfloat16's steps are 0.1
+            return self.clip.logit_scale * raised(image_features) @ raised(class_features).T
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """The scalar to minimise under "total", and its parts; here cross entropy over the classes of the batch."""
         features, labels, names = self.examples(batch)
-        classification = functional.cross_entropy(self.classifier(names)(self.adapted(features)).float(), labels)
+        classification = cross_entropy(self.classifier(names)(self.adapted(features)), labels)
         return {"total": classification, "real": classification.detach()}
 
     def examples(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[str, ...]]:
@@ -193,11 +219,11 @@ class Method(nn.Module):
 
         Real images among the base classes; with generated features both among all classes, as SHIP does.
         """
-        assert batch.features is not None
         if batch.generated is None:
+            assert batch.features is not None
             return batch.features, batch.labels, self.task.base_names
         assert batch.generated_labels is not None
-        features = torch.cat([batch.features, batch.generated])
+        features = batch.generated if batch.features is None else torch.cat([batch.features, batch.generated])
         return features, torch.cat([batch.labels, batch.generated_labels]), self.task.class_names
 
     def learned(self) -> dict[str, Tensor]:

@@ -9,40 +9,28 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipship.core.errors import RecipeError
-from clipship.training.clip import Clip
-from clipship.training.config import TrainConfig
 from clipship.training.losses import alignment_loss, classification_loss
-from clipship.training.methods.base import Batch, Method, Task
-from clipship.training.prompts import check_depth, context_prompts, image_features, placeholder_template, random_prompts
+from clipship.training.methods.base import Batch
+from clipship.training.methods.prompted import LearnedContext, PromptedImages
+from clipship.training.prompts import image_features, random_prompts
 
 
-class SyncClip(Method):
+class SyncClip(PromptedImages, LearnedContext):
     """Real and synthetic images share all prompts but the first S tokens of every prompted image layer.
 
     At inference only the real path is used.
     """
 
     name = "sync-clip"
-    image_side_frozen = False
     needs_synthetic = True
 
-    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
-        super().__init__(clip, config, task)
-        if config.image_tokens < 1:
-            raise RecipeError(
-                f"recipe {config.recipe}: sync-clip learns image prompts: set image_tokens and image_depth"
-            )
-        check_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
-        generator = torch.Generator().manual_seed(config.seed)
-        self.templates = (placeholder_template(clip, config.text_tokens),)
-        self.context = context_prompts(clip, config.text_depth, config.text_tokens, config.context_init, generator)
-        self.real_tokens = random_prompts(config.image_depth, config.image_tokens, clip.image_width, generator)
-        self.synthetic_tokens = random_prompts(config.image_depth, config.domain_tokens, clip.image_width, generator)
-
-    def text_prompts(self) -> Tensor:
-        """[J, M, text width], shared by both domains."""
-        return self.context
+    def draw(self, generator: torch.Generator) -> None:
+        """The image prompts of the real path, then the synthetic domain's own tokens."""
+        config = self.config
+        self.real_tokens = self.drawn_image_prompts(generator)
+        self.synthetic_tokens = random_prompts(
+            config.image_depth, config.domain_tokens, self.clip.image_width, generator
+        )
 
     def image_prompts(self) -> Tensor:
         """[J, M, image width] of the real path."""

@@ -48,6 +48,21 @@ SWATCH_TEMPLATES: tuple[str, ...] = (
     "{} cloth.",
     "a {} surface.",
 )
+TEMPLATES: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a good photo of the {}.",
+    "a origami {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a drawing of a {}.",
+    "a print of a {}.",
+    "a painting of a {}.",
+    "a centered photo of a {}.",
+)
+"""Prompts for class names, of the forms that pre-training has seen: for ensembles on the built-in model."""
 ANY_SHAPE = ("thing", "object", "shape")
 _KEEP_COLOUR, _KEEP_TEXTURE, _KEEP_SHAPE, _KEEP_SIZE, _KEEP_BACKGROUND, _KEEP_RELATION = 0.75, 0.7, 0.93, 0.4, 0.5, 0.85
 

@@ -149,15 +149,15 @@ WORLD_DATASETS: tuple[WorldDataset, ...] = (
     ),
     WorldDataset(
         name="games", split_file="split_zhou_Games.json", template="a {} in a video game.",
-        axes=("colour", "shape"), values=(AXES["colour"], SHAPES), halves="apart", seed=17, shift=0.3,
+        axes=("colour", "shape"), values=(AXES["colour"], SHAPES), halves="apart", seed=17, shift=0.45,
     ),
     WorldDataset(
         name="origami", split_file="split_zhou_Origami.json", template="a origami {}.",
-        axes=("texture", "shape"), values=(AXES["texture"], SHAPES), halves="apart", seed=18, shift=0.3,
+        axes=("texture", "shape"), values=(AXES["texture"][:4], SHAPES), halves="apart", seed=18, shift=0.3,
     ),
     WorldDataset(
         name="renders", split_file="split_zhou_Renders.json", template="a rendering of a {}.",
-        axes=("shape", "background"), values=(SHAPES, AXES["background"]), halves="apart", seed=19, shift=0.3,
+        axes=("shape", "background"), values=(SHAPES, AXES["background"]), halves="apart", seed=19, shift=0.8,
     ),
 )  # fmt: skip
 
@@ -165,13 +165,21 @@ WORLD_DATASETS: tuple[WorldDataset, ...] = (
 def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float) -> WorldDataset:
     """Return test pictures of a data set's classes in another look, with the data set's own prompt."""
     (dataset,) = (dataset for dataset in WORLD_DATASETS if dataset.name == source)
-    counts = {"train_per_class": 0, "val_per_class": 0}
-    return replace(dataset, name=name, split_file=split_file, seed=seed, class_seed=dataset.seed, shift=shift, **counts)
+    return replace(
+        dataset,
+        name=name,
+        split_file=split_file,
+        seed=seed,
+        class_seed=dataset.seed,
+        shift=shift,
+        train_per_class=0,
+        val_per_class=0,
+    )
 
 
 WORLD_VARIANTS: tuple[WorldDataset, ...] = (
     _variant("prints", name="prints_night", split_file="split_zhou_PrintsNight.json", seed=31, shift=0.3),
-    _variant("prints", name="prints_sketched", split_file="split_zhou_PrintsSketched.json", seed=32, shift=0.5),
+    _variant("prints", name="prints_sketched", split_file="split_zhou_PrintsSketched.json", seed=32, shift=0.8),
 )
 
 

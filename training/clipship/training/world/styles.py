@@ -166,14 +166,15 @@ def fabric(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
 
 
 def video_game(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
-    """Draw with the coarse pixels and the few tones of an old game, on a screen whose lines show."""
+    """Draw with the coarse pixels and the few, gaudy tones of an old game, on a screen whose lines show."""
     side_px = frame.side_px
     canvas = backdrop(scene.background, rng, side_px)
     for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
         paste(canvas, thing, spot, rng)
-    coarse_px = round(side_px / ((1.2 + 3 * frame.shift) * frame.unit_px))
+    canvas = recoloured(canvas, hue_deg=60 * frame.shift, saturation=1 + 0.5 * frame.shift)
+    coarse_px = round(side_px / ((1.2 + 2 * frame.shift) * frame.unit_px))
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((coarse_px, coarse_px))
-    step = 24 + 40 * frame.shift
+    step = 24 + 60 * frame.shift
     tones = np.round(np.asarray(image, np.float32) / step) * step
     screen = Image.fromarray(np.clip(tones, 0, 255).astype(np.uint8))
     picture = np.array(screen.resize((side_px, side_px), Image.Resampling.NEAREST), np.float32)
@@ -219,10 +220,12 @@ def _gloss(side_px: int, amount: float) -> Floats:
 
 
 def _paste_lit(canvas: Floats, thing: Thing, spot: Spot, rng: np.random.Generator, frame: Frame, light: Floats) -> None:
-    """Draw a thing under that light, float32 [side, side, 1] for its `side` in pixels, and its shadow before it."""
+    """Draw a thing under that light, float32 [side, side, 1] for its `side` in pixels, its dark edge and its shadow."""
     side_px, size_px = light.shape[0], frame.side_px
-    mask = mask_of(thing.shape, ANGLES_DEG[int(rng.integers(len(ANGLES_DEG)))], side_px)
+    angle_deg = ANGLES_DEG[int(rng.integers(len(ANGLES_DEG)))]
+    mask = mask_of(thing.shape, angle_deg, side_px)
     body = textured(thing, rng, side_px, zoom=float(rng.uniform(0.85, 1.2)), scale=spot.side * PICTURE_PX)
+    body *= 0.35 + 0.65 * mask_of(thing.shape, angle_deg, side_px, inner=True)
     by_px = (2 + 5 * frame.shift) * frame.unit_px
     shadow = np.zeros((size_px, size_px, 1), np.float32)
     blend(shadow, np.ones_like(mask), mask, (spot.x * size_px + by_px, spot.y * size_px + by_px))

@@ -1,0 +1,100 @@
+"""An epoch from kept features beside one that encodes its images anew, the same recipe, in turn, in one run.
+
+    python benchmarks/feature_cache.py --out runs/feature-cache
+
+The first data set of the built-in world, 16 shots of its base classes, on ViT-B/16 with random weights (they do not
+change the time) and on clipship-tiny. An epoch is everything that `clipship train` does in it: reading images, crops,
+the tower, the steps. Medians and spread of several epochs of each kind, taken in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import statistics
+import sys
+import tempfile
+import time
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from clipship.core.cli import main as clipship
+from clipship.core.files import write_json_atomic, write_text_atomic
+
+MODELS = ("ViT-B-16/random", "clipship-tiny")
+RECIPES = ("coop", "kgcoop", "clip-adapter", "tip-adapter-f", "linear-probe", "ship")
+
+
+def epoch_times(model: str, recipe: str, data: Path, rounds: int) -> dict[str, Any]:
+    """Seconds of an epoch that encodes anew, and of one from kept features, ``rounds`` of each in turn."""
+    from clipship.training.clip import load_clip
+    from clipship.training.data import load_dataset
+    from clipship.training.loop import RunOptions, train
+    from clipship.training.recipes import config_from_recipe
+
+    clip, dataset = load_clip(model), load_dataset(data)
+    config = dataclasses.replace(config_from_recipe(recipe), base_model=model)
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "features"
+
+        def seconds(views: int, epochs: int, name: str) -> float:
+            run = dataclasses.replace(config, feature_views=views, epochs=epochs)
+            started = time.perf_counter()
+            train(run, dataset, out=Path(scratch) / name, clip=clip, options=RunOptions(cache=cache))
+            return time.perf_counter() - started
+
+        many = 20
+        seconds(1, 1, "warm")  # encodes the kept view and the validation images
+        anew, kept = [], []
+        for number in range(rounds):
+            base = seconds(1, 1, f"one{number}")
+            kept.append((seconds(1, 1 + many, f"kept{number}") - base) / many)
+            anew.append(seconds(0, 1, f"anew{number}") - base + kept[-1])
+    return {"model": model, "recipe": recipe, "anew_s": anew, "kept_s": kept}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown."""
+    lines = [
+        "| model | recipe | encoding anew (s) | kept features (s) | times faster (range) |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in rows:
+        ratios = [anew / kept for anew, kept in zip(row["anew_s"], row["kept_s"], strict=True)]
+        lines.append(
+            f"| {row['model']} | {row['recipe']} | {statistics.median(row['anew_s']):.2f} "
+            f"| {statistics.median(row['kept_s']):.4f} | {statistics.median(ratios):.0f} "
+            f"({min(ratios):.0f}-{max(ratios):.0f}) |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure every model and recipe and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/feature-cache"))
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    with redirect_stdout(StringIO()) as printed:
+        code = clipship(["world", "--only", "prints", "--out", str(given.out / "world"), "--json"])
+    if code:
+        raise SystemExit(code)
+    data = Path(json.loads(printed.getvalue())["datasets"][0]["path"])
+    rows = []
+    for model in given.models:
+        for recipe in given.recipes:
+            rows.append(epoch_times(model, recipe, data, given.rounds))
+            sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
+    text = table(rows)
+    write_json_atomic(given.out / "feature-cache.json", rows)
+    write_text_atomic(given.out / "feature-cache.md", text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,135 @@
+"""Peak memory and time of a training step on ViT-B/16 with the 1000 class names of ImageNet, on the CPU.
+
+    python benchmarks/memory.py --out runs/memory
+
+Every row is a process of its own: published batch size, random weights and pixels (neither changes memory or time),
+the peak resident set of the whole process, and the median of three steps after a first one. "Chunk" is the number of
+prompts that pass the text tower at once; in chunks, activations are computed again on the way back.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from clipship.core.files import write_json_atomic, write_text_atomic
+
+MODEL = "ViT-B-16/random"
+RECIPES = ("sync-clip", "promptsrc", "maple", "coop")
+CHUNKS = (1000, 250, 128, 32)
+STEPS = 4
+
+
+def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
+    """Take the steps in this process."""
+    import torch
+    from open_clip import IMAGENET_CLASSNAMES
+
+    from clipship.training.clip import load_clip
+    from clipship.training.methods import Batch, Task, build_method
+    from clipship.training.precision import autocast
+    from clipship.training.recipes import config_from_recipe
+
+    config = dataclasses.replace(
+        config_from_recipe(recipe, "ImageNet"), base_model=MODEL, text_chunk=chunk, precision=precision
+    )
+    names = tuple(dict.fromkeys(IMAGENET_CLASSNAMES))  # two of the thousand are called alike
+    clip = load_clip(MODEL)
+    whole = config.method != "sync-clip"  # it learns from half of the classes and classifies among all
+    task = Task(class_names=names, num_base=len(names) if whole else len(names) // 2, templates=("a photo of a {}.",))
+    method = build_method(clip, config, task)
+    optimizer = torch.optim.SGD(method.parameters(), lr=config.learning_rate)
+    draw = torch.Generator().manual_seed(0)
+    size, side = config.batch_size, clip.image_spec.size_px
+    images = [torch.randn(size, 3, side, side, generator=draw) for _ in range(3)]
+    labels = torch.arange(size) * 7
+    synthetic = {"seen": images[1], "unseen": images[2], "unseen_labels": labels + task.num_base - 1}
+    batch = Batch(
+        labels=labels,
+        files=(),
+        pixels=None if method.image_side_frozen else images[0],
+        features=torch.nn.functional.normalize(torch.randn(size, clip.embed_dim, generator=draw), dim=-1),
+        **(synthetic if method.needs_synthetic else {}),
+    )
+    times_s = []
+    for _ in range(STEPS):
+        started = time.perf_counter()
+        optimizer.zero_grad()
+        with autocast(precision, clip.device):
+            total = method.loss(batch)["total"]
+        total.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        times_s.append(time.perf_counter() - started)
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "peak_gib": peak_gib,
+        "step_s": statistics.median(times_s[1:]),
+        "steps_s": times_s[1:],
+        "classes": len(names),
+    }
+
+
+def in_a_process(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
+    """One row, from a process that does nothing else."""
+    command = [sys.executable, __file__, "--row", recipe, str(chunk), precision]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    row: dict[str, Any] = {"recipe": recipe, "chunk": chunk, "precision": precision, **json.loads(printed)}
+    sys.stderr.write(f"{recipe} chunk {chunk} {precision}: {row['peak_gib']:.1f} GiB, {row['step_s']:.1f} s\n")
+    return row
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows in Markdown; times beside that of the recipe's first row, which takes all prompts at once."""
+    lines = [
+        "| recipe | batch | precision | chunk | peak memory (GiB) | step (s, median of 3, range) | no chunks = 1 |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    first = {(row["recipe"], row["precision"]): row["step_s"] for row in reversed(rows)}
+    from clipship.training.recipes import config_from_recipe
+
+    for row in rows:
+        spread = f"{min(row['steps_s']):.1f}-{max(row['steps_s']):.1f}"
+        chunk = "none" if row["chunk"] >= row["classes"] else row["chunk"]
+        ratio = row["step_s"] / first[row["recipe"], row["precision"]]
+        batch = config_from_recipe(row["recipe"], "ImageNet").batch_size
+        lines.append(
+            f"| {row['recipe']} | {batch} | {row['precision']} | {chunk} | {row['peak_gib']:.1f} "
+            f"| {row['step_s']:.1f} ({spread}) | {ratio:.2f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    """Measure every row and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"))
+    parser.add_argument("--recipes", nargs="+", default=RECIPES)
+    parser.add_argument("--chunks", nargs="+", type=int, default=CHUNKS)
+    parser.add_argument("--precisions", nargs="+", default=["fp32"])
+    parser.add_argument("--row", nargs=3, metavar=("RECIPE", "CHUNK", "PRECISION"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.row:
+        sys.stdout.write(json.dumps(measured(given.row[0], int(given.row[1]), given.row[2])))
+        return
+    rows = [
+        in_a_process(recipe, chunk, precision)
+        for recipe in given.recipes
+        for precision in given.precisions
+        for chunk in given.chunks
+    ]
+    text = table(rows)
+    write_json_atomic(given.out / "memory.json", rows)
+    write_text_atomic(given.out / "memory.md", text)
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

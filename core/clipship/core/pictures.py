@@ -1,0 +1,56 @@
+"""What a caller may hand over as an image, here and over gRPC, and the encoder's pixels of each."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipship.core.errors import UsageError
+from clipship.core.images import ImageSpec, pixels_from_bytes, pixels_from_image
+
+ImageLike = str | os.PathLike[str] | bytes | Image.Image | NDArray[np.uint8]
+"""A path, an image file's bytes, a PIL image, or RGB pixels uint8 [height, width, 3] of any size."""
+
+
+def bytes_or_image(image: ImageLike) -> bytes | Image.Image:
+    """An image file's bytes, read where ``image`` is a path; or a PIL image, made where it is an array.
+
+    Raises:
+        UsageError: nothing an image can come from, or an array of another type or shape.
+        OSError: the path cannot be read.
+    """
+    if isinstance(image, str | os.PathLike):
+        return Path(image).read_bytes()
+    if isinstance(image, np.ndarray):
+        return image_from_array(image)
+    if not isinstance(image, bytes | Image.Image):
+        raise UsageError(f"an image is a {type(image).__name__}: give a path, bytes, a PIL image or an array")
+    return image
+
+
+def image_from_array(array: NDArray[Any]) -> Image.Image:
+    """A PIL image of RGB pixels uint8 [height, width, 3].
+
+    Raises:
+        UsageError: another type or shape. Floating-point pixels are refused as in files: nothing states their range.
+    """
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise UsageError(f"an array is {array.dtype} {list(array.shape)}: give RGB pixels, uint8 [height, width, 3]")
+    return Image.fromarray(array)
+
+
+def pixels_from_any(image: ImageLike, spec: ImageSpec) -> NDArray[np.uint8]:
+    """The encoder's input: uint8 [H, W, 3], H = W = ``spec.size_px``.
+
+    Raises:
+        UsageError: as :func:`bytes_or_image`.
+        OSError: as :func:`bytes_or_image`.
+        ImageDecodeError: the image cannot be decoded.
+    """
+    given = bytes_or_image(image)
+    return pixels_from_bytes(given, spec) if isinstance(given, bytes) else pixels_from_image(given, spec)

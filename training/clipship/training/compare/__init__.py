@@ -1,0 +1,1 @@
+"""Methods x data sets x seeds: runs that can be killed, and their report."""

@@ -1,0 +1,292 @@
+"""The figures as SVG: text as paths, no date, the same bytes for the same numbers; ink in the page's own colour.
+
+Shapes: E epochs, S seeds.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from clipship.training.compare.results import Result
+from clipship.training.compare.summary import AVERAGE, Stat, Summary
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#3b7dd8", "#e07b39", "#2e9e6b", "#c0504d", "#8d6cc7", "#a08a2c", "#d16ba5", "#3fa7b5", "#7f7f7f", "#6b8e23")
+"""One a recipe, told apart on white and on black."""
+MARKERS = "osD^vPX*<>"
+
+_INK = "#010203"
+"""Stands for the page's text colour until the figure is finished."""
+_STYLE: dict[Any, Any] = {
+    "text.parse_math": False,
+    "svg.fonttype": "path",
+    "svg.hashsalt": "clipship",
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.alpha": 0.18,
+    "legend.frameon": False,
+    **{
+        name: _INK
+        for name in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color")
+    },
+}
+_NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
+_COLUMNS = 2
+"""Panels beside each other."""
+
+Draw = Callable[["Figure"], None]
+
+
+def plots_of(summary: Summary) -> dict[str, str]:
+    """The figures that the comparison has numbers for: SVG by name."""
+    own: dict[str, tuple[str, Callable[[Summary], str]]] = {
+        "base-to-new": ("base-new", base_new_bars),
+        "few-shot": ("accuracy-against-shots", shots_curves),
+        "cross-dataset": ("cross-dataset", cross_bars),
+    }
+    name, draw_own = own[summary.protocol]
+    wanted = {name: draw_own, "losses": loss_curves, "reliability": reliability_diagrams}
+    if not any(one.scores for one in summary.results):
+        return {}
+    drawn = {name: draw(summary) for name, draw in wanted.items()}
+    return {name: svg for name, svg in drawn.items() if svg}
+
+
+def base_new_bars(summary: Summary) -> str:
+    """Base (full) and new (pale) accuracy of every recipe, a group of bars for each data set and for the average."""
+    names = [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
+    return _bars(summary, names, ("base", "new"), "accuracy % (full: base, pale: new)")
+
+
+def cross_bars(summary: Summary) -> str:
+    """Accuracy of every recipe on the source, every target and their average."""
+    return _bars(summary, [*summary.datasets, AVERAGE], ("all",), "accuracy %")
+
+
+def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: str) -> str:
+    from matplotlib.figure import Figure
+
+    runs = [(recipe, shots) for recipe in summary.recipes for shots in summary.shots(recipe)]
+    width = 0.8 / (len(runs) * len(keys))
+    with _styled():
+        figure = Figure(figsize=(max(6.0, 1.2 + 0.32 * len(names) * len(runs) * len(keys)), 3.6), layout="constrained")
+        axes = figure.add_subplot()
+        for number, (recipe, shots) in enumerate(runs):
+            rows = [_row(summary, name, recipe, shots) for name in names]
+            for part, key in enumerate(keys):
+                places = [place + width * (number * len(keys) + part) for place in range(len(names))]
+                _bar(axes, places, [row[key] for row in rows], width, number, recipe if part == 0 else "", part > 0)
+        centre = width * (len(runs) * len(keys) - 1) / 2
+        axes.set_xticks([place + centre for place in range(len(names))], list(names), rotation=20, ha="right")
+        axes.set_ylabel(label)
+        axes.set_ylim(0, 100)
+        _legend(figure)
+        return _svg(figure)
+
+
+def _row(summary: Summary, name: str, recipe: str, shots: int) -> Mapping[str, Stat | None]:
+    row = summary.average(recipe, shots) if name == AVERAGE else summary.row(name, recipe, shots)
+    return row.stats
+
+
+def _bar(
+    axes: Axes, places: Sequence[float], stats: Sequence[Stat | None], width: float, number: int, label: str, pale: bool
+) -> None:
+    heights = [stat.mean if stat else 0.0 for stat in stats]
+    spreads = [(stat.spread or 0.0) if stat else 0.0 for stat in stats]
+    axes.bar(
+        places,
+        heights,
+        width * 0.92,
+        yerr=spreads if any(spreads) else None,
+        color=_colour(number),
+        alpha=0.45 if pale else 1.0,
+        label=label or None,
+        error_kw={"ecolor": _INK, "elinewidth": 0.8, "capsize": 1.5},
+    )
+
+
+def shots_curves(summary: Summary) -> str:
+    """Accuracy over all classes against the number of real images, a panel for each data set and for the average."""
+    names = [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
+
+    def draw(axes: Axes, name: str) -> None:
+        for number, recipe in enumerate(summary.recipes):
+            found = [(shots, _row(summary, name, recipe, shots)["all"]) for shots in summary.shots(recipe)]
+            known = [(shots, stat) for shots, stat in found if stat is not None]
+            spreads = [stat.spread or 0.0 for _, stat in known]
+            means = [stat.mean for _, stat in known]
+            _line(axes, [shots for shots, _ in known], means, spreads, number, recipe)
+        ticks = sorted({one.shots for one in summary.results})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, list(map(str, ticks)))
+        axes.minorticks_off()
+        axes.set_xlabel("real images a class")
+        axes.set_ylabel("accuracy %")
+
+    return _panels(names, draw)
+
+
+def loss_curves(summary: Summary) -> str:
+    """The loss of every epoch, mean and spread over seeds, a panel for each data set; empty if nothing is learned."""
+    from matplotlib.ticker import MaxNLocator
+
+    names = [name for name in summary.datasets if any(one.losses and one.dataset == name for one in summary.results)]
+
+    def draw(axes: Axes, name: str) -> None:
+        for number, recipe in enumerate(summary.recipes):
+            runs = [one for one in summary.results if (one.dataset, one.recipe) == (name, recipe) and one.losses]
+            runs = [one for one in runs if one.shots == max(run.shots for run in runs)]
+            if runs:
+                epochs, means, spreads = losses_over_seeds(runs)
+                _line(axes, epochs, means, spreads, number, recipe, marker="" if len(epochs) > 1 else None)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_xlabel("epoch")
+        axes.set_ylabel("loss")
+
+    return _panels(names, draw)
+
+
+def losses_over_seeds(runs: Sequence[Result]) -> tuple[list[float], list[float], list[float]]:
+    """Epochs [E], mean losses [E] and their spreads [E] over the S runs of one recipe."""
+    columns = list(zip(*(one.losses for one in runs), strict=False))
+    epochs = [float(column[0].get("epoch", number)) for number, column in enumerate(columns, start=1)]
+    totals = [[one["total"] for one in column] for column in columns]
+    spreads = [statistics.stdev(column) if len(column) > 1 else 0.0 for column in totals]
+    return epochs, [statistics.mean(column) for column in totals], spreads
+
+
+def reliability_diagrams(summary: Summary) -> str:
+    """Accuracy against confidence over all runs of a recipe, with the expected calibration error; a panel a recipe."""
+    pooled = {recipe: pooled_bins(summary.results, recipe) for recipe in summary.recipes}
+    known = [recipe for recipe, bins in pooled.items() if bins]
+
+    def draw(axes: Axes, recipe: str) -> None:
+        bins = pooled[recipe]
+        axes.plot([0, 100], [0, 100], color=_INK, linewidth=0.8, linestyle=":")
+        places = [100 * (number + 0.5) / len(bins) for number in range(len(bins))]
+        heights = [accuracy or 0.0 for _, accuracy, _ in bins]
+        axes.bar(places, heights, 92 / len(bins), color=_colour(summary.recipes.index(recipe)))
+        axes.set_xlim(0, 100)
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("confidence %")
+        axes.set_ylabel("accuracy %")
+        axes.set_title(f"{recipe}: ECE {mean_error(summary.results, recipe):.2f} %", fontsize=9)
+
+    return _panels(known, draw, titled=False, legend=False)
+
+
+Bin = tuple[float | None, float | None, int]
+"""Mean confidence, accuracy, images."""
+
+
+def pooled_bins(results: Sequence[Result], recipe: str) -> list[Bin]:
+    """The reliability bins of all runs of ``recipe``, weighted by their images; empty where none were measured."""
+    diagrams = [scores.get("reliability") for one in results if one.recipe == recipe for scores in one.scores.values()]
+    return [_pooled(column) for column in zip(*filter(None, diagrams), strict=False)]
+
+
+def _pooled(bins: Sequence[Mapping[str, Any]]) -> Bin:
+    count = sum(one["count"] for one in bins)
+    filled = [one for one in bins if one["count"]]
+    if not count:
+        return None, None, 0
+    confidence, accuracy = (
+        sum(one[key] * one["count"] for one in filled) / count for key in ("confidence", "accuracy")
+    )
+    return confidence, accuracy, count
+
+
+def mean_error(results: Sequence[Result], recipe: str) -> float:
+    """The mean over runs and data sets of the expected calibration error of the diagrams, in percent."""
+    scores = [one for result in results if result.recipe == recipe for one in result.scores.values()]
+    errors = [one["ece_before"] if one.get("ece_after") is None else one["ece_after"] for one in scores]
+    return float(statistics.mean(error for error in errors if error is not None))
+
+
+def _line(
+    axes: Axes,
+    places: Sequence[float],
+    means: Sequence[float],
+    spreads: Sequence[float],
+    number: int,
+    label: str,
+    marker: str | None = None,
+) -> None:
+    """A line through the means, and a band as wide as the spread on both sides."""
+    mark = MARKERS[number % len(MARKERS)] if marker is None else marker
+    axes.plot(places, means, color=_colour(number), marker=mark, markersize=4, linewidth=1.4, label=label)
+    if any(spreads):
+        low, high = ([mean + sign * spread for mean, spread in zip(means, spreads, strict=True)] for sign in (-1, 1))
+        axes.fill_between(places, low, high, color=_colour(number), alpha=0.18, linewidth=0)
+
+
+def _panels(
+    names: Sequence[str], draw: Callable[[Axes, str], None], *, titled: bool = True, legend: bool = True
+) -> str:
+    """A panel for each of ``names``; empty without any."""
+    from matplotlib.figure import Figure
+
+    if not names:
+        return ""
+    columns = min(_COLUMNS, len(names))
+    rows = -(-len(names) // columns)
+    with _styled():
+        figure = Figure(figsize=(4.2 * columns, 3.0 * rows + 0.3), layout="constrained")
+        for number, name in enumerate(names, start=1):
+            axes = figure.add_subplot(rows, columns, number)
+            draw(axes, name)
+            if titled:
+                axes.set_title(name, fontsize=9)
+        if legend:
+            _legend(figure)
+        return _svg(figure)
+
+
+def _legend(figure: Figure) -> None:
+    """One for all panels: a recipe may be in some of them only."""
+    known = {
+        label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+    }
+    labels, handles = list(known), list(known.values())
+    figure.legend(handles, labels, loc="outside upper center", ncols=min(4, max(1, len(labels))), frameon=False)
+
+
+def _colour(number: int) -> str:
+    return COLOURS[number % len(COLOURS)]
+
+
+def _styled() -> Any:
+    from matplotlib import rc_context
+
+    return rc_context(_STYLE)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure alone, without the prolog that names a DTD, its ink in ``currentColor``."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
+    text = buffer.getvalue()
+    return text[text.index("<svg") :].replace(_INK, "currentColor")
+
+
+def standalone(svg: str) -> str:
+    """``svg`` as a file of its own: black ink on white, whatever the viewer."""
+    return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<svg ", '<svg style="background:#fff" ', 1)
+
+
+def inlined(svg: str, name: str) -> str:
+    """``svg`` with ids of its own, to stand beside others on a page."""
+    return re.sub(r'(\bid="|href="#|url\(#)', lambda found: f"{found[1]}{name}-", svg)

@@ -1,0 +1,279 @@
+"""Tables in the papers' form, once as data: Markdown, HTML and the terminal show the same cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clipship.training.compare import published
+from clipship.training.compare.published import Published
+from clipship.training.compare.summary import AVERAGE, Row, Stat, Summary
+
+FORMAT = "clipship-comparison"
+FORMAT_VERSION = 1
+NOTHING = "–"
+"""Where there is no number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """Cells as text."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    notes: tuple[str, ...] = ()
+    """Where published numbers were read, in the order of their marks [1], [2]..."""
+    text_columns: int = 2
+    """How many columns, from the first, are names."""
+
+    def to_markdown(self) -> str:
+        """A heading, the table, its notes."""
+        rule = ["---" if number < self.text_columns else "---:" for number in range(len(self.header))]
+        lines = [f"| {' | '.join(map(_escaped, row))} |" for row in (self.header, rule, *self.rows)]
+        notes = [f"[{number}] {note}" for number, note in enumerate(self.notes, start=1)]
+        return "\n".join([f"### {self.title}", "", *lines, *(("", *notes) if notes else ()), ""])
+
+
+def _escaped(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+@dataclass
+class _Notes:
+    """Numbers the sources in the order in which they are named."""
+
+    sources: list[str] = field(default_factory=list)
+
+    def cell(self, found: Published | None) -> str:
+        if found is None:
+            return NOTHING
+        return f"{' / '.join(f'{value:.2f}' for value in found.values)} {self.mark(found.source)}"
+
+    def mark(self, source: str) -> str:
+        if source not in self.sources:
+            self.sources.append(source)
+        return f"[{self.sources.index(source) + 1}]"
+
+
+def tables_of(summary: Summary) -> list[Table]:
+    """The tables of the comparison's protocol, and a table of the runs that failed."""
+    if summary.protocol == "few-shot":
+        tables = [_few_shot_table(summary)]
+    elif summary.protocol == "cross-dataset":
+        tables = [_cross_table(summary)]
+    else:
+        tables = [_base_to_new_table(summary), *_generalised_tables(summary)]
+    return [*tables, _effort_table(summary), *_failures(summary)]
+
+
+def _cell(stat: Stat | None) -> str:
+    return NOTHING if stat is None else str(stat)
+
+
+def _cells(row: Row, *names: str) -> tuple[str, ...]:
+    return tuple(_cell(row.stats[name]) for name in names)
+
+
+def _name_of(summary: Summary, row: Row) -> str:
+    """The data set, with the shots where the recipes have different ones."""
+    is_mixed = len({one.shots for one in summary.results}) > 1
+    return f"{row.dataset}, {row.shots} shots" if is_mixed else row.dataset
+
+
+def _blocks(summary: Summary, datasets: Sequence[str]) -> list[Row]:
+    """The rows of every data set, then the averages."""
+    runs = [(recipe, shots) for recipe in summary.recipes for shots in summary.shots(recipe)]
+    each = [summary.row(name, recipe, shots) for name in datasets for recipe, shots in runs]
+    averages = [summary.average(recipe, shots, datasets) for recipe, shots in runs if len(datasets) > 1]
+    return [*each, *averages]
+
+
+def _base_to_new_table(summary: Summary) -> Table:
+    keys = ("base", "new", "harmonic_mean", "open_base", "open_new", "open_harmonic_mean")
+    notes, rows, known = _Notes(), [], False
+    for row in _blocks(summary, summary.datasets):
+        found = _published_base_to_new(row, summary.datasets)
+        known |= found is not None
+        rows.append((_name_of(summary, row), row.recipe, *_cells(row, *keys), notes.cell(found)))
+    header = ("data set", "recipe", "base", "new", "H", "open base", "open new", "open H", "published base / new / H")
+    width = len(header) if known else len(header) - 1
+    return Table(
+        title="Base to new",
+        header=header[:width],
+        rows=tuple(row[:width] for row in rows),
+        notes=tuple(notes.sources),
+    )
+
+
+def _published_base_to_new(row: Row, datasets: Sequence[str]) -> Published | None:
+    if row.shots != published.SHOTS:
+        return None
+    if row.dataset == AVERAGE:
+        return published.average_base_and_new(row.recipe, datasets)
+    return published.base_and_new(row.recipe, row.dataset)
+
+
+def _generalised_tables(summary: Summary) -> list[Table]:
+    """U, S and H where a data set has the splits of generalised zero-shot learning."""
+    datasets = [name for name in summary.datasets if summary.has("unseen", name)]
+    if not datasets:
+        return []
+    notes, rows = _Notes(), []
+    for row in _blocks(summary, datasets):
+        cells = _cells(row, "unseen", "seen", "generalised_harmonic_mean")
+        found = published.generalised(row.recipe, row.dataset)
+        rows.append((_name_of(summary, row), row.recipe, *cells, notes.cell(found)))
+    header = ("data set", "recipe", "U", "S", "H", "published U / S / H")
+    title = "Generalised zero-shot (mean over classes)"
+    return [Table(title=title, header=header, rows=tuple(rows), notes=tuple(notes.sources))]
+
+
+def _few_shot_table(summary: Summary) -> Table:
+    shots = sorted({count for recipe in summary.recipes for count in summary.shots(recipe)})
+    rows = [
+        (name, recipe, *(_cell(summary.row(name, recipe, count).stats["all"]) for count in shots))
+        for name in summary.datasets
+        for recipe in summary.recipes
+    ]
+    if len(summary.datasets) > 1:
+        rows += [
+            (AVERAGE, recipe, *(_cell(summary.average(recipe, count).stats["all"]) for count in shots))
+            for recipe in summary.recipes
+        ]
+    header = ("data set", "recipe", *(f"{count} shot{'s' * (count > 1)}" for count in shots))
+    return Table(title="Accuracy over all classes against shots", header=header, rows=tuple(rows))
+
+
+def _cross_table(summary: Summary) -> Table:
+    source = summary.datasets[0]
+    notes, rows = _Notes(), []
+    for recipe in summary.recipes:
+        for shots in summary.shots(recipe):
+            cells = (_cell(summary.row(name, recipe, shots).stats["all"]) for name in summary.datasets)
+            rows.append((recipe, *cells, _cell(summary.average(recipe, shots).stats["all"])))
+        theirs = published.transfer(recipe, source)
+        if published.SHOTS in summary.shots(recipe) and set(theirs) & set(summary.targets):
+            rows.append(_published_transfer(recipe, summary, notes))
+    return Table(
+        title=f"Learned on {source}, every class among all names",
+        header=("recipe", f"{source} (source)", *summary.targets, AVERAGE),
+        rows=tuple(rows),
+        notes=tuple(notes.sources),
+        text_columns=1,
+    )
+
+
+def _published_transfer(recipe: str, summary: Summary, notes: _Notes) -> tuple[str, ...]:
+    theirs = published.transfer(recipe, summary.datasets[0])
+    values = [theirs.get(name) for name in summary.datasets]
+    known = [value for value in values[1:] if value is not None]
+    average = sum(known) / len(known) if len(known) == len(summary.targets) else None
+    cells = (NOTHING if value is None else f"{value:.2f}" for value in (*values, average))
+    return (f"{recipe}, published {notes.mark(published.transfer_source(recipe, summary.targets))}", *cells)
+
+
+def _effort_table(summary: Summary) -> Table:
+    """What a recipe learns and takes, and how far its probabilities are from the truth."""
+    rows = []
+    for recipe in summary.recipes:
+        done = [one for one in summary.results if one.recipe == recipe and not one.error]
+        whole = [one.seconds for one in done if not one.resumed]
+        sizes = sorted({one.learned_parameters for one in done})
+        rows.append(
+            (
+                recipe,
+                done[0].method if done else NOTHING,
+                f"{len(done)}",
+                NOTHING if not sizes else " to ".join(f"{size:,}" for size in dict.fromkeys((sizes[0], sizes[-1]))),
+                f"{sum(whole) / len(whole):.1f}" if whole else NOTHING,
+                *(_mean_ece(done, name) for name in ("ece_before", "ece_after")),
+                "; ".join(sorted({one.selection for one in done})) or NOTHING,
+            )
+        )
+    header = ("recipe", "method", "runs", "learned parameters", "seconds a run", "ECE %", "ECE % with temperature")
+    return Table(title="What the runs took", header=(*header, "weights kept"), rows=tuple(rows))
+
+
+def _mean_ece(results: Sequence[Any], name: str) -> str:
+    known = [scores[name] for one in results for scores in one.scores.values() if scores.get(name) is not None]
+    return f"{sum(known) / len(known):.2f}" if known else NOTHING
+
+
+def _failures(summary: Summary) -> list[Table]:
+    rows = tuple(
+        (one.dataset, one.recipe, f"{one.shots}", f"{one.seed}", one.error) for one in summary.results if one.error
+    )
+    header = ("data set", "recipe", "shots", "seed", "why")
+    return [Table(title="Runs that failed", header=header, rows=rows)] if rows else []
+
+
+HOW = {
+    "base-to-new": "Learned from the base classes only. Base and new: each half of the test images among its own class "
+    "names; open: the same images among all class names. H is the harmonic mean of the averages.",
+    "few-shot": "Learned from all classes; all test images among all class names.",
+    "cross-dataset": "Learned from all classes of the source; nothing is learned from the others, whose test images "
+    "are told apart among all their own class names.",
+}
+
+
+def how_made(summary: Summary) -> str:
+    """A few sentences on how the numbers were made."""
+    seeds = sorted({one.seed for one in summary.results})
+    shots = sorted({one.shots for one in summary.results})
+    spread = "the mean ± the sample standard deviation over" if len(seeds) > 1 else "of"
+    return (
+        f"Top-1 accuracy in percent, {spread} {'seeds' if len(seeds) > 1 else 'seed'} {_listed(seeds)}; "
+        f"{_listed(shots)} real images a class. {HOW[summary.protocol]} "
+        "Averages over data sets are taken for each seed first. "
+        "Nothing is selected on test images."
+    )
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def markdown_of(summary: Summary, tables: Sequence[Table]) -> str:
+    """``table.md``."""
+    return "\n".join([f"{how_made(summary)}\n", *(table.to_markdown() for table in tables)])
+
+
+def json_of(summary: Summary, environment: dict[str, str]) -> dict[str, Any]:
+    """``results.json``: every run with all that was measured, and the rows unrounded."""
+    return {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "protocol": summary.protocol,
+        "how": how_made(summary),
+        "environment": environment,
+        "recipes": list(summary.recipes),
+        "datasets": list(summary.datasets),
+        "failed": sum(bool(one.error) for one in summary.results),
+        "rows": [row.to_json() for row in summary.rows()],
+        "published": _published_json(summary),
+        "runs": [asdict(one) for one in summary.results],
+    }
+
+
+def _published_json(summary: Summary) -> list[dict[str, Any]]:
+    """The published numbers of the same methods on the same data sets, with their sources."""
+    found = []
+    for recipe in summary.recipes:
+        for name in summary.datasets:
+            for protocol, one in _published_on(summary, recipe, name):
+                place = {"recipe": recipe, "dataset": name, "protocol": protocol}
+                found.append({**place, "values": list(one.values), "source": one.source})
+    return found
+
+
+def _published_on(summary: Summary, recipe: str, dataset: str) -> list[tuple[str, Published]]:
+    if summary.protocol == "base-to-new":
+        pairs = published.base_and_new(recipe, dataset), published.generalised(recipe, dataset)
+        names = ("base-to-new", "generalised zero-shot")
+        return [(name, one) for name, one in zip(names, pairs, strict=True) if one is not None]
+    value = published.transfer(recipe, summary.datasets[0]).get(dataset) if summary.source else None
+    if value is None:
+        return []
+    return [("cross-dataset", Published(values=(value,), source=published.transfer_source(recipe, [dataset])))]

@@ -1,0 +1,1 @@
+"""The readers of data sets, one module a layout; what is published is one table, :mod:`.records`."""

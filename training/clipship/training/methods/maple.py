@@ -1,0 +1,47 @@
+"""MaPLe: deep prompts in the text tower, and the image tower's as a linear map of them (arXiv 2210.03117).
+
+Shapes: J prompted layers, M tokens a layer, W and V the widths of the text and the image tower.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipship.core.errors import RecipeError
+from clipship.training.clip import Clip
+from clipship.training.config import TrainConfig
+from clipship.training.methods.base import Task
+from clipship.training.methods.layers import uniform
+from clipship.training.methods.prompted import LearnedContext, PromptedImages
+from clipship.training.prompts import check_depth
+
+
+class Maple(PromptedImages, LearnedContext):
+    """Text context [J, M, W], and for each layer a linear map with bias from W to V.
+
+    The maps of layers 1..J-1 start equal, as in the authors' code.
+    """
+
+    name = "maple"
+
+    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
+        if config.image_tokens:
+            raise RecipeError(
+                f"recipe {config.recipe}: image_tokens={config.image_tokens}: maple makes its image prompts from the "
+                "text's: leave image_tokens and image_depth at 0"
+            )
+        check_depth(clip, image_depth=config.text_depth, text_depth=config.text_depth)
+        super().__init__(clip, config, task)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """The maps: weights [J, W, V], biases [J, V]."""
+        width, image_width, depth = self.clip.text_width, self.clip.image_width, self.config.text_depth
+        maps = [uniform((width + 1, image_width), width, generator) for _ in range(min(depth, 2))]
+        maps_JWV = torch.stack(maps + maps[1:] * (depth - 2))
+        self.coupling_weight = nn.Parameter(maps_JWV[:, :-1].clone())
+        self.coupling_bias = nn.Parameter(maps_JWV[:, -1].clone())
+
+    def image_prompts(self) -> Tensor:
+        """[J, M, V]."""
+        return torch.baddbmm(self.coupling_bias[:, None], self.context, self.coupling_weight)

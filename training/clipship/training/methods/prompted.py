@@ -1,0 +1,69 @@
+"""What methods with learned prompts have in common: a context for the text tower, prompts for the image tower.
+
+Shapes: J prompted layers, M tokens a layer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from clipship.core.errors import RecipeError
+from clipship.training.clip import Clip
+from clipship.training.config import TrainConfig
+from clipship.training.losses import classification_loss
+from clipship.training.methods.base import Batch, Method, Task
+from clipship.training.prompts import check_depth, context_prompts, image_features, placeholder_template, random_prompts
+
+
+class LearnedContext(Method):
+    """Learned tokens in the place of the first words of the prompt, in one or more layers of the text tower.
+
+    Of ``context_init``'s words as many are learned as ``text_tokens`` says; those after them stay as they are.
+    """
+
+    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
+        super().__init__(clip, config, task)
+        check_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
+        generator = torch.Generator().manual_seed(config.seed)
+        words = config.context_init.split()
+        learned, fixed = words[: config.text_tokens], words[config.text_tokens :]
+        template = placeholder_template(clip, config.text_tokens)
+        self.templates = (template.replace("{}", " ".join([*fixed, "{}"])),)
+        self.context = context_prompts(clip, config.text_depth, config.text_tokens, " ".join(learned), generator)
+        self.draw(generator)
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Make the other learned tensors, after the context and from the same generator."""
+
+    def text_prompts(self) -> Tensor:
+        """[J, M, text width]."""
+        return self.context
+
+
+class PromptedImages(Method):
+    """Images pass the tower together with learned tokens, so every step encodes pixels."""
+
+    image_side_frozen = False
+
+    def drawn_image_prompts(self, generator: torch.Generator) -> nn.Parameter:
+        """[image depth, image tokens, image width] from N(0, 0.02).
+
+        Raises:
+            RecipeError: the settings have none, or more layers than the tower.
+        """
+        config = self.config
+        if config.image_tokens < 1:
+            raise RecipeError(
+                f"recipe {config.recipe}: {self.name} learns image prompts: set image_tokens and image_depth"
+            )
+        check_depth(self.clip, image_depth=config.image_depth, text_depth=0)
+        return random_prompts(config.image_depth, config.image_tokens, self.clip.image_width, generator)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """Cross entropy over the classes with real images."""
+        assert batch.pixels is not None
+        features = image_features(self.clip, batch.pixels, self.image_prompts())
+        classes = self.class_features(self.task.base_names)
+        total = classification_loss(features, classes, batch.labels, self.clip.logit_scale)
+        return {"total": total, "real": total.detach()}

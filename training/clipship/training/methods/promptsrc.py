@@ -1,0 +1,53 @@
+"""PromptSRC: IVLP that is held to the frozen model in features and logits (arXiv 2307.06948).
+
+Its third part, the Gaussian average of the weights over epochs, is the training loop's (``average_mean``,
+``average_std``).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from clipship.training.clip import Clip
+from clipship.training.config import TrainConfig
+from clipship.training.losses import absolute_distance, cross_entropy, divergence
+from clipship.training.methods.base import Batch, Task
+from clipship.training.methods.ivlp import Ivlp
+from clipship.training.methods.reference import Reference
+from clipship.training.prompts import image_features
+
+
+class PromptSrc(Ivlp):
+    """The prompts of IVLP; the frozen class features are those of the reference templates."""
+
+    name = "promptsrc"
+
+    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
+        super().__init__(clip, config, task)
+        self.reference = Reference(clip, config, task)
+
+    def loss(self, batch: Batch) -> dict[str, Tensor]:
+        """``CE + a |text - frozen text| + b |image - frozen image| + c KL(frozen || learned)``, each a mean."""
+        assert batch.pixels is not None
+        names = self.task.base_names
+        classes, frozen_classes = self.class_features(names), self.reference.class_features(names)
+        images = self.image_features(batch.pixels)
+        with torch.no_grad():
+            frozen_images = functional.normalize(image_features(self.clip, batch.pixels), dim=-1)
+        logits, frozen_logits = self.logits(images, classes), self.logits(frozen_images, frozen_classes)
+        parts = {
+            "real": cross_entropy(logits, batch.labels),
+            "text": absolute_distance(classes, frozen_classes),
+            "image": absolute_distance(images, frozen_images),
+            "logits": divergence(logits, frozen_logits),
+        }
+        config = self.config
+        weights = {
+            "text": config.text_consistency,
+            "image": config.image_consistency,
+            "logits": config.logit_consistency,
+        }
+        total = parts["real"] + torch.stack([weight * parts[part] for part, weight in weights.items()]).sum()
+        return {"total": total, **{part: value.detach() for part, value in parts.items()}}

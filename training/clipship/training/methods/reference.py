@@ -1,0 +1,38 @@
+"""The frozen text features that learned ones are held to.
+
+Shapes: C classes, L tokens, D joint dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import Tensor
+from torch.nn import functional
+
+from clipship.training import prompts
+from clipship.training.clip import Clip
+from clipship.training.config import TrainConfig
+from clipship.training.methods.base import Method, Task
+
+
+class Reference(Method):
+    """CLIP as it is, under ``reference_templates``; it has no learned tensors and no state.
+
+    Templates are averaged before the features are normalised, as in PromptSRC (arXiv 2307.06948); zero-shot ensembles
+    normalise each one first.
+    """
+
+    name = "reference"
+
+    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
+        super().__init__(clip, replace(config, templates=config.reference_templates), task)
+
+    def text_features(self, tokens: Tensor) -> Tensor:
+        """Tokens int64 [C, L] -> features [C, D], not normalised."""
+        return prompts.text_features(self.clip, tokens)
+
+    def class_features(self, names: Sequence[str]) -> Tensor:
+        """Unit features [C, D]."""
+        return functional.normalize(super().class_features(names), dim=-1)
