@@ -277,3 +277,9 @@ def test_published_settings() -> None:
     assert (cache.optimizer, cache.learning_rate, cache.adam_epsilon, cache.epochs) == ("adamw", 1e-3, 1e-4, 20)
     assert (cache.schedule, cache.batch_size, cache.cache_views, cache.min_crop) == ("step-cosine", 256, 10, 0.5)
     assert config_from_recipe("tip-adapter").epochs == 0
+
+
+@pytest.mark.parametrize("name", ["tip-adapter", "tip-adapter-f"])
+def test_a_cache_needs_a_number_of_shots(clip: Clip, name: str) -> None:
+    with pytest.raises(RecipeError, match="shots=0: a cache has the same number of keys a class"):
+        build_method(clip, replace(_config(name), shots=0), TASK)

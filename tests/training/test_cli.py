@@ -93,7 +93,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (("train", "sink-clip", "--data", "{data}", "--out", "x"), "did you mean sync-clip"),
         (("train", "coop", "--data", "absent", "--out", "x"), "absent: no such folder"),
         (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "16"), "16 are asked for"),
-        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "0"), "0 is not in the range"),
+        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "-1"), "-1 is not in the range"),
         (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--device", "abacus"), "give cpu, cuda or cuda:N"),
         (("evaluate", "{data}", "--data", "{data}"), "no checkpoint there"),
         (("world", "--out", "x", "--only", "printz"), "did you mean prints"),

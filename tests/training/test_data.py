@@ -127,3 +127,10 @@ def test_few_shot_takes_at_most_four_validation_images(dataset: Dataset) -> None
     train, val = few_shot(dataset, 5, seed=1)
     assert (len(train), len(val)) == (25, 15)
     assert len(few_shot(dataset, 2, seed=1)[1]) == 10
+
+
+def test_no_shots_are_all_images(dataset: Dataset) -> None:
+    assert few_shot(dataset, 0, seed=1) == (dataset.train, dataset.val)
+    half = replace(dataset, train=tuple(item for item in dataset.train if item.label))
+    with pytest.raises(DataError, match="class 'red' has 0 training images"):
+        few_shot(half, 0, seed=1)

@@ -169,7 +169,7 @@ def test_unknown_recipes_get_the_near_names() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shots": 0}, "shots=0: must be at least 1"),
+        ({"shots": -1}, "shots=-1: must be at least 0"),
         ({"epochs": -1}, "epochs=-1: must be at least 0"),
         ({"momentum": 1.0}, "momentum=1.0: must be in"),
         ({"min_crop": 0.0}, "min_crop=0.0: must be in"),

@@ -135,7 +135,7 @@ def recipes(as_json: bool) -> None:
 @click.option("--synthetic", help="Folder of a synthetic set; default: DATA/synthetic.")
 @click.option("--generator", help="Checkpoint of a feature generator, instead of the one the recipe learns first.")
 @click.option("--seed", default=1, show_default=True, help="Of the few-shot sample, prompts, order and crops.")
-@click.option("--shots", type=click.IntRange(min=1), help="Real images a class; default: the recipe's.")
+@click.option("--shots", type=click.IntRange(min=0), help="Real images a class, 0: all; default: the recipe's.")
 @click.option("--classes", type=click.Choice(["base", "all"]), help="Which classes have real images.")
 @click.option("--epochs", type=click.IntRange(min=1), help="Default: the recipe's.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Real images a step; default: the recipe's.")

@@ -39,7 +39,7 @@ class TrainConfig:
     classes: str = "base"
     """Which classes have real images: the "base" half, "all", or "none" (a generator makes every feature)."""
     shots: int = 16
-    """Real images a class."""
+    """Real images a class; 0: all there are."""
     epochs: int = 0
     """Passes over the few-shot set; 0 where nothing is learned step by step."""
     batch_size: int = 8
@@ -72,7 +72,7 @@ class TrainConfig:
     text_depth: int = 1
     """Layers of the text tower that get their own tokens."""
     context_init: str = "a photo of a"
-    """Words whose embeddings start the first text layer; empty: random."""
+    """Words whose embeddings start the first text layer; those beyond ``text_tokens`` stay fixed; empty: random."""
     image_tokens: int = 0
     """Learned tokens a layer of the image tower."""
     image_depth: int = 0
@@ -137,7 +137,15 @@ class TrainConfig:
             *("meta_reduction", "adapter_reduction", "cache_views", "encoder_width", "decoder_width"),
         )
         at_least_0 = (
-            *("epochs", "learning_rate", "warmup_epochs", "warmup_learning_rate", "weight_decay", "average_std"),
+            *(
+                "shots",
+                "epochs",
+                "learning_rate",
+                "warmup_epochs",
+                "warmup_learning_rate",
+                "weight_decay",
+                "average_std",
+            ),
             *("image_tokens", "image_depth", "synthetic_weight", "align_weight", "feature_views", "generated_shots"),
             *("text_consistency", "image_consistency", "logit_consistency", "cache_alpha", "cache_beta", "kl_weight"),
         )
@@ -147,7 +155,6 @@ class TrainConfig:
             self._require(getattr(self, name) >= 0, "at least 0", name)
         for name, accepted in _CHOICES.items():
             self._require(getattr(self, name) in accepted, f"one of {', '.join(accepted)}", name)
-        self._require(self.shots >= 1, "at least 1", "shots")
         self._require(0 <= self.momentum < 1, "in [0, 1)", "momentum")
         self._require(self.adam_epsilon > 0, "greater than 0", "adam_epsilon")
         self._require(0 <= self.adapter_ratio <= 1, "in [0, 1]", "adapter_ratio")

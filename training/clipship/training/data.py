@@ -141,17 +141,19 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> tuple[tuple[Item, ...],
 
     Python's generator is seeded with ``seed``; classes are taken in the order in which they first occur; train comes
     before val. The sample covers base and new classes, though only base classes are learned from; a new class may have
-    fewer images, or none.
+    fewer images, or none. 0 shots are all images, to train and to validate, in the order of the lists.
 
     Raises:
-        DataError: no training images, or a base class has fewer than ``shots``.
+        DataError: no training images, or a base class has fewer than ``shots``, or none.
     """
     if not dataset.train:
         raise DataError(f"{dataset.record.name} has no training images: it is for testing only, learn from another")
     counts = Counter(item.label for item in dataset.train)
     for label, name in enumerate(dataset.class_names[: dataset.num_base]):
-        if counts[label] < shots:
+        if counts[label] < max(shots, 1):
             raise DataError(f"class {name!r} has {counts[label]} training images, {shots} are asked for: lower --shots")
+    if not shots:
+        return dataset.train, dataset.val
     generator = random.Random(seed)
     train = _sampled(dataset.train, shots, generator)
     return train, _sampled(dataset.val, min(shots, VAL_SHOTS), generator)

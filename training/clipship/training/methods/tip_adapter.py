@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from clipship.core.errors import DataError
+from clipship.core.errors import DataError, RecipeError
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Classify, Method, Samples, Source, Task
@@ -38,6 +38,8 @@ class TipAdapter(Method):
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
+        if not config.shots:
+            raise RecipeError(f"recipe {config.recipe}: shots=0: a cache has the same number of keys a class: give one")
         shots = [config.shots] * task.num_base
         if config.generator is not None:
             shots += [config.generated_shots] * (len(task.class_names) - task.num_base)
