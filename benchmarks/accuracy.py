@@ -19,6 +19,10 @@ from io import StringIO
 from pathlib import Path
 
 from clipship.core.cli import main as clipship
+from clipship.core.files import write_text_atomic
+from clipship.training.compare.results import read_result
+from clipship.training.compare.summary import Summary
+from clipship.training.world.datasets import WORLD_DATASETS
 
 METHODS = (
     *("zero-shot", "zero-shot-ensemble", "coop", "cocoop", "kgcoop", "vpt-shallow", "vpt-deep", "ivlp", "maple"),
@@ -49,12 +53,35 @@ def world(out: Path, names: Sequence[str] = ()) -> list[str]:
     return [one["path"] for one in json.loads(command("world", "--out", out, *only, "--json"))["datasets"]]
 
 
+def groups_table(out: Path, seeds: Sequence[int]) -> str:
+    """Averages over data sets whose classes share their words and over those whose new classes have words of their own.
+
+    ``open``: among all class names. ``ECE``: of these, before and after the temperature, in percent.
+    """
+    results = [read_result(path) for path in sorted(out.glob("runs/*/*/result.json"))]
+    results = [one for one in results if one.seed in seeds]
+    recipes = tuple(f"{method}-tiny" for method in METHODS)
+    names = tuple(one.name for one in WORLD_DATASETS)
+    summary = Summary(protocol="base-to-new", recipes=recipes, datasets=names, results=tuple(results))
+    keys = ("base", "new", "harmonic_mean", "open_base", "open_new", "open_harmonic_mean", "ece_before", "ece_after")
+    lines = ["| recipe | base | new | H | open base | open new | open H | ECE | after |", "| --- |" + " ---: |" * 8]
+    tables = []
+    for title, halves in (("all data sets", ("shared", "apart")), ("words shared", "shared"), ("words apart", "apart")):
+        group = tuple(one.name for one in WORLD_DATASETS if one.halves in halves)
+        rows = [summary.average(recipe, 16, group) for recipe in recipes]
+        cells = [" | ".join("–" if row.stats[key] is None else str(row.stats[key]) for key in keys) for row in rows]
+        each = [f"| {row.recipe} | {text} |" for row, text in zip(rows, cells, strict=True)]
+        tables.append("\n".join([f"### Average over {title}: {', '.join(group)}", "", *lines, *each, ""]))
+    return "\n".join(tables)
+
+
 def main() -> None:
     """Run the comparisons that were asked for and print their tables."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))
     parser.add_argument("--jobs", default="1", help="runs at the same time")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     protocols = ("base-to-new", "few-shot", "cross-dataset")
     parser.add_argument("--protocols", nargs="+", default=protocols, choices=protocols)
     given = parser.parse_args()
@@ -63,7 +90,7 @@ def main() -> None:
     others = [folder for folder in data if folder != prints]
     plans = {
         "base-to-new": (METHODS, data),
-        "few-shot": (FEW_SHOT, data),
+        "few-shot": (FEW_SHOT, [prints]),
         "cross-dataset": (CROSS, [prints, *others, *world(given.out / "world", VARIANTS)]),
     }
     for protocol in given.protocols:
@@ -71,8 +98,12 @@ def main() -> None:
         recipes = [f"{method}-tiny" for method in methods]
         out = given.out / protocol
         run = ("compare", *recipes, "--data", *folders, "--protocol", protocol, "--out", out)
-        command(*run, "--jobs", given.jobs)
+        command(*run, "--seeds", *map(str, given.seeds), "--jobs", given.jobs)
         sys.stdout.write((out / "table.md").read_text(encoding="utf-8") + "\n")
+        if protocol == "base-to-new":
+            text = groups_table(out, given.seeds)
+            write_text_atomic(out / "groups.md", text)
+            sys.stdout.write(text)
 
 
 if __name__ == "__main__":

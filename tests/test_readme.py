@@ -22,6 +22,9 @@ def block_below(heading: str, language: str) -> str:
     return found.group(1)
 
 
+CALIBRATED = block_below("**In PyTorch, without a server**, with calibrated probabilities:", "python")
+
+
 def test_setup_is_two_commands_of_the_makefile() -> None:
     commands = [line.split("#")[0].split() for line in block_below("# clipship", "sh").splitlines()]
     assert [command[0] for command in commands] == ["make", "make"]
@@ -44,13 +47,18 @@ def test_the_line_runs_as_it_stands(tmp_path: Path) -> None:
     try:
         assert "ready" in server.stdout.readline()
         subprocess.run(lines[-1], shell=True, cwd=tmp_path, env=environment, check=True, timeout=600)
-        subprocess.run(
-            [sys.executable, "-c", python_example()],
-            cwd=tmp_path,
-            env=environment,
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        printed = [
+            subprocess.run(
+                [sys.executable, "-c", program],
+                cwd=tmp_path,
+                env=environment,
+                check=True,
+                capture_output=True,
+                text=True,
+            ).stdout
+            for program in (python_example(), CALIBRATED)
+        ]
+        assert "label='black fish', probability=" in printed[1]
     finally:
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0
