@@ -145,6 +145,7 @@ def _results(plan: Plan, rank: Rank, *, jobs: int, device: str | None, workers: 
     results = [result for run in mine if (result := finished_result(run)) is not None]
     done = {one.identity for one in results}
     left = [run for run in mine if run.identity not in done]
+    left.sort(key=lambda run: plan.request.seeds.index(run.config.seed))  # a whole table after the first seed
     log(f"{len(plan.runs)} runs" + (f", {len(results)} of them are there already" if results else ""))
     if left:
         results += do_runs(left, jobs=jobs, device=device, loader_workers=workers)

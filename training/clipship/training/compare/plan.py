@@ -75,7 +75,7 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All runs, in the order in which they are done."""
+    """All runs, in the order of the tables."""
 
     request: Request
     datasets: tuple[str, ...]
@@ -101,14 +101,13 @@ def plan_of(request: Request) -> Plan:
         name = repeated[0] if repeated else names[0]
         raise UsageError(f"two data sets are called {name}: give each data set once, and no two of one name")
     learned_from = list(loaded)[:1] if request.protocol == "cross-dataset" else list(loaded)
-    runs = [
+    runs = tuple(
         _run(request, loaded, path, config)
         for path in learned_from
         for recipe in request.recipes
         for config in _configs(request, recipe, loaded[path])
-    ]
-    runs.sort(key=lambda run: request.seeds.index(run.config.seed))  # so that a third of the time gives a whole table
-    return Plan(request=request, datasets=tuple(names), runs=tuple(runs))
+    )
+    return Plan(request=request, datasets=tuple(names), runs=runs)
 
 
 def _check_out(out: Path) -> None:
