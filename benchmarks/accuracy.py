@@ -21,7 +21,7 @@ from pathlib import Path
 from clipship.core.cli import main as clipship
 from clipship.core.files import write_text_atomic
 from clipship.training.compare.results import read_result
-from clipship.training.compare.summary import Summary
+from clipship.training.compare.summary import Row, Summary
 from clipship.training.world.datasets import WORLD_DATASETS
 
 METHODS = (
@@ -53,6 +53,11 @@ def world(out: Path, names: Sequence[str] = ()) -> list[str]:
     return [one["path"] for one in json.loads(command("world", "--out", out, *only, "--json"))["datasets"]]
 
 
+def seeds_of(row: Row) -> int:
+    """How many seeds a row is the mean of: those that ended on all of its data sets."""
+    return 0 if row.stats["base"] is None else row.stats["base"].seeds
+
+
 def groups_table(out: Path, seeds: Sequence[int]) -> str:
     """Averages over data sets whose classes share their words and over those whose new classes have words of their own.
 
@@ -64,13 +69,14 @@ def groups_table(out: Path, seeds: Sequence[int]) -> str:
     names = tuple(one.name for one in WORLD_DATASETS)
     summary = Summary(protocol="base-to-new", recipes=recipes, datasets=names, results=tuple(results))
     keys = ("base", "new", "harmonic_mean", "open_base", "open_new", "open_harmonic_mean", "ece_before", "ece_after")
-    lines = ["| recipe | base | new | H | open base | open new | open H | ECE | after |", "| --- |" + " ---: |" * 8]
+    header = "| recipe | base | new | H | open base | open new | open H | ECE | after | seeds |"
+    lines = [header, "| --- |" + " ---: |" * 9]
     tables = []
     for title, halves in (("all data sets", ("shared", "apart")), ("words shared", "shared"), ("words apart", "apart")):
         group = tuple(one.name for one in WORLD_DATASETS if one.halves in halves)
         rows = [summary.average(recipe, 16, group) for recipe in recipes]
         cells = [" | ".join("–" if row.stats[key] is None else str(row.stats[key]) for key in keys) for row in rows]
-        each = [f"| {row.recipe} | {text} |" for row, text in zip(rows, cells, strict=True)]
+        each = [f"| {row.recipe} | {text} | {seeds_of(row)} |" for row, text in zip(rows, cells, strict=True)]
         tables.append("\n".join([f"### Average over {title}: {', '.join(group)}", "", *lines, *each, ""]))
     return "\n".join(tables)
 

@@ -208,7 +208,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     places = Places(Path(os.path.relpath(parser.parse_args().out)))
     started_s = time.monotonic()
-    run("world", "--out", places.root / "world")
+    run("world", "--only", DATASET, "--out", places.root / "world")
     scores = {recipe: scores_of(places, recipe) for recipe in RECIPES}
     bundle = packed(places)
     paths = test_paths(places)
