@@ -19,8 +19,8 @@ LABELS = (1, 1, 1, 2, 2, 3, 3, 3, 4, 4, 4)
 SPLITS = {"trainval_loc": (1, 7, 2, 6, 9, 10), "test_seen_loc": (11, 3, 8), "test_unseen_loc": (5, 4)}
 WHERE = {
     "awa2": "/BS/xian/data/Animals_with_Attributes2//JPEGImages/",
-    "cub": "/BS/Deep_Fragments/work/MSc/CUB_200_2011/CUB_200_2011/images/",
-    "sun": "/BS/Deep_Fragments/work/MSc/data/SUN/images/",
+    "cub": "/BS/Deep_Fragments/MSc/CUB_200_2011/CUB_200_2011/images/",
+    "sun": "/BS/Deep_Fragments/MSc/data/SUN/images/",
 }
 
 
