@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,45 @@ GOLDEN_TENSORS = "golden/golden.safetensors"
 VERIFICATION = "verification.json"
 
 REQUIRED_FILES = (IMAGE_ENCODER, TEXT_ENCODER, VOCABULARY_TENSORS, LABELS, GOLDEN_TENSORS, VERIFICATION)
+
+
+Precision = Literal["fp32", "fp16", "bf16", "int8"]
+"""The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
+
+Runtime = Literal["onnx", "onnxruntime", "openvino"]
+"""Who can run a form: every ONNX runtime, ONNX Runtime only (it has operators of its own), or OpenVINO."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderForm:
+    """One form of the image encoder: uint8 [N, H, W, 3] -> unit float32 [N, D] like all, each within its tolerance."""
+
+    file: str
+    """Relative to the bundle."""
+    precision: Precision
+    runtime: Runtime
+    opset: int
+    kept_fp32: tuple[str, ...] = ()
+    """Nodes that would have been of ``precision``, but whose values on real images do not fit into it."""
+    speed: Mapping[str, float] = field(default_factory=dict)
+    """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> EncoderForm:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError, TypeError: a field is missing or of another type.
+            ValueError: a precision or runtime that this version does not know.
+        """
+        for name, known in (("precision", get_args(Precision)), ("runtime", get_args(Runtime))):
+            if content[name] not in known:
+                raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(known)}")
+        return cls(**{**content, "kept_fp32": tuple(content["kept_fp32"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +118,10 @@ class Manifest:
     """Class names, and the templates ``text_encoder.onnx`` expects them in."""
     provenance: Mapping[str, Any]
     """Recipe, seed, scores and tool versions: for people, never needed to run the bundle."""
+    image_encoders: tuple[EncoderForm, ...] = (
+        EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18),
+    )
+    """``image_encoder.onnx``, then the forms for a precision or a machine that the bundle was packed with."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
@@ -94,6 +137,7 @@ class Manifest:
                 for name, pair in self.inputs_outputs.items()
             },
             "embed_dim": self.embed_dim,
+            "image_encoders": [form.to_json() for form in self.image_encoders],
             "vocabulary": self.vocabulary.to_json(),
             "vocabulary_digest": self.vocabulary.digest,
             "provenance": dict(self.provenance),
@@ -119,9 +163,17 @@ class Manifest:
                 embed_dim=int(content["embed_dim"]),
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
+                **_forms(content),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
+
+
+def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
+    """Bundles written before there were several forms have the first one only."""
+    if "image_encoders" not in content:
+        return {}
+    return {"image_encoders": tuple(EncoderForm.from_json(one) for one in content["image_encoders"])}
 
 
 @dataclass(frozen=True)
@@ -149,6 +201,11 @@ class Bundle:
     def image_encoder(self) -> Path:
         """The ONNX file uint8 [N, H, W, 3] -> unit float32 [N, D]."""
         return self.path / IMAGE_ENCODER
+
+    @property
+    def image_encoders(self) -> tuple[EncoderForm, ...]:
+        """All forms of the image encoder, ``image_encoder.onnx`` first."""
+        return self.manifest.image_encoders
 
     @property
     def text_encoder(self) -> Path:
