@@ -118,6 +118,23 @@ def test_a_shared_context_is_every_row_by_itself(clip: Clip, depth: int, count: 
         torch.testing.assert_close(rows, prompts.text_features(clip, tokens, context), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("pool_type", ["argmax", "eos", "last"])
+def test_a_context_for_every_row_is_every_row_by_itself(
+    clip: Clip, pool_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = {"pool_type" if hasattr(clip.text, "pool_type") else "text_pool_type": pool_type}
+    names["eos_id" if hasattr(clip.text, "eos_id") else "text_eos_id"] = clip.tokenizer.eot_token_id
+    for name, value in names.items():
+        monkeypatch.setattr(clip.text, name, value)
+    tokens = clip.tokenize(["X X X red star.", "X X X blue.", "X X X a long green grass name."])
+    contexts = torch.randn(3, 3, 48, generator=torch.Generator().manual_seed(3))
+    got = prompts.pairwise_text_features(clip, tokens, contexts)
+    for row, context in enumerate(contexts):
+        want = prompts.text_features(clip, tokens[row : row + 1], context[None])
+        torch.testing.assert_close(got[row : row + 1], want, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("depth", [1, 2])
 def test_maples_image_prompts_are_one_linear_map_a_layer(clip: Clip, depth: int) -> None:
     method = build_method(clip, _config("maple", text_tokens=2, text_depth=depth), TASK)

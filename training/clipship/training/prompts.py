@@ -162,13 +162,51 @@ def contextual_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Te
     return _projected(pooled, text.text_projection).view(num_contexts, num_classes, -1)
 
 
-def _through_text_block(block: Any, names_RSW: Tensor, prefix_BPW: Tensor, mask_SL: Tensor) -> Tensor:
-    """One residual block for the positions after the context, which attend to the context and to each other."""
-    queries_RSW = block.ln_1(names_RSW)
-    shared_RPW = block.ln_1(prefix_BPW).repeat_interleave(len(names_RSW) // len(prefix_BPW), dim=0)
-    keys_RLW = torch.cat([shared_RPW, queries_RSW], dim=1)
-    names_RSW = names_RSW + block.ls_1(block.attention(queries_RSW, keys_RLW, keys_RLW, attn_mask=mask_SL))
-    result: Tensor = names_RSW + block.ls_2(block.mlp(block.ln_2(names_RSW)))
+def pairwise_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Tensor:
+    """Every row its own context: tokens int64 [R, L], contexts [R, M, text width] -> [R, D], not normalised.
+
+    The result is that of :func:`text_features` with ``contexts[None]`` but for the order of summation; what nobody
+    reads is left out: the start token is the same in all rows, so it passes the tower once, and of the last block only
+    the end tokens are computed. Where :func:`can_share_context` is false it is :func:`text_features`.
+    """
+    if not can_share_context(clip):
+        return text_features(clip, tokens, contexts[None])
+    text = clip.text
+    length = tokens.shape[1]
+    dtype = text.transformer.get_cast_dtype()
+    x_RLW: Tensor = _with_context(text.token_embedding(tokens).to(dtype), contexts)
+    x_RLW = x_RLW + text.positional_embedding[:length].to(dtype)
+    start_11W, rows_RSW = x_RLW[:1, :1], x_RLW[:, 1:]  # S = L - 1
+    mask_LL = text.attn_mask[:length, :length]
+    *blocks, last = text.transformer.resblocks
+    for block in blocks:
+        rows_RSW = _through_text_block(block, rows_RSW, start_11W, mask_LL[1:])
+        start_11W = block(start_11W)
+    ends_R = tokens.argmax(dim=1) if text_pool_of(text)[0] == "argmax" else _ends(tokens, text)
+    end_R1W = rows_RSW.take_along_dim((ends_R - 1)[:, None, None], dim=1)
+    mask_R1L = mask_LL[ends_R][:, None].repeat_interleave(last.attn.num_heads, dim=0)
+    end_R1W = _through_text_block(last, end_R1W, start_11W, mask_R1L, seen_RSW=rows_RSW)
+    return _projected(text.ln_final(end_R1W)[:, 0], text.text_projection)
+
+
+def _ends(tokens_RL: Tensor, text: Any) -> Tensor:
+    """[R], the position of the first end token of each row."""
+    is_end_RL = tokens_RL == text_pool_of(text)[1]
+    return is_end_RL.int().argmax(dim=1)
+
+
+def _through_text_block(
+    block: Any, queries_RQW: Tensor, prefix_BPW: Tensor, mask: Tensor, seen_RSW: Tensor | None = None
+) -> Tensor:
+    """One residual block for the positions after a prefix that several rows share.
+
+    They attend to the prefix and to ``seen_RSW``, by default themselves; the mask is [Q, L], or [R x heads, Q, L].
+    """
+    normal_RQW = block.ln_1(queries_RQW)
+    shared_RPW = block.ln_1(prefix_BPW).repeat_interleave(len(queries_RQW) // len(prefix_BPW), dim=0)
+    keys_RLW = torch.cat([shared_RPW, normal_RQW if seen_RSW is None else block.ln_1(seen_RSW)], dim=1)
+    x_RQW = queries_RQW + block.ls_1(block.attention(normal_RQW, keys_RLW, keys_RLW, attn_mask=mask))
+    result: Tensor = x_RQW + block.ls_2(block.mlp(block.ln_2(x_RQW)))
     return result
 
 

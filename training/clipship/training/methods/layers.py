@@ -20,3 +20,11 @@ def linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
         layer.weight.copy_(uniform((outputs, inputs), inputs, generator))
         layer.bias.copy_(uniform((outputs,), inputs, generator))
     return layer
+
+
+def normal_linear(inputs: int, outputs: int, std: float, generator: torch.Generator) -> nn.Linear:
+    """A linear layer with weights from N(0, std) and biases 0."""
+    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
+    nn.init.normal_(layer.weight, std=std, generator=generator)
+    nn.init.zeros_(layer.bias)
+    return layer

@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +23,7 @@ from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import raised
 from clipship.training.methods.base import Batch, Method, Source, Task
+from clipship.training.methods.layers import normal_linear
 
 COLLAPSED_NATS = math.log(2)
 """The divergence bounds what the latent can tell about an image; below one bit it cannot tell two images apart."""
@@ -44,11 +45,11 @@ class ShipGenerator(Method):
         self.templates = (prompts.placeholder_template(clip, config.text_tokens),)
         generator = torch.Generator().manual_seed(config.seed)
         dim = clip.embed_dim
-        self.encoder = _linear(dim, config.encoder_width, generator)
-        self.mean = _linear(config.encoder_width, dim, generator)
-        self.log_variance = _linear(config.encoder_width, dim, generator)
-        self.decoder_in = _linear(dim, config.decoder_width, generator)
-        self.decoder_out = _linear(config.decoder_width, clip.text_width, generator)
+        self.encoder = normal_linear(dim, config.encoder_width, prompts.INIT_STD, generator)
+        self.mean = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
+        self.log_variance = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
+        self.decoder_in = normal_linear(dim, config.decoder_width, prompts.INIT_STD, generator)
+        self.decoder_out = normal_linear(config.decoder_width, clip.text_width, prompts.INIT_STD, generator)
         self.context = prompts.context_prompts(clip, 1, config.text_tokens, config.context_init, generator)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
@@ -113,14 +114,17 @@ class ShipGenerator(Method):
             )
 
     def _noise(self, rows: int) -> Tensor:
-        """[rows, D] from N(0, I), keyed by the seed and the number of draws so far."""
-        generator = torch.Generator().manual_seed((self.config.seed << 32) + int(self.draws))
+        """[rows, D] from N(0, I), keyed by the process, the seed and the number of draws so far."""
+        process = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+        key = (process << 48) + (self.config.seed << 32) + int(self.draws)
+        generator = torch.Generator().manual_seed(key)
         self.draws += 1
         return torch.randn(rows, self.clip.embed_dim, generator=generator)
 
     def _through_text_tower(self, tokens_BL: Tensor, shift_B1W: Tensor) -> Tensor:
-        context_1BMW = (self.context[0] + shift_B1W)[None]
-        return functional.normalize(prompts.text_features(self.clip, tokens_BL, context_1BMW).float(), dim=-1)
+        tokens_BL = prompts.without_padding(self.clip, tokens_BL)
+        contexts_BMW = self.context[0] + shift_B1W
+        return functional.normalize(prompts.pairwise_text_features(self.clip, tokens_BL, contexts_BMW).float(), dim=-1)
 
 
 def reconstruction_loss(decoded: Tensor, features: Tensor) -> Tensor:
@@ -140,11 +144,3 @@ def variance_within_classes(features: Tensor, labels: Tensor) -> float:
     one_hot_NC = functional.one_hot(labels).to(features.dtype)
     means_CD = (one_hot_NC.T @ features) / one_hot_NC.sum(dim=0)[:, None].clamp(min=1)
     return float((features - means_CD[labels]).square().sum(dim=-1).mean())
-
-
-def _linear(inputs: int, outputs: int, generator: torch.Generator) -> nn.Linear:
-    """Weights from N(0, 0.02), biases 0; ``skip_init`` so that nothing is drawn from the global generator."""
-    layer: nn.Linear = nn.utils.skip_init(nn.Linear, inputs, outputs)  # type: ignore[no-untyped-call]
-    nn.init.normal_(layer.weight, std=prompts.INIT_STD, generator=generator)
-    nn.init.zeros_(layer.bias)
-    return layer
