@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.cli import main as clipship
-from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.tables import Table, with_spread, write_table
 
 MANY_EPOCHS = {"coop": 20, "kgcoop": 20, "ship": 20, "clip-adapter": 1000, "tip-adapter-f": 1000}
 """Epochs from kept features that are timed together; where the text tower takes no part they last milliseconds."""
@@ -62,20 +62,15 @@ def epoch_times(model: str, recipe: str, data: Path, shots: int, rounds: int, ca
     return {"model": model, "recipe": recipe, "anew_s": anew, "kept_s": kept}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown."""
-    lines = [
-        "| model | recipe | encoding anew (s) | kept features (s) | times faster (range) |",
-        "| --- | --- | --- | --- | --- |",
-    ]
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Medians in seconds, and how many times faster the kept features are."""
+    cells = []
     for row in rows:
         ratios = [anew / kept for anew, kept in zip(row["anew_s"], row["kept_s"], strict=True)]
-        lines.append(
-            f"| {row['model']} | {row['recipe']} | {statistics.median(row['anew_s']):.2f} "
-            f"| {statistics.median(row['kept_s']):.4f} | {statistics.median(ratios):,.0f} "
-            f"({min(ratios):,.0f}-{max(ratios):,.0f}) |"
-        )
-    return "\n".join(lines) + "\n"
+        seconds = (f"{statistics.median(row['anew_s']):.2f}", f"{statistics.median(row['kept_s']):.4f}")
+        cells.append((row["model"], row["recipe"], *seconds, with_spread(ratios, ",.0f")))
+    header = ("model", "recipe", "encoding anew (s)", "kept features (s)", "times faster (range)")
+    return Table(header=header, rows=tuple(cells))
 
 
 def main() -> None:
@@ -96,11 +91,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as cache:
         for model, recipe in itertools.product(given.models, given.recipes):
             rows.append(epoch_times(model, recipe, data, given.shots, given.rounds, Path(cache)))
-            sys.stderr.write(table(rows[-1:]).splitlines()[-1] + "\n")
-    text = table(rows)
-    write_json_atomic(given.out / "feature-cache.json", rows)
-    write_text_atomic(given.out / "feature-cache.md", text)
-    sys.stdout.write(text)
+            sys.stderr.write(table(rows[-1:]).to_markdown().splitlines()[-1] + "\n")
+    write_table(given.out, "feature-cache", rows, table(rows))
+    sys.stdout.write(table(rows).to_markdown())
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.tables import Table, with_spread, write_table
 
 MODEL = "ViT-B-16/random"
 RECIPES = ("sync-clip", "promptsrc")
@@ -91,25 +91,20 @@ def in_a_process(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows in Markdown; times beside that of the recipe's first row, which takes all prompts at once."""
-    lines = [
-        "| recipe | batch | precision | chunk | peak memory (GiB) | step (s, mean and range of 2) | no chunks = 1 |",
-        "| --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    first = {(row["recipe"], row["precision"]): row["step_s"] for row in reversed(rows)}
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Times beside that of the recipe's first row, which takes all prompts at once."""
     from clipship.training.recipes import config_from_recipe
 
+    first = {(row["recipe"], row["precision"]): row["step_s"] for row in reversed(rows)}
+    cells = []
     for row in rows:
-        spread = f"{min(row['steps_s']):.1f}-{max(row['steps_s']):.1f}"
-        chunk = "none" if row["chunk"] >= row["classes"] else row["chunk"]
+        chunk = "none" if row["chunk"] >= row["classes"] else str(row["chunk"])
         ratio = row["step_s"] / first[row["recipe"], row["precision"]]
         batch = config_from_recipe(row["recipe"], "ImageNet").batch_size
-        lines.append(
-            f"| {row['recipe']} | {batch} | {row['precision']} | {chunk} | {row['peak_gib']:.1f} "
-            f"| {row['step_s']:.1f} ({spread}) | {ratio:.2f} |"
-        )
-    return "\n".join(lines) + "\n"
+        numbers = (str(batch), chunk, f"{row['peak_gib']:.1f}", with_spread(row["steps_s"], ".1f"), f"{ratio:.2f}")
+        cells.append((row["recipe"], row["precision"], *numbers))
+    header = ("recipe", "precision", "batch", "chunk", "peak memory (GiB)", "step (s, and range of 2)", "no chunks = 1")
+    return Table(header=header, rows=tuple(cells))
 
 
 def main() -> None:
@@ -130,10 +125,8 @@ def main() -> None:
         for precision in given.precisions
         for chunk in given.chunks
     ]
-    text = table(rows)
-    write_json_atomic(given.out / "memory.json", rows)
-    write_text_atomic(given.out / "memory.md", text)
-    sys.stdout.write(text)
+    write_table(given.out, "memory", rows, table(rows))
+    sys.stdout.write(table(rows).to_markdown())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clipship.core.tables import Table
 from clipship.training.compare import published
 from clipship.training.compare.published import Published
 from clipship.training.compare.summary import AVERAGE, Row, Stat, Summary
@@ -14,30 +15,6 @@ FORMAT = "clipship-comparison"
 FORMAT_VERSION = 1
 NOTHING = "–"
 """Where there is no number."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Table:
-    """Cells as text."""
-
-    title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    notes: tuple[str, ...] = ()
-    """Where published numbers were read, in the order of their marks [1], [2]..."""
-    text_columns: int = 2
-    """How many columns, from the first, are names."""
-
-    def to_markdown(self) -> str:
-        """A heading, the table, its notes."""
-        rule = ["---" if number < self.text_columns else "---:" for number in range(len(self.header))]
-        lines = [f"| {' | '.join(map(_escaped, row))} |" for row in (self.header, rule, *self.rows)]
-        notes = [f"[{number}] {note}" for number, note in enumerate(self.notes, start=1)]
-        return "\n".join([f"### {self.title}", "", *lines, *(("", *notes) if notes else ()), ""])
-
-
-def _escaped(cell: str) -> str:
-    return cell.replace("|", "\\|")
 
 
 @dataclass
