@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
+# A file of tests stays in one process: its fixtures, servers among them, are made once.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .PHONY: install demo test test-all check format benchmarks clean
 
@@ -18,10 +20,10 @@ demo: install  ## the whole line on the built-in world: train, pack, serve, clas
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install check  ## everything that runs in a quarter of an hour on two cores
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 test-all: install check  ## with the tests that take minutes each
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -36,6 +38,10 @@ benchmarks: install  ## the figures of the docs
 	$(BIN)/python benchmarks/accuracy.py --out runs/accuracy --jobs 2
 	$(BIN)/python benchmarks/memory.py --out runs/memory
 	$(BIN)/python benchmarks/feature_cache.py --out runs/feature-cache
+	$(BIN)/python benchmarks/encoder.py --out runs/encoder
+	$(BIN)/python benchmarks/precision.py clipship-tiny
+	$(BIN)/python benchmarks/vocabulary.py --out runs/vocabulary
+	$(BIN)/python benchmarks/engines.py --out runs/engines
 
 clean:
 	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache

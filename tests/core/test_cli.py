@@ -77,14 +77,32 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
         cli.main(["doctor"])
 
 
-def options_of(verb: str) -> list[str]:
-    module, _, attribute = cli.VERBS[verb][0].partition(":")
-    command: click.Command = getattr(importlib.import_module(module), attribute)
-    return sorted(name for parameter in command.params for name in parameter.opts)
+def commands() -> dict[str, click.Command]:
+    """All commands by what stands before their options: a verb, or a group's verb and its own."""
+    found: dict[str, click.Command] = {}
+    for verb, (where, _) in cli.VERBS.items():
+        module, _, attribute = where.partition(":")
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        parts = command.commands if isinstance(command, click.Group) else None
+        found |= {verb: command} if parts is None else {f"{verb} {name}": parts[name] for name in sorted(parts)}
+    return found
+
+
+def options_of(command: click.Command) -> str:
+    return " ".join(sorted(name for parameter in command.params for name in parameter.opts))
+
+
+def test_every_part_of_a_group_has_help_with_an_example_and_json(capsys: pytest.CaptureFixture[str]) -> None:
+    for words in (words for words in commands() if " " in words):
+        assert cli.main([*words.split(), "--help"]) == 0
+        text = capsys.readouterr().out
+        assert "Example" in text
+        assert f"clipship {words}" in text
+        assert "--json" in text
 
 
 def test_the_set_of_options_is_frozen() -> None:
     pinned = (Path(__file__).parent / "options.txt").read_text()
-    assert "".join(f"{verb} {' '.join(options_of(verb))}\n" for verb in cli.VERBS) == pinned, (
+    assert "".join(f"{words} {options_of(command)}\n" for words, command in commands().items()) == pinned, (
         "an option came or went: knobs live in recipes; where a new option is right, pin it in tests/core/options.txt"
     )

@@ -151,3 +151,36 @@ def test_image_spec_round_trip_and_refusals() -> None:
         ImageSpec.from_json({"size_px": 64})
     with pytest.raises(ValueError, match="size_px is 0"):
         ImageSpec(size_px=0, mean=SPEC.mean, std=SPEC.std)
+
+
+def test_a_huge_image_equals_open_clip() -> None:
+    """24 million pixels, as a camera gives them."""
+    coarse = Image.fromarray(noise(40, 60)).resize((6000, 4000), Image.Resampling.BILINEAR)
+    assert np.array_equal(pixels_from_bytes(encoded(coarse, "JPEG", quality=60), SPEC), _decoded_by_pillow(coarse))
+
+
+def _decoded_by_pillow(image: Image.Image) -> NDArray[np.uint8]:
+    return by_open_clip(Image.open(io.BytesIO(encoded(image, "JPEG", quality=60))).convert("RGB"), 64)
+
+
+@pytest.mark.parametrize("orientation", [3, 6, 8])
+def test_a_turned_jpeg_as_telephones_write_it(orientation: int) -> None:
+    from PIL import ImageOps
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(Image.fromarray(noise(90, 120)), "JPEG", exif=exif)
+    expected = by_open_clip(ImageOps.exif_transpose(Image.open(io.BytesIO(data))), 64)
+    assert np.array_equal(pixels_from_bytes(data, SPEC), expected)
+
+
+def test_transparency_of_a_palette_and_16_bits_a_channel() -> None:
+    palette = Image.fromarray(noise(80, 70)).quantize(16)
+    data = encoded(palette, "PNG", transparency=3)
+    assert np.array_equal(pixels_from_bytes(data, SPEC), by_open_clip(palette.convert("RGB"), 64))
+    ramp = np.linspace(0, 65535, 64 * 64).astype(np.uint16).reshape(64, 64)
+    for kind in ("PNG", "TIFF"):
+        assert np.array_equal(
+            pixels_from_bytes(encoded(Image.fromarray(ramp), kind), SPEC)[..., 0],
+            (ramp * 255.0 / 65535 + 0.5).astype(np.uint8),
+        )

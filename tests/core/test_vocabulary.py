@@ -67,3 +67,42 @@ def test_other_bad_input(tmp_path: Path) -> None:
         Vocabulary(names=("a",), templates=("no place",))
     with pytest.raises(DataError, match="one non-empty line"):
         Vocabulary(names=(" ",))
+
+
+def test_synonyms_share_a_label(tmp_path: Path) -> None:
+    (tmp_path / "v.json").write_text(json.dumps({"classes": {"cat": ["cat", "kitten"], "犬": ["dog"], "cow": ["cow"]}}))
+    vocabulary = vocabulary_from_file(tmp_path / "v.json")
+    assert vocabulary.names == ("cat", "犬", "cow")
+    assert vocabulary.words == ("cat", "kitten", "dog", "cow")
+    assert vocabulary.word_rows == ((0, 1), (2,), (3,))
+    assert vocabulary.prompts("a {}.") == ["a cat.", "a kitten.", "a dog.", "a cow."]
+    assert vocabulary.to_json()["synonyms"] == {"cat": ["cat", "kitten"], "犬": ["dog"]}
+    assert Vocabulary.from_json(vocabulary.to_json()) == vocabulary
+    assert vocabulary.digest != Vocabulary(names=vocabulary.names).digest
+
+
+def test_a_class_known_by_its_name_only_is_plain() -> None:
+    """So that digests stay what they were before there were synonyms."""
+    vocabulary = Vocabulary.from_json({"classes": {"a": ["a"], "b": ["b"]}})
+    assert vocabulary == Vocabulary(names=("a", "b"))
+    assert vocabulary.digest == "2b816bae026adc77bcbb05d932fd9a56591a1876d1d9d8d91292a3da020661ac"
+    assert "synonyms" not in vocabulary.to_json()
+    assert vocabulary.word_rows == ((0,), (1,))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"classes": {"cat": []}}, "'cat' has no words"),
+        ({"classes": {"cat": "kitten"}}, "words of 'cat' are 'kitten'"),
+        ({"classes": {"cat": ["kitten", "kitten"]}}, "word 'kitten' occurs twice"),
+        ({"classes": {"cat": ["pet"], "dog": ["pet"]}}, "word 'pet' occurs twice"),
+        ({"classes": {"cat": [3]}}, "words of 'cat' are"),
+        ({"classes": ["cat"]}, "not a vocabulary"),
+        ({"names": ["cat"], "synonyms": {"dog": ["dog"]}}, "words of 'dog' are"),
+        ({"templates": ["{}"]}, "not a vocabulary: 'classes'"),
+    ],
+)
+def test_bad_synonyms(content: dict[str, object], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        Vocabulary.from_json(content)

@@ -2,21 +2,62 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
+from clipship.export import pack
+from clipship.export.onnx import onnx_from_module
 from clipship.export.reference import Picture
-from clipship.training.clip import Clip, load_clip
+from clipship.training.clip import Clip, digest_of_tensors, load_clip
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe
 
 NAMES = ("red star", "blue_ring", "green fish", "Straße", "tree")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def equal_exports_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A graph that was exported before is copied: PyTorch's exporter takes seconds, and many tests pack alike.
+
+    Equal are exports of one class with one structure, one set of tensors and one set of arguments.
+    """
+    folder = tmp_path_factory.mktemp("exports")
+    export = onnx_from_module
+
+    def exported_once(module: nn.Module, sample: torch.Tensor, path: Path, **arguments: Any) -> None:
+        method = cast(Method, module.method)
+        towers = (method.clip.visual, method.clip.text)
+        settings = [
+            [f"{name}={value}" for name, value in sorted(vars(tower).items()) if isinstance(value, str | int | float)]
+            for tower in towers
+        ]
+        tensors = digest_of_tensors({**module.state_dict(), **method.state_dict(), "sample": sample})
+        what = (type(module), repr(module), settings, method.name, method.config, tensors, sorted(arguments.items()))
+        kept = folder / hashlib.sha256(repr(what).encode()).hexdigest()
+        if not kept.is_dir():
+            kept.mkdir()
+            try:
+                export(module, sample, kept / path.name, **arguments)
+            except BaseException:
+                shutil.rmtree(kept)
+                raise
+        for file in kept.iterdir():
+            shutil.copyfile(file, path.with_name(file.name))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pack, "onnx_from_module", exported_once)
+        yield
 
 
 @pytest.fixture(scope="session")

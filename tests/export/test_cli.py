@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def test_verify_says_no_with_exit_code_1(
 
     monkeypatch.setitem(verify.TOLERANCES, "fp32", verify.Tolerance(max_abs=-1.0, top1_agreement=1.0))
     assert main(["verify", str(bundle)]) == 1
-    assert "4 of 4 comparisons are out of tolerance" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"(4 of 5|8 of 9) comparisons are out of tolerance", error), "9 where OpenVINO is installed"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import onnxruntime
 import pytest
 from numpy.typing import NDArray
 
-from clipship.core.bundle import VocabularyFeatures
+from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.vocabulary import Vocabulary
 from clipship.serving.graphs import classifier_graph
 from tests.serving.bundles import LOGIT_SCALE, NAMES, VOCABULARY, text_features
@@ -62,3 +63,36 @@ def test_a_tie_goes_to_the_first_class() -> None:
 def test_equal_arguments_give_equal_bytes() -> None:
     assert classifier_graph(VOCABULARY, FEATURES, 5) == classifier_graph(VOCABULARY, FEATURES, 5)
     assert classifier_graph(VOCABULARY, FEATURES, 5) != classifier_graph(VOCABULARY, FEATURES, 4)
+
+
+def with_parts(kind: str) -> VocabularyFeatures:
+    """The vocabulary with a bias, with a cache (two classes without keys), or with one that is left without keys."""
+    rng = np.random.default_rng(9)
+    if kind == "bias":
+        return replace(FEATURES, bias=rng.normal(size=len(NAMES)).astype(np.float32))
+    keys = 1.1 * embeddings(0 if kind == "no keys" else 40)
+    return replace(FEATURES, cache=Cache(keys=keys, labels=rng.integers(1, len(NAMES) - 1, len(keys)), alpha=4, beta=3))
+
+
+@pytest.mark.parametrize("kind", ["bias", "cache", "no keys"])
+@pytest.mark.parametrize("count", [1, 2, 7, 64])
+def test_a_bias_and_a_cache_are_in_the_graph(kind: str, count: int) -> None:
+    features, rows = with_parts(kind), embeddings(count)
+    scores, indices, labels = run(classifier_graph(VOCABULARY, features, len(NAMES)), rows)
+    expected = features.probabilities(rows)
+    np.testing.assert_allclose(scores, np.take_along_axis(expected, indices, axis=1), atol=1e-6)
+    assert labels.tolist() == [[NAMES[index] for index in row] for row in indices]
+    changed = np.abs(expected - FEATURES.probabilities(rows)).max()
+    assert changed > 0.01 if kind != "no keys" else changed == 0
+
+
+def test_the_plain_graph_is_what_it_was_before_there_were_parts() -> None:
+    """Servers that run it keep it: the same bytes, the same version."""
+    import onnx
+
+    model = onnx.load_from_string(classifier_graph(VOCABULARY, FEATURES, 5))
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Mul", "Softmax", "TopK", "Gather"]
+    kinds = [
+        node.op_type for node in onnx.load_from_string(classifier_graph(VOCABULARY, with_parts("cache"), 5)).graph.node
+    ]
+    assert "ScatterElements" in kinds

@@ -2,18 +2,23 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from clipship.core import images
+from clipship.core import cpu, images
 from clipship.core.bundle import Bundle
-from clipship.core.errors import CheckFailed, UsageError
-from clipship.core.files import sha256_of
+from clipship.core.cli import main
+from clipship.core.errors import CheckFailed, PlanError, UsageError
+from clipship.core.files import sha256_of, sha256_of_bytes
 from clipship.core.images import ImageSpec
+from clipship.core.plan import BatchProfile, Plan, PlanInfo, read_plan, write_plan
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
 from clipship.serving.check import check_repository, model_names
 from clipship.serving.config import config_from_text, text_from_config
+from clipship.serving.environment import container_command
 from clipship.serving.graphs import classifier_outputs
 from clipship.serving.repository import (
     Backend,
@@ -35,12 +40,30 @@ FACTS = Facts(
     embed_dim=512,
     top_k=5,
 )
+PLAN = PlanInfo(
+    runtime="tensorrt",
+    runtime_version="10.14.1.48",
+    gpus=("sm89",),
+    platform="linux",
+    precision="fp16",
+    profile=BatchProfile(),
+    input=image_tensor(SIZE_PX),
+    output=embedding_tensor(EMBED_DIM),
+    onnx_file="image_encoder.onnx",
+    onnx_digest="a" * 64,
+    bundle_digest="b" * 64,
+    plan_digest="c" * 64,
+    plan_bytes=1,
+    build_s=1.0,
+    layers={"MATRIX_MULTIPLY HALF": 25},
+)
 
 
-@pytest.mark.parametrize("backend", ["python", "onnxruntime"])
+@pytest.mark.parametrize("backend", ["python", "onnxruntime", "tensorrt"])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_text_of_each_configuration_is_pinned(backend: Backend, model: str) -> None:
-    text = text_from_config(configs_from_facts(FACTS, backend)[model])
+    plans = (PLAN, replace(PLAN, gpus=("sm80",), precision="bf16")) if backend == "tensorrt" else ()
+    text = text_from_config(configs_from_facts(replace(FACTS, plans=plans), backend)[model])
     golden = GOLDENS / backend / model / "config.pbtxt"
     if os.environ.get("CLIPSHIP_WRITE_GOLDENS"):
         golden.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +72,7 @@ def test_the_text_of_each_configuration_is_pinned(backend: Backend, model: str) 
 
 
 def test_there_is_a_golden_for_each_model_and_no_other() -> None:
-    for backend in ("python", "onnxruntime"):
+    for backend in ("python", "onnxruntime", "tensorrt"):
         assert sorted(path.name for path in (GOLDENS / backend).iterdir()) == MODELS
 
 
@@ -68,8 +91,9 @@ def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, b
 def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> None:
     out = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
     assert sha256_of(out / "image_encoder/1/model.onnx") == bundle.files["image_encoder.onnx"]
-    assert images.__file__ is not None
-    assert (out / "preprocess/1/clipship_images.py").read_bytes() == Path(images.__file__).read_bytes()
+    for copy, module in (("preprocess/1/clipship_images.py", images), ("image_encoder/1/clipship_cpu.py", cpu)):
+        assert module.__file__ is not None
+        assert (out / copy).read_bytes() == Path(module.__file__).read_bytes()
     encoded = (out / "preprocess/warmup/encoded").read_bytes()
     assert encoded == len(jpeg_bytes(0)).to_bytes(4, "little") + jpeg_bytes(0)
     assert len((out / "image_encoder/warmup/image").read_bytes()) == SIZE_PX * SIZE_PX * 3
@@ -123,6 +147,100 @@ def test_a_failure_leaves_the_old_repository(bundle: Bundle, tmp_path: Path, mon
         repository_from_bundle(bundle, out, backend="onnxruntime")
     assert sorted(out.rglob("*")) == before
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
+
+
+def plan_of(bundle: Bundle, folder: Path, **changes: Any) -> Plan:
+    """A plan of ``bundle`` on disk, with ``changes``. Its code is not run here."""
+    data = f"machine code {changes}".encode()
+    info = replace(PLAN, onnx_digest=bundle.files["image_encoder.onnx"], plan_digest=sha256_of_bytes(data), **changes)
+    folder.mkdir(parents=True)
+    write_plan(folder, data, info)
+    return read_plan(folder)
+
+
+def test_one_plan_is_the_encoder(bundle: Bundle, tmp_path: Path) -> None:
+    plan = plan_of(bundle, tmp_path / "plan")
+    out = repository_from_bundle(bundle, tmp_path / "r", backend="tensorrt", plans=[plan])
+    assert check_repository(out) == []
+    assert sorted(path.name for path in (out / "image_encoder/1").iterdir()) == ["model.plan"]
+    assert (out / "image_encoder/1/model.plan").read_bytes() == plan.data
+    config = config_from_text((out / "image_encoder/config.pbtxt").read_text())
+    assert (config.backend, config.platform) == ("tensorrt", "tensorrt_plan")
+    assert dict(config.cc_model_filenames) == {"8.9": "model.plan"}
+    assert config.parameters["tensorrt_version"].string_value == "10.14.1.48"
+    assert config_from_text((out / "classifier/config.pbtxt").read_text()).backend == "onnxruntime"
+    assert (out / "classifier/1/model.onnx").is_file()
+    ports = {"http_port": 1, "grpc_port": 2, "metrics_port": 3}
+    assert "docker run --rm --gpus=all " in container_command(out, **ports)
+    on_cpu = repository_from_bundle(bundle, tmp_path / "cpu", backend="onnxruntime")
+    assert "--gpus" not in container_command(on_cpu, **ports)
+
+
+def test_several_plans_and_the_one_for_all_other_gpus(bundle: Bundle, tmp_path: Path) -> None:
+    ada = plan_of(bundle, tmp_path / "ada")
+    ampere = plan_of(bundle, tmp_path / "ampere", gpus=("sm80",), hardware_compatible=True)
+    out = repository_from_bundle(bundle, tmp_path / "r", backend="tensorrt", plans=[ada, ampere])
+    config = config_from_text((out / "image_encoder/config.pbtxt").read_text())
+    assert dict(config.cc_model_filenames) == {"8.0": "model_sm80.plan", "8.9": "model_sm89.plan"}
+    assert config.default_model_filename == "model_sm80.plan"
+    assert check_repository(out) == []
+    (out / "image_encoder/1/model_sm89.plan").unlink()
+    assert [str(problem) for problem in check_repository(out)] == ["image_encoder: 1/model_sm89.plan is missing"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "message"),
+    [
+        ({"runtime": "tensorrt-rtx"}, {}, "plan of tensorrt-rtx, which TensorRT, and so Triton, cannot load"),
+        ({"weights_stripped": True}, {}, "weights are stripped"),
+        ({"platform": "win32"}, {}, "built on win32"),
+        ({}, {"tensorrt_version": "10.13.2"}, "of tensorrt 10.14.1.48 and would run on 10.13.2"),
+    ],
+)
+def test_plans_that_the_server_could_not_load_are_refused(
+    bundle: Bundle, tmp_path: Path, changes: dict[str, Any], arguments: dict[str, str], message: str
+) -> None:
+    plan = plan_of(bundle, tmp_path / "plan", **changes)
+    with pytest.raises(PlanError, match=message):
+        repository_from_bundle(bundle, tmp_path / "r", backend="tensorrt", plans=[plan], **arguments)  # type: ignore[arg-type]
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_plan_of_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    other = write_bundle(tmp_path / "other", seed=1)
+    with pytest.raises(PlanError, match=r"built from an image_encoder.onnx .* that .* does not have"):
+        repository_from_bundle(bundle, tmp_path / "r", backend="tensorrt", plans=[plan_of(other, tmp_path / "plan")])
+
+
+def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bundle, tmp_path: Path) -> None:
+    plan = plan_of(bundle, tmp_path / "plan")
+    from_two = plan_of(bundle, tmp_path / "from-two", profile=BatchProfile(least=2))
+    newer = plan_of(bundle, tmp_path / "newer", gpus=("sm80",), runtime_version="10.15.0.1")
+    cases: list[tuple[list[Plan], dict[str, Any], str]] = [
+        ([plan], {"max_batch_size": 65}, r"a batch of 65 images is outside the plan's profile \(1 to 64\)"),
+        ([from_two], {}, "a batch of 1 images is outside"),
+        ([plan, plan], {}, "two plans are for sm89"),
+        ([plan, newer], {}, "of tensorrt 10.15.0.1 and would run on 10.14.1.48"),
+        ([], {}, "give --plan with --backend tensorrt"),
+        ([plan], {"backend": "python"}, "give --plan with --backend tensorrt, and only then"),
+    ]
+    for plans, settings, message in cases:
+        with pytest.raises(UsageError, match=message):
+            repository_from_bundle(bundle, tmp_path / "r", **{"backend": "tensorrt", **settings}, plans=plans)
+    assert not (tmp_path / "r").exists()
+
+
+def test_the_command_line_takes_what_the_plans_take(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan_of(bundle, tmp_path / "plan", profile=BatchProfile(best=2, most=4))
+    command = ["repository", str(bundle.path), "--backend", "tensorrt", "--out", str(tmp_path / "r")]
+    assert main([*command, "--plan", str(tmp_path / "plan")]) == 0
+    config = config_from_text((tmp_path / "r/image_encoder/config.pbtxt").read_text())
+    assert config.max_batch_size == 4
+    assert main([*command, "--plan", str(tmp_path / "plan"), "--max-batch-size", "5"]) == 2
+    assert main([*command, "--plan", str(tmp_path / "absent")]) == 2
+    assert "no plan there" in capsys.readouterr().err
 
 
 def constants_of(model: str) -> dict[str, object]:

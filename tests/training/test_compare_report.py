@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 
 from clipship.core.errors import CheckpointError
+from clipship.core.tables import Table
 from clipship.training.compare import published
 from clipship.training.compare.cli import SeveralValues, _repeated, compare
 from clipship.training.compare.page import page_of
 from clipship.training.compare.plots import losses_over_seeds, mean_error, plots_of, pooled_bins, standalone
-from clipship.training.compare.report import Table, how_made, json_of, markdown_of, tables_of
+from clipship.training.compare.report import how_made, json_of, markdown_of, tables_of
 from clipship.training.compare.results import Result, read_result
 from clipship.training.compare.summary import Numbers, Summary, averaged, row_of
 from clipship.training.data import PUBLISHED_DATASETS

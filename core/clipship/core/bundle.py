@@ -6,15 +6,18 @@ Reading needs the standard library, NumPy and safetensors' NumPy reader; nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.errors import BundleError
+from clipship.core.classification import PARTS
+from clipship.core.classification import VocabularyFeatures as VocabularyFeatures
+from clipship.core.errors import BundleError, UsageError
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.images import ImageSpec
 from clipship.core.tensors import TensorSpec
@@ -22,10 +25,13 @@ from clipship.core.vocabulary import Vocabulary
 
 FORMAT = "clipship-bundle"
 FORMAT_VERSION = 1
+VERSION_WITH_PARTS = 2
+"""Of a bundle whose classifier has a bias or a cache: a reader that knows version 1 only would leave them out."""
 
 MANIFEST = "manifest.json"
 IMAGE_ENCODER = "image_encoder.onnx"
 TEXT_ENCODER = "text_encoder.onnx"
+TOKENIZER = "tokenizer.json"
 VOCABULARY_TENSORS = "vocabulary.safetensors"
 LABELS = "labels.txt"
 GOLDEN = "golden"
@@ -55,10 +61,15 @@ class EncoderForm:
     """Nodes that would have been of ``precision``, but whose values on real images do not fit into it."""
     speed: Mapping[str, float] = field(default_factory=dict)
     """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
+    source_size: tuple[int, int] | None = None
+    """(width, height) of the uint8 images [N, height, width, 3] that it takes and resizes by itself, whole images from
+    a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other forms do."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
+        """A JSON object with every field but a source size that there is none of: readers of 0.2 know no such key."""
+        content = {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
+        size = content.pop("source_size")
+        return content if size is None else {**content, "source_size": list(size)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderForm:
@@ -71,17 +82,11 @@ class EncoderForm:
         for name, known in (("precision", get_args(Precision)), ("runtime", get_args(Runtime))):
             if content[name] not in known:
                 raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(known)}")
-        return cls(**{**content, "kept_fp32": tuple(content["kept_fp32"])})
-
-
-@dataclass(frozen=True, kw_only=True)
-class VocabularyFeatures:
-    """What classifies an embedding: ``softmax(logit_scale * embedding @ features.T)``."""
-
-    features: NDArray[np.float32]
-    """[C, D], rows of unit length, in the order of the vocabulary."""
-    logit_scale: float
-    """The factor before the softmax (100 for OpenAI's CLIP), already exponentiated."""
+        given = {**content, "kept_fp32": tuple(content["kept_fp32"])}
+        if "source_size" in content:
+            width, height = content["source_size"]
+            given["source_size"] = (int(width), int(height))
+        return cls(**given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,6 +103,10 @@ class Golden:
     """[N, k] probabilities by the PyTorch model, descending."""
     indices: NDArray[np.int64]
     """[N, k] positions in the vocabulary."""
+
+
+DEFAULT_ENCODER = EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
+"""The form that every bundle has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,16 +127,18 @@ class Manifest:
     """Class names, and the templates ``text_encoder.onnx`` expects them in."""
     provenance: Mapping[str, Any]
     """Recipe, seed, scores and tool versions: for people, never needed to run the bundle."""
-    image_encoders: tuple[EncoderForm, ...] = (
-        EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18),
-    )
+    context_length: int | None = None
+    """L, the most tokens of a prompt that ``text_encoder.onnx`` takes; None: as many as its input's shape says."""
+    image_encoders: tuple[EncoderForm, ...] = (DEFAULT_ENCODER,)
     """``image_encoder.onnx``, then the forms for a precision or a machine that the bundle was packed with."""
+    classifier_parts: tuple[str, ...] = ()
+    """What the classifier has besides features and scale, of :data:`~clipship.core.classification.PARTS`."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
         return {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            "format_version": VERSION_WITH_PARTS if self.classifier_parts else FORMAT_VERSION,
             "base_model": self.base_model,
             "base_model_digest": self.base_model_digest,
             "method": self.method,
@@ -137,7 +148,9 @@ class Manifest:
                 for name, pair in self.inputs_outputs.items()
             },
             "embed_dim": self.embed_dim,
+            "context_length": self.context_length,
             "image_encoders": [form.to_json() for form in self.image_encoders],
+            "classifier_parts": list(self.classifier_parts),
             "vocabulary": self.vocabulary.to_json(),
             "vocabulary_digest": self.vocabulary.digest,
             "provenance": dict(self.provenance),
@@ -161,12 +174,21 @@ class Manifest:
                     for name, pair in content["tensors"].items()
                 },
                 embed_dim=int(content["embed_dim"]),
+                context_length=content.get("context_length"),
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
+                classifier_parts=_parts(content),
                 **_forms(content),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
+
+
+def _mean_speed(form: EncoderForm) -> float:
+    """The geometric mean over batch sizes; 1 is ``image_encoder.onnx``, 0 what could not be run."""
+    if form.speed:
+        return geometric_mean(form.speed.values())
+    return 1.0 if form.file == IMAGE_ENCODER and form.runtime == "onnx" else 0.0
 
 
 def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
@@ -174,6 +196,13 @@ def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
     if "image_encoders" not in content:
         return {}
     return {"image_encoders": tuple(EncoderForm.from_json(one) for one in content["image_encoders"])}
+
+
+def _parts(content: Mapping[str, Any]) -> tuple[str, ...]:
+    parts = tuple(content.get("classifier_parts", ()))
+    if not set(parts) <= set(PARTS):
+        raise ValueError(f"classifier_parts {list(parts)}: this version knows {', '.join(PARTS)}")
+    return parts
 
 
 @dataclass(frozen=True)
@@ -203,19 +232,70 @@ class Bundle:
         return self.path / IMAGE_ENCODER
 
     @property
+    def context_length(self) -> int:
+        """L, the most tokens of a prompt that the text encoder takes."""
+        given = self.manifest.context_length
+        return int(self.manifest.inputs_outputs[TEXT_ENCODER][0].shape[1]) if given is None else given
+
+    @property
+    def takes_short_prompts(self) -> bool:
+        """Whether padding may be cut: the text encoder takes rows of any common length up to L."""
+        return isinstance(self.manifest.inputs_outputs[TEXT_ENCODER][0].shape[1], str)
+
+    @property
     def image_encoders(self) -> tuple[EncoderForm, ...]:
         """All forms of the image encoder, ``image_encoder.onnx`` first."""
         return self.manifest.image_encoders
+
+    def fastest_encoder(self, precision: Precision, runtimes: Collection[Runtime]) -> EncoderForm:
+        """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
+
+        Forms that no runtime could run there have no speed and come last; of equals the first.
+
+        Raises:
+            UsageError: there is none; says which there are.
+        """
+        forms = [form for form in self.image_encoders if form.source_size is None and form.runtime in runtimes]
+        fitting = [form for form in forms if form.precision == precision]
+        if not fitting:
+            known = ", ".join(dict.fromkeys(form.precision for form in forms))
+            raise UsageError(
+                f"{self.path}: no {precision} form of the image encoder: give one of {known}, or pack the checkpoint "
+                f"again with --precision {precision}"
+            )
+        return max(fitting, key=_mean_speed)
 
     @property
     def text_encoder(self) -> Path:
         """The ONNX file int64 [C, L] -> unit float32 [C, D]."""
         return self.path / TEXT_ENCODER
 
+    @property
+    def tokenizer(self) -> Path:
+        """What makes class names into the tokens that the text encoder takes.
+
+        Raises:
+            BundleError: the bundle was packed before bundles had it.
+        """
+        if TOKENIZER not in self.files:
+            raise BundleError(
+                f"{self.path}: no {TOKENIZER} in it, it is of an older version: pack the checkpoint again"
+            )
+        return self.path / TOKENIZER
+
     def vocabulary_features(self) -> VocabularyFeatures:
-        """The text features of the vocabulary."""
-        tensors = _load_tensors(self.path / VOCABULARY_TENSORS)
-        return VocabularyFeatures(features=tensors["features"], logit_scale=float(tensors["logit_scale"][0]))
+        """What classifies an embedding.
+
+        Raises:
+            BundleError: tensors that are missing or do not fit.
+        """
+        features = VocabularyFeatures.from_tensors(_load_tensors(self.path / VOCABULARY_TENSORS))
+        if features.parts != self.manifest.classifier_parts:
+            raise BundleError(
+                f"{self.path}: {VOCABULARY_TENSORS} has {features.parts or 'no parts'}, the manifest says "
+                f"{self.manifest.classifier_parts or 'none'}: pack the bundle again"
+            )
+        return features
 
     def golden(self) -> Golden:
         """The golden samples."""
@@ -238,10 +318,46 @@ def _load_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write ``manifest.json`` last, with the SHA-256 of every other file in ``folder``."""
+    write_manifest_content(folder, manifest.to_json())
+
+
+def write_manifest_content(
+    folder: Path, content: Mapping[str, Any], known: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """As :func:`write_manifest`, of a manifest in its JSON form, keys that this version does not know included.
+
+    Args:
+        known: SHA-256 by path of the files that need not be read again.
+
+    Returns:
+        What was written.
+    """
+    known = known or {}
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
-    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
-    content = {**manifest.to_json(), "files": files}
-    write_json_atomic(folder / MANIFEST, {**content, "digest": _digest_of(content)})
+    names = {path.relative_to(folder).as_posix(): path for path in paths}
+    files = {name: known[name] if name in known else sha256_of(path) for name, path in names.items()}
+    whole = {**content, "files": files}
+    whole["digest"] = _digest_of(whole)
+    write_json_atomic(folder / MANIFEST, whole)
+    return whole
+
+
+def refuse_foreign_folder(out: Path) -> None:
+    """Refuse to put a bundle in the place of anything but an older bundle.
+
+    Raises:
+        UsageError: ``out`` is a file, or a non-empty folder without a bundle's manifest.
+    """
+    if not out.exists():
+        return
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    try:
+        ours = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("format") == FORMAT
+    except (OSError, ValueError, AttributeError):
+        ours = False
+    if not ours:
+        raise UsageError(f"{out}: exists and is no bundle: give a new folder, or remove it first")
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
@@ -262,7 +378,7 @@ def read_bundle(path: Path) -> Bundle:
     content = read_record(
         manifest_path,
         record_format=FORMAT,
-        version=FORMAT_VERSION,
+        version=(FORMAT_VERSION, VERSION_WITH_PARTS),
         error=BundleError,
         advice="write the bundle again with clipship pack",
     )

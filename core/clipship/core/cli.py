@@ -25,7 +25,9 @@ VERBS: dict[str, tuple[str, str]] = {
     "evaluate": ("clipship.training.cli:evaluate", "Base, new, harmonic mean and open-vocabulary accuracy."),
     "compare": ("clipship.training.compare.cli:compare", "Methods x data sets x seeds: table, plots, one HTML page."),
     "pack": ("clipship.export.cli:pack", "Checkpoint + vocabulary -> verified ONNX bundle."),
+    "engine": ("clipship.export.engines.cli:engine", "Bundle -> TensorRT plan for the GPUs you name."),
     "verify": ("clipship.export.cli:verify", "Compare a bundle with its golden samples and your images."),
+    "vocab": ("clipship.export.vocab.cli:vocab", "List, add, remove, rename, compare class names, without PyTorch."),
     "repository": ("clipship.serving.cli:repository", "Bundle -> Triton model repository."),
     "serve": ("clipship.serving.cli:serve", "Run a real Triton on a model repository."),
     "classify": ("clipship.serving.cli:classify", "Classify images in batches over gRPC."),
@@ -90,7 +92,7 @@ def _line(error: BaseException) -> tuple[str, int]:
         return error.format_message(), error.exit_code
     if isinstance(error, ClipshipError):
         return str(error), error.exit_code
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'the disk'}: no space left; nothing half-written was kept: free some space", 1
     if isinstance(error, OSError):
         return f"{error.filename or 'file'}: {error.strerror or error}: check the path and its permissions", 2

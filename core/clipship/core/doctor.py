@@ -21,6 +21,8 @@ _PACKAGES = {
     "onnx": "export",
     "onnxscript": "export",
     "onnxruntime": "export",
+    "ftfy": "vocab",
+    "regex": "vocab",
     "tritonclient": "",
 }
 """Package -> the extra that brings it ("" is the base install)."""

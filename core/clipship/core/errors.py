@@ -8,6 +8,7 @@
     |   |-- RecipeError                    a recipe, or a model it cannot run on
     |   |-- CheckpointError                a checkpoint that does not fit or is damaged
     |   |-- BundleError                    a bundle that does not fit or is damaged
+    |   |-- PlanError                      a TensorRT plan that is damaged, or for another GPU, runtime or bundle
     |   `-- MissingExtraError              an optional package is not installed
     `-- CheckFailed               exit 1   everything was usable, a check said no
 
@@ -47,6 +48,10 @@ class CheckpointError(UsageError):
 
 class BundleError(UsageError):
     """A bundle is damaged or of another format version."""
+
+
+class PlanError(UsageError):
+    """A TensorRT plan is damaged, or for another GPU, runtime or bundle."""
 
 
 class MissingExtraError(UsageError, ImportError):

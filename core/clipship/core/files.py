@@ -133,9 +133,9 @@ def write_json_atomic(path: Path, content: Any) -> None:
 
 
 def read_record(
-    path: Path, *, record_format: str, version: int, error: type[UsageError], advice: str
+    path: Path, *, record_format: str, version: int | tuple[int, ...], error: type[UsageError], advice: str
 ) -> dict[str, Any]:
-    """The JSON object at ``path``, whose ``format`` and ``format_version`` must be the given ones.
+    """The JSON object at ``path``, whose ``format`` and ``format_version`` must be the given ones, or one of them.
 
     Raises:
         error: not JSON, no object, or another format or version; the message ends in ``advice``.
@@ -145,9 +145,11 @@ def read_record(
     except ValueError as cause:  # JSONDecodeError and UnicodeDecodeError
         raise error(f"{path}: not JSON ({cause}): {advice}") from cause
     given = (content.get("format"), content.get("format_version")) if isinstance(content, dict) else (None, None)
-    if given != (record_format, version):
+    versions = version if isinstance(version, tuple) else (version,)
+    if given[0] != record_format or given[1] not in versions:
+        accepted = " or ".join(map(str, versions))
         raise error(
-            f"{path}: format {given[0]!r} version {given[1]!r} is not {record_format!r} version {version}: {advice}"
+            f"{path}: format {given[0]!r} version {given[1]!r} is not {record_format!r} version {accepted}: {advice}"
         )
     record: dict[str, Any] = content
     return record
@@ -160,6 +162,11 @@ def sha256_of(path: Path) -> str:
         while chunk := handle.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def sha256_of_bytes(data: bytes) -> str:
+    """The SHA-256 of ``data``, as 64 hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_of_text(text: str) -> str:

@@ -33,6 +33,9 @@ IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".
 MAX_PIXELS = 400_000_000
 """Images with more pixels are refused before they are decoded (a 20,000 x 20,000 image just passes)."""
 
+WEIGHT_BITS = 22
+"""Fractional bits that Pillow rounds the weights of its resizing to."""
+
 _MAX_RESIZED_PIXELS = 32_000_000
 
 
@@ -170,6 +173,16 @@ def resized_size(width: int, height: int, size_px: int) -> tuple[int, int]:
     return int(size_px * width / height), size_px
 
 
+def centred_corner(width: int, height: int, size_px: int) -> tuple[int, int]:
+    """(left, top) of the centred square of ``size_px``, rounded half to even as torchvision does."""
+    return round((width - size_px) / 2.0), round((height - size_px) / 2.0)
+
+
+def vertical_pass_first(width: int, height: int, resized_height: int) -> bool:
+    """Whether Pillow resizes an image of ``width`` x ``height`` along its height before its width."""
+    return height > 2 * width and resized_height < height
+
+
 def pixels_from_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     """The encoder's input: uint8 [H, W, 3].
 
@@ -179,8 +192,7 @@ def pixels_from_image(image: Image.Image, spec: ImageSpec) -> NDArray[np.uint8]:
     """
     rgb = rgb_from_image(image)
     width, height = resized_size(rgb.width, rgb.height, spec.size_px)
-    left = round((width - spec.size_px) / 2.0)
-    top = round((height - spec.size_px) / 2.0)
+    left, top = centred_corner(width, height, spec.size_px)
     if width * height > _MAX_RESIZED_PIXELS:
         return _resized_window(rgb, (width, height), (left, top), spec.size_px)
     if (width, height) != rgb.size:
@@ -193,8 +205,7 @@ def _resized_window(
 ) -> NDArray[np.uint8]:
     """The square window at ``corner`` of ``image`` resized to ``resized``, without making the rest of it."""
     pixels = np.asarray(image)
-    tall_and_shrinking = image.height > 2 * image.width and resized[1] < image.height
-    for axis in (0, 1) if tall_and_shrinking else (1, 0):  # the order Pillow takes its two passes in
+    for axis in (0, 1) if vertical_pass_first(*image.size, resized[1]) else (1, 0):
         turned = _resampled(pixels.swapaxes(0, axis), resized[1 - axis], corner[1 - axis], size_px)
         pixels = turned.swapaxes(0, axis)
     window: NDArray[np.uint8] = np.ascontiguousarray(pixels)
@@ -204,12 +215,24 @@ def _resized_window(
 def _resampled(pixels: NDArray[np.uint8], resized: int, first: int, count: int) -> NDArray[np.uint8]:
     """Rows ``first`` to ``first + count`` of ``pixels`` resampled along axis 0 to ``resized`` rows.
 
-    Pillow's ImagingResample in its own arithmetic: bicubic (a = -0.5) widened when shrinking, weights rounded to 22
-    fractional bits, 8-bit result of each pass.
+    Pillow's ImagingResample in its own arithmetic: an 8-bit result of each pass.
     """
     size = pixels.shape[0]
     if size == resized:
         return pixels[first : first + count]
+    taps, fixed = resampling_taps(size, resized, first, count)
+    gathered = pixels[np.minimum(taps, size - 1)].astype(np.int64)  # [count, taps, other axis, 3]
+    sums = np.einsum("ct,ct...->c...", fixed, gathered) + (1 << (WEIGHT_BITS - 1))
+    rounded: NDArray[np.uint8] = np.clip(sums >> WEIGHT_BITS, 0, 255).astype(np.uint8)
+    return rounded
+
+
+def resampling_taps(size: int, resized: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Which of ``size`` rows make the rows ``first`` to ``first + count`` of ``resized`` ones, and their weights.
+
+    Pillow's: bicubic (a = -0.5), widened when shrinking, rounded to :data:`WEIGHT_BITS` fractional bits. Both int64
+    [count, taps]; the weight of a tap that is out of range is 0.
+    """
     step = size / resized
     widening = max(step, 1.0)
     centres = (np.arange(first, first + count) + 0.5) * step
@@ -218,11 +241,7 @@ def _resampled(pixels: NDArray[np.uint8], resized: int, first: int, count: int) 
     taps = begins[:, None] + np.arange((ends - begins).max())
     weights = _bicubic((taps + 0.5 - centres[:, None]) / widening) * (taps < ends[:, None])
     weights /= weights.sum(axis=1, keepdims=True)
-    fixed = np.trunc(weights * (1 << 22) + np.copysign(0.5, weights)).astype(np.int64)
-    gathered = pixels[np.minimum(taps, size - 1)].astype(np.int64)  # [count, taps, other axis, 3]
-    sums = np.einsum("ct,ct...->c...", fixed, gathered) + (1 << 21)
-    rounded: NDArray[np.uint8] = np.clip(sums >> 22, 0, 255).astype(np.uint8)
-    return rounded
+    return taps, np.trunc(weights * (1 << WEIGHT_BITS) + np.copysign(0.5, weights)).astype(np.int64)
 
 
 def _bicubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -12,6 +12,10 @@ CLASSES = "classes"
 """The free axis of class names."""
 
 
+TOKENS = "tokens"
+"""The free axis of a prompt's tokens, at most the text encoder's context length."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TensorSpec:
     """One named input or output: ``shape`` holds sizes, and names for its free axes."""
@@ -45,9 +49,9 @@ def embedding_tensor(embed_dim: int, axis: str = BATCH) -> TensorSpec:
     return TensorSpec(name="embedding", dtype="float32", shape=(axis, embed_dim))
 
 
-def tokens_tensor(context_length: int) -> TensorSpec:
-    """Token ids as open_clip's tokenizer gives them, padded with zeros."""
-    return TensorSpec(name="tokens", dtype="int64", shape=(CLASSES, context_length))
+def tokens_tensor(length: int | str = TOKENS) -> TensorSpec:
+    """Token ids as open_clip's tokenizer gives them, padded with zeros to a common length, or to a fixed ``length``."""
+    return TensorSpec(name="tokens", dtype="int64", shape=(CLASSES, length))
 
 
 def scores_tensor(k: int) -> TensorSpec:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import click
 
-from clipship.core.bundle import read_bundle
+from clipship.core.bundle import Bundle, Precision, read_bundle
 from clipship.core.cli import emit, json_option
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.files import sha256_of
@@ -15,7 +17,10 @@ from clipship.core.progress import log
 from clipship.core.vocabulary import Vocabulary, vocabulary_from_file
 
 if TYPE_CHECKING:
+    from clipship.export.comparison import Verification
+    from clipship.export.verify import Samples
     from clipship.training.checkpoint import Checkpoint
+    from clipship.training.methods.base import Method
 
 
 @click.command()
@@ -29,35 +34,79 @@ if TYPE_CHECKING:
     "--images", type=click.Path(path_type=Path), help="Verify with images of this folder. [default: built in]"
 )
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.option(
+    "--precision",
+    "precisions",
+    type=click.Choice(["fp16", "bf16", "int8"]),
+    multiple=True,
+    help="A reduced precision of the image encoder to keep beside float32; may be given several times.",
+)
+@click.option(
+    "--opset",
+    type=click.Choice(["18", "20", "23"]),
+    default="18",
+    show_default=True,
+    help="ONNX opset: 18 any runtime, 20 GELU as one node, 23 attention as one node.",
+)
+@click.option(
+    "--source-size",
+    "source_sizes",
+    metavar="WIDTHxHEIGHT",
+    multiple=True,
+    help="Keep a form that resizes whole images of this size in the graph; may be given several times.",
+)
+@click.option("--allow-random-weights", is_flag=True, help="Pack a model whose weights nobody has trained.")
 @json_option
-def pack(checkpoint: Path, vocabulary: Path | None, images: Path | None, out: Path, as_json: bool) -> None:
+def pack(
+    checkpoint: Path,
+    vocabulary: Path | None,
+    images: Path | None,
+    out: Path,
+    precisions: tuple[Precision, ...],
+    opset: str,
+    source_sizes: tuple[str, ...],
+    allow_random_weights: bool,
+    as_json: bool,
+) -> None:
     """Export CHECKPOINT to ONNX for a vocabulary, compare it with PyTorch, and write the bundle.
 
-    The bundle is written only when every comparison is within tolerance.
+    The bundle is written only when every comparison is within tolerance. Reduced precisions are calibrated on the
+    images, and the last lines say what they gain here.
 
-    Example: clipship pack runs/prints --images world/prints --out bundles/prints
+    Example: clipship pack runs/prints --images world/prints --out bundles/prints --precision fp16 --precision int8
     """
     _require_export_packages()
-    from clipship.export.pack import bundle_from_method, refuse_foreign_folder
+    from clipship.export.forms import Profile, speed_line
+    from clipship.export.pack import bundle_from_method, refuse_foreign_folder, refuse_random_weights
     from clipship.export.pictures import pictures_for
+    from clipship.export.resize import source_size_from_text
     from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
+    from clipship.training.inference import distinguishable_names
 
     refuse_foreign_folder(out)
+    sizes = tuple(dict.fromkeys(map(source_size_from_text, source_sizes)))
     saved = load_checkpoint(checkpoint)
-    words = vocabulary_from_file(vocabulary) if vocabulary else Vocabulary(names=saved.task.class_names)
+    if not allow_random_weights:
+        refuse_random_weights(saved.config.base_model)
+    words = vocabulary_from_file(vocabulary) if vocabulary else None
+    method = method_from_checkpoint(saved)
+    words = words or Vocabulary(names=distinguishable_names(method))
     pictures = pictures_for(images)
     log(f"verifying with {len(pictures)} images of {images or 'the built-in world'}")
     bundle = bundle_from_method(
-        method_from_checkpoint(saved),
+        method,
         words,
         pictures,
         out,
         provenance=_provenance(checkpoint, saved),
         temperature=saved.temperature,
+        profile=Profile(opset=int(opset), precisions=tuple(dict.fromkeys(precisions)), source_sizes=sizes),
     )
     result = {"bundle": str(out), "digest": bundle.digest, "classes": len(words), **bundle.verification()}
+    result["image_encoders"] = [form.to_json() for form in bundle.image_encoders]
     line = f"{out}: {len(words)} classes, verified on {len(pictures)} images, digest {bundle.digest[:16]}"
-    emit(result, line, as_json=as_json)
+    forms = (speed_line(form) for form in bundle.image_encoders[1:])
+    emit(result, "\n".join([line, *forms]), as_json=as_json)
 
 
 def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
@@ -78,30 +127,97 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with PyTorch running this checkpoint.")
-@click.option("--images", type=click.Path(path_type=Path), help="Compare on images of this folder (with --checkpoint).")
+@click.option(
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Compare on images of this folder, too: with PyTorch, or without --checkpoint with image_encoder.onnx.",
+)
+@click.option("--url", metavar="HOST:PORT", help="Compare a live Triton that serves the bundle (its gRPC port).")
+@click.option("--plan", type=click.Path(path_type=Path), help="Compare this TensorRT plan on this machine's GPU.")
+@click.option(
+    "--precision",
+    type=click.Choice(get_args(Precision)),
+    default="fp32",
+    show_default=True,
+    help="What the encoder behind --url computes in.",
+)
+@click.option(
+    "--provider", "providers", multiple=True, help="ONNX Runtime's provider, again for more. [default: all here]"
+)
+@click.option("--max-batch", type=click.IntRange(min=1), default=64, show_default=True, help="The largest batch.")
+@click.option(
+    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with the worst images."
+)
 @json_option
-def verify(bundle: Path, checkpoint: Path | None, images: Path | None, as_json: bool) -> None:
-    """Compare the ONNX files of BUNDLE, run here, with its golden samples, and with PyTorch given a checkpoint.
+def verify(bundle: Path, report: Path | None, as_json: bool, **given: Any) -> None:
+    """Compare all that BUNDLE holds with its golden samples, by every runtime here; with PyTorch given a checkpoint.
 
-    Example: clipship verify bundles/prints --checkpoint runs/prints --images world/prints
+    Batches of 1, 2, 7 and --max-batch. What cannot run here is named. Exit code 1 when something is out of tolerance.
+
+    Example: clipship verify bundles/prints --checkpoint runs/prints --images world/prints --report prints.html
     """
     _require_export_packages()
-    from clipship.export.verify import Verification, verify_bundle
+    from clipship.export.report import text_from_verification, write_page
 
     opened = read_bundle(bundle)
-    verification = verify_bundle(opened)
-    if checkpoint:
-        from clipship.export.pictures import pictures_for
-        from clipship.export.reference import verify_against_method
-        from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-
-        method = method_from_checkpoint(load_checkpoint(checkpoint))
-        live = verify_against_method(opened, method, pictures_for(images))
-        verification = Verification((*verification.comparisons, *live.comparisons))
-    emit(verification.to_json(), str(verification), as_json=as_json)
+    samples, verification = _verified(opened, **given)
+    if report:
+        write_page(report, opened, verification, samples)
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else None
+    emit(verification.to_json(), text_from_verification(verification, width=width), as_json=as_json)
     if not verification:
-        failed = sum(not one for one in verification.comparisons)
-        raise CheckFailed(f"{bundle}: {failed} of {len(verification.comparisons)} comparisons are out of tolerance")
+        failed = sum(not one for one in verification.rows)
+        raise CheckFailed(f"{bundle}: {failed} of {len(verification.rows)} comparisons are out of tolerance")
+
+
+def _verified(
+    bundle: Bundle,
+    *,
+    checkpoint: Path | None,
+    images: Path | None,
+    url: str | None,
+    plan: Path | None,
+    precision: str,
+    providers: tuple[str, ...],
+    max_batch: int,
+) -> tuple[list[Samples], Verification]:
+    """All that was asked for; what is quick to fail comes first."""
+    from clipship.export.live import verify_live
+    from clipship.export.reference import verify_text
+    from clipship.export.verify import Verification, batch_sizes_up_to, golden_samples, verify_bundle, verify_plan
+
+    sizes = batch_sizes_up_to(max_batch)
+    method = _method_for(bundle, checkpoint)
+    samples = [golden_samples(bundle), *_image_samples(bundle, images, method)]
+    other = Verification(())
+    if url:
+        other += verify_live(bundle, url, samples, precision=precision, batch_sizes=sizes)
+    if plan:
+        other += verify_plan(bundle, plan, samples, batch_sizes=sizes)
+    total = verify_bundle(bundle, samples, batch_sizes=sizes, providers=providers or None)
+    text = verify_text(bundle, method) if method else Verification(())
+    return samples, total + text + other
+
+
+def _method_for(bundle: Bundle, checkpoint: Path | None) -> Method | None:
+    from clipship.export.reference import refuse_other_model
+    from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
+
+    if checkpoint is None:
+        return None
+    method = method_from_checkpoint(load_checkpoint(checkpoint))
+    refuse_other_model(bundle, method)
+    return method
+
+
+def _image_samples(bundle: Bundle, images: Path | None, method: Method | None) -> list[Samples]:
+    """Those of the folder, or the built-in world's where only a checkpoint is given."""
+    from clipship.export.pictures import pictures_for
+    from clipship.export.reference import samples_from_pictures
+
+    if images is None and method is None:
+        return []
+    return [samples_from_pictures(bundle, pictures_for(images), method)]
 
 
 def _require_export_packages() -> None:

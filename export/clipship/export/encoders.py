@@ -26,7 +26,8 @@ class ImageEncoder(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """As the class says."""
-        features: Tensor = self.method.image_features(self.method.clip.normalize(image))
+        # Cast first: TensorRT takes uint8 at a network's input only, and nothing but a cast may follow.
+        features: Tensor = self.method.image_features(self.method.clip.normalize(image.float()))
         return features
 
 

@@ -9,6 +9,8 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,24 +20,34 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core import tensors
-from clipship.core.bundle import Bundle, Manifest, VocabularyFeatures, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatures, read_bundle, write_manifest
+from clipship.core.bundle import refuse_foreign_folder as refuse_foreign_folder
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.core.progress import Report, progress
 from clipship.core.vocabulary import Vocabulary, prompt_of
-from clipship.export.encoders import ImageEncoder, TextEncoder
-from clipship.export.onnx import OPSET, onnx_from_module
+from clipship.export.encoders import TextEncoder
+from clipship.export.forms import Evidence, Profile, encoder_forms
+from clipship.export.lean import LeanImageEncoder
+from clipship.export.onnx import onnx_from_module
 from clipship.export.reference import (
     GOLDEN_COUNT,
     Picture,
+    check_classifier,
     compare_with_torch,
     image_features,
     pixels_of,
-    probabilities,
 )
+from clipship.export.resize import write_source_form
+from clipship.export.tokenizer import tokenizer_from_open_clip
+from clipship.export.verify import Verification
+from clipship.training.prompts import is_causal
 
 if TYPE_CHECKING:
+    from clipship.training.clip import Clip
     from clipship.training.methods.base import Method
+
+_PLAIN = Profile()
 
 
 def bundle_from_method(
@@ -46,23 +58,32 @@ def bundle_from_method(
     *,
     provenance: dict[str, Any],
     temperature: float | None = None,
+    profile: Profile = _PLAIN,
 ) -> Bundle:
     """Export ``method`` for ``vocabulary``, compare it with PyTorch on ``pictures``, and write the bundle ``out``.
 
     The bundle takes the name ``out`` only when every comparison is within tolerance; until then an older bundle of that
     name stays. ``temperature`` is the checkpoint's: the logit scale is divided by it, so that what is served is
-    calibrated as in PyTorch.
+    calibrated as in PyTorch. ``profile`` says which opset the graphs are of, and which reduced precisions of the image
+    encoder stand beside the float32 one; they are calibrated on ``pictures``. It also says for which sizes of whole
+    images there is a form that resizes them by itself.
 
     Raises:
-        CheckFailed: a comparison is out of tolerance; the message is the whole table.
-        DataError: a picture cannot be decoded, a class name is too long for the text tower.
+        CheckFailed: a comparison is out of tolerance, also of a reduced precision; the message is the whole table.
+        DataError: a picture cannot be decoded, a class name is too long for the text tower, or there are fewer than 32
+            pictures for a reduced precision.
         UsageError: ``out`` exists and is no bundle, or the method cannot be exported.
     """
     refuse_foreign_folder(out)
+    profile.refuse_few(len(pictures))
     if method.not_exportable:
         raise UsageError(f"{method.name} cannot be packed: {method.not_exportable}")
-    with progress("pack", 5) as report, replace_folder(out) as folder, torch.inference_mode():
-        _export(method, folder, report)
+    if method.closed_vocabulary:  # what it does not know is refused now, not after minutes of export
+        method.exported_classifier(vocabulary.words).merged(vocabulary.word_rows)
+    total = 5 + len(profile.precisions) + len(profile.source_sizes)
+    with progress("pack", total) as report, replace_folder(out) as folder, torch.inference_mode():
+        _export(method, vocabulary, profile, folder, report)
+        _write_tokenizer(method, vocabulary, folder)
         features = _write_vocabulary(method, vocabulary, folder, temperature or 1.0)
         report(3, "golden samples")
         pixels = pixels_of(pictures, method.clip.image_spec)
@@ -72,36 +93,69 @@ def bundle_from_method(
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
         if not verification:
             raise CheckFailed(f"the export does not equal PyTorch, nothing was written: {verification}")
+        evidence = Evidence(pixels=pixels, expected=expected, classifier=features)
+        forms, verified = encoder_forms(folder, profile, evidence, report, 5)
+        verification += verified
+        for done, size in enumerate(profile.source_sizes, start=5 + len(profile.precisions)):
+            report(done, "{} x {} images".format(*size))
+            told = _metadata(method, vocabulary)
+            form, comparisons = write_source_form(
+                method, size, folder, pictures, classifier=features, metadata=told, profile=profile
+            )
+            forms.append(form)
+            verification += Verification(comparisons)
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
-        write_manifest(folder, _manifest(method, vocabulary, provenance))
+        write_manifest(folder, _manifest(method, vocabulary, features, forms, provenance))
     return read_bundle(out)
 
 
-def refuse_foreign_folder(out: Path) -> None:
-    """Refuse to put a bundle in the place of anything but an older bundle.
+def refuse_random_weights(base_model: str) -> None:
+    """Refuse a base model whose weights are drawn and not read: nobody wants to serve it who does not say so.
 
     Raises:
-        UsageError: ``out`` is a file, or a non-empty folder without a bundle's manifest.
+        UsageError: ``base_model`` is one.
     """
-    if not out.exists():
-        return
-    if out.is_dir() and not any(out.iterdir()):
-        return
-    try:
-        ours = json.loads((out / layout.MANIFEST).read_text(encoding="utf-8")).get("format") == layout.FORMAT
-    except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise UsageError(f"{out}: exists and is no bundle: give a new folder, or remove it first")
+    from clipship.training.clip import has_random_weights
+
+    if has_random_weights(base_model):
+        raise UsageError(
+            f"base model {base_model}: its weights are random, so it tells nothing apart: train on one that has "
+            "weights, such as ViT-B-16/openai, or give --allow-random-weights"
+        )
 
 
-def _export(method: Method, folder: Path, report: Report) -> None:
-    clip = method.clip
-    metadata = {"clipship.base_model": clip.name, "clipship.method": method.name}
+def _write_tokenizer(method: Method, vocabulary: Vocabulary, folder: Path) -> None:
+    """What ``clipship vocab`` makes tokens with, compared with open_clip's on the vocabulary.
+
+    Raises:
+        CheckFailed: it gives other tokens than the model's own.
+    """
+    tokenizer = tokenizer_from_open_clip(method.clip.tokenizer)
+    for prompt in vocabulary.prompts(method.templates[0]):
+        if tokenizer.ids(prompt) != method.clip.token_ids(prompt):
+            raise CheckFailed(
+                f"prompt {prompt!r}: the bundle's tokenizer differs from open_clip's, nothing was written"
+            )
+    tokenizer.write(folder / layout.TOKENIZER)
+
+
+def _metadata(method: Method, vocabulary: Vocabulary) -> dict[str, str]:
+    """What stands in every graph."""
+    return {
+        "clipship.base_model": method.clip.name,
+        "clipship.base_model_digest": method.clip.digest,
+        "clipship.method": method.name,
+        "clipship.vocabulary_digest": replace(vocabulary, templates=method.templates).digest,
+    }
+
+
+def _export(method: Method, vocabulary: Vocabulary, profile: Profile, folder: Path, report: Report) -> None:
+    clip, metadata = method.clip, _metadata(method, vocabulary)
+    written = partial(onnx_from_module, opset=profile.opset, external_bytes=profile.external_bytes)
     image_input, image_output = tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)
     report(0, "image encoder to ONNX")
-    onnx_from_module(
-        ImageEncoder(method),
+    written(
+        LeanImageEncoder(method),
         torch.zeros((2, *[int(size) for size in image_input.shape[1:]]), dtype=torch.uint8),
         folder / layout.IMAGE_ENCODER,
         input_spec=image_input,
@@ -109,26 +163,33 @@ def _export(method: Method, folder: Path, report: Report) -> None:
         metadata={**metadata, "clipship.image_spec": json.dumps(clip.image_spec.to_json())},
     )
     report(1, "text encoder to ONNX")
-    onnx_from_module(
+    shortest = [prompt_of(name, method.templates[0]) for name in ("a", "b")]
+    written(
         TextEncoder(method),
-        clip.tokenize([prompt_of(name, method.templates[0]) for name in ("a", "b")]),
+        clip.tokenize(shortest),
         folder / layout.TEXT_ENCODER,
-        input_spec=tensors.tokens_tensor(clip.context_length),
+        input_spec=_tokens_tensor(clip),
         output_spec=tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES),
+        sizes={tensors.TOKENS: (len(clip.token_ids(shortest[0])) + 2, clip.context_length)},
         metadata={**metadata, "clipship.templates": json.dumps(method.templates)},
     )
     report(2, "text features")
 
 
+def _tokens_tensor(clip: Clip) -> tensors.TensorSpec:
+    """Of any length up to the context length where padding does not matter, else of the context length."""
+    return tensors.tokens_tensor() if is_causal(clip) else tensors.tokens_tensor(clip.context_length)
+
+
 def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path, temperature: float) -> VocabularyFeatures:
     from safetensors.numpy import save
 
-    features = method.class_features(vocabulary.names).cpu().numpy()
-    scale = np.array([method.clip.logit_scale / temperature], np.float32)
-    tensors = {"features": features, "logit_scale": scale}
-    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(tensors))  # save_file would let only the owner read it
+    classifier = method.exported_classifier(vocabulary.words)
+    check_classifier(method, vocabulary.words, classifier)
+    features = classifier.merged(vocabulary.word_rows).tempered(temperature)
+    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(features.tensors()))  # save_file: readable by the owner only
     (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")
-    return VocabularyFeatures(features=features, logit_scale=float(scale[0]))
+    return features
 
 
 def _write_golden(
@@ -147,7 +208,7 @@ def _write_golden(
     for name, picture in zip(names, pictures, strict=True):
         (golden / name).write_bytes(picture.data)
     write_json_atomic(golden / "files.json", names)
-    scores = probabilities(expected[:count], vocabulary)
+    scores = vocabulary.probabilities(expected[:count])
     k = min(5, scores.shape[1])
     indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     arrays = {
@@ -160,7 +221,13 @@ def _write_golden(
     (folder / layout.GOLDEN_TENSORS).write_bytes(save(contiguous))
 
 
-def _manifest(method: Method, vocabulary: Vocabulary, provenance: dict[str, Any]) -> Manifest:
+def _manifest(
+    method: Method,
+    vocabulary: Vocabulary,
+    features: VocabularyFeatures,
+    forms: Sequence[EncoderForm],
+    provenance: dict[str, Any],
+) -> Manifest:
     clip = method.clip
     packages = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
@@ -175,13 +242,16 @@ def _manifest(method: Method, vocabulary: Vocabulary, provenance: dict[str, Any]
                 tensors.image_tensor(clip.image_spec.size_px),
                 tensors.embedding_tensor(clip.embed_dim),
             ),
-            layout.TEXT_ENCODER: (tensors.tokens_tensor(clip.context_length), text_output),
+            layout.TEXT_ENCODER: (_tokens_tensor(clip), text_output),
         },
         embed_dim=clip.embed_dim,
-        vocabulary=Vocabulary(names=vocabulary.names, templates=method.templates),
+        context_length=clip.context_length,
+        vocabulary=replace(vocabulary, templates=method.templates),
+        classifier_parts=features.parts,
+        image_encoders=tuple(forms),
         provenance={
             **provenance,
-            "opset": OPSET,
+            "opset": forms[0].opset,
             "python": platform.python_version(),
             "packages": versions,
         },

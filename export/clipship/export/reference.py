@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,11 +17,24 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures
-from clipship.core.errors import CheckpointError, DataError
+from clipship.core.errors import CheckFailed, CheckpointError, DataError
 from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
-from clipship.export.verify import TOLERANCES, Verification, run_in_batches, verify_encoder
+from clipship.export.verify import (
+    TOLERANCES,
+    Comparison,
+    Samples,
+    Verification,
+    compare_features,
+    golden_samples,
+    onnx_session,
+    run_in_batches,
+    session_function,
+    verify_bundle,
+    verify_encoder,
+)
+from clipship.training.prompts import without_padding
 
 if TYPE_CHECKING:
     from clipship.training.methods.base import Method
@@ -68,12 +81,43 @@ def image_features(method: Method, pixels: NDArray[np.uint8]) -> NDArray[np.floa
         return run_in_batches(lambda rows: encoder(torch.from_numpy(rows)).numpy(), pixels, _TORCH_BATCH)
 
 
-def probabilities(embedding: NDArray[np.float32], vocabulary: VocabularyFeatures) -> NDArray[np.float32]:
-    """Softmax [N, C] of ``embedding`` [N, D] over the vocabulary."""
-    logits = vocabulary.logit_scale * embedding @ vocabulary.features.T
-    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
-    scores: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
-    return scores
+_CHECKED_NAMES = 64
+_CHECKED_EMBEDDINGS = 64
+_MAX_PROBABILITY_DIFFERENCE = 1e-5
+
+
+def check_classifier(method: Method, names: Sequence[str], given: VocabularyFeatures) -> None:
+    """Refuse a ``given`` classifier of ``names`` that gives other probabilities than ``method`` in PyTorch.
+
+    Compared on embeddings at its classes, at the keys of its cache and at random, so no image is needed. Where it is
+    class features and nothing else, 64 of the names are enough: PyTorch would encode all of them a second time.
+
+    Raises:
+        CheckFailed: a probability differs by more than 1e-5.
+    """
+    step = 1 if given.parts else max(1, len(names) // _CHECKED_NAMES)
+    rows = range(0, len(names), step)
+    given = given.merged([[row] for row in rows])
+    embedding = _embeddings_near(given)
+    with torch.inference_mode():
+        logits = method.classifier([names[row] for row in rows])(torch.from_numpy(embedding).to(method.clip.device))
+        expected = torch.softmax(logits.float(), dim=1).cpu().numpy()
+    difference = float(np.abs(given.probabilities(embedding) - expected).max())
+    if not difference <= _MAX_PROBABILITY_DIFFERENCE:
+        raise CheckFailed(
+            f"the exported classifier of {method.name} differs from PyTorch by {difference:.1e} in a probability "
+            f"(at most {_MAX_PROBABILITY_DIFFERENCE:.0e}), nothing was written"
+        )
+
+
+def _embeddings_near(features: VocabularyFeatures) -> NDArray[np.float32]:
+    """Unit [N, D]: at up to 64 classes, at up to 64 keys, and 64 at random."""
+    parts = [features.features, *([features.cache.keys] if features.cache else [])]
+    rows: list[NDArray[Any]] = [part[:: max(1, len(part) // _CHECKED_EMBEDDINGS)] for part in parts]
+    random = np.random.default_rng(0).standard_normal((_CHECKED_EMBEDDINGS, features.features.shape[1]))
+    embedding = np.concatenate([*rows, random.astype(np.float32)])
+    unit: NDArray[np.float32] = embedding / np.maximum(np.linalg.norm(embedding, axis=1, keepdims=True), 1e-12)
+    return unit
 
 
 def compare_with_torch(
@@ -90,34 +134,99 @@ def compare_with_torch(
         expected: PyTorch's unit features [N, D] of ``pixels``.
         features: what decides the best class.
     """
-    tokens = method.clip.tokenize(vocabulary.prompts(method.templates[0])).numpy()
-    with torch.inference_mode():
-        text = run_in_batches(lambda rows: method.text_features(torch.from_numpy(rows)).numpy(), tokens, _TORCH_BATCH)
     count = min(GOLDEN_COUNT, len(pixels))
     image_encoder = partial(
-        verify_encoder, folder / layout.IMAGE_ENCODER, references=features.features, tolerance=TOLERANCES["fp32"]
+        verify_encoder, folder / layout.IMAGE_ENCODER, references=features, tolerance=TOLERANCES["fp32"]
     )
     golden = image_encoder("golden samples", pixels[:count], expected[:count])
     images = image_encoder("images", pixels, expected)
-    prompts = verify_encoder(
-        folder / layout.TEXT_ENCODER, "prompts", tokens, text, references=text, tolerance=TOLERANCES["text-fp32"]
+    return Verification((*golden, *images, *compare_prompts(method, vocabulary, folder)))
+
+
+def compare_prompts(method: Method, vocabulary: Vocabulary, folder: Path) -> tuple[Comparison, ...]:
+    """The text encoder of ``folder`` on the vocabulary's prompts, some with all their padding, against PyTorch."""
+    padded = method.clip.tokenize(vocabulary.prompts(method.templates[0]))
+    tokens = without_padding(method.clip, padded).numpy()
+    with torch.inference_mode():
+        text = run_in_batches(lambda rows: method.text_features(torch.from_numpy(rows)).numpy(), tokens, _TORCH_BATCH)
+    compared = partial(verify_encoder, folder / layout.TEXT_ENCODER, references=text, tolerance=TOLERANCES["text-fp32"])
+    some = slice(0, GOLDEN_COUNT)
+    whole = () if padded.shape == tokens.shape else compared("padded prompts", padded.numpy()[some], text[some])
+    return (*compared("prompts", tokens, text), *whole)
+
+
+def compare_vocabulary(method: Method, bundle: Bundle) -> tuple[Comparison, ...]:
+    """The bundle's features of its classes against PyTorch's: what a swapped or foreign vocabulary fails.
+
+    A linear probe has weights instead, which only the golden scores are compared by.
+    """
+    given = bundle.vocabulary_features()
+    if given.bias is not None:
+        return ()
+    words = bundle.vocabulary
+    with torch.inference_mode():
+        expected = method.exported_classifier(words.words).merged(words.word_rows).features
+    comparison = compare_features(
+        "vocabulary",
+        "the bundle",
+        len(words),
+        expected,
+        given.features,
+        references=expected,
+        tolerance=TOLERANCES["text-fp32"],
+        form=layout.VOCABULARY_TENSORS,
     )
-    return Verification((*golden, *images, *prompts))
+    return (comparison,)
 
 
-def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Picture]) -> Verification:
-    """The bundle's ONNX files against PyTorch running ``method`` on ``pictures``.
+def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: Method | None) -> Samples:
+    """``pictures`` and the features that PyTorch gives them, or without a method ``image_encoder.onnx`` one by one.
 
     Raises:
-        CheckpointError: the method runs on another base model than the bundle was packed from.
         DataError: a picture cannot be decoded.
+    """
+    pixels = pixels_of(pictures, bundle.image_spec)
+    if method is not None:
+        expected, reference = image_features(method, pixels), "PyTorch"
+    else:
+        portable = session_function(onnx_session(bundle.image_encoder))
+        expected, reference = run_in_batches(portable, pixels, 1), f"{layout.IMAGE_ENCODER}, one by one"
+    return Samples(
+        what="images",
+        names=tuple(picture.name for picture in pictures),
+        files=tuple(picture.data for picture in pictures),
+        pixels=pixels,
+        expected=expected,
+        reference=reference,
+    )
+
+
+def refuse_other_model(bundle: Bundle, method: Method) -> None:
+    """Nothing when ``bundle`` was packed from the base model that ``method`` runs on.
+
+    Raises:
+        CheckpointError: it was not.
     """
     if method.clip.digest != bundle.manifest.base_model_digest:
         raise CheckpointError(
             f"the checkpoint is for {method.clip.name} ({method.clip.digest[:12]}), the bundle was packed from "
             f"{bundle.manifest.base_model} ({bundle.manifest.base_model_digest[:12]}): give the bundle's own checkpoint"
         )
-    pixels = pixels_of(pictures, bundle.image_spec)
-    expected = image_features(method, pixels)
-    features = bundle.vocabulary_features()
-    return compare_with_torch(method, bundle.vocabulary, features, pixels, expected, bundle.path)
+
+
+def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Picture]) -> Verification:
+    """All that the bundle holds, by every runtime here, against PyTorch running ``method`` on ``pictures``.
+
+    Raises:
+        CheckpointError: the method runs on another base model than the bundle was packed from.
+        DataError: a picture cannot be decoded.
+    """
+    refuse_other_model(bundle, method)
+    samples = [golden_samples(bundle), samples_from_pictures(bundle, pictures, method)]
+    return verify_bundle(bundle, samples) + verify_text(bundle, method)
+
+
+def verify_text(bundle: Bundle, method: Method) -> Verification:
+    """The bundle's text encoder and its vocabulary's features against PyTorch."""
+    prompts = compare_prompts(method, bundle.vocabulary, bundle.path)
+    return Verification((*prompts, *compare_vocabulary(method, bundle)))

@@ -1,160 +1,139 @@
-"""Every exported form against PyTorch: comparisons that know their numbers and their verdict.
+"""Every exported form against its reference, by every runtime that can run it here.
 
-The tolerances stand in one table, :data:`TOLERANCES`, never at call sites.
+The tolerances stand in one table, ``TOLERANCES``, never at call sites; ``comparison.py`` says what each number means.
+
+A set smaller than a batch is repeated until it fills one, so that a batch of 64 is one of 64.
+
+Shape legend: N inputs, C classes, H = W pixels, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import Bundle
+from clipship.core.bundle import GOLDEN, LABELS, VOCABULARY_TENSORS, Bundle, EncoderForm, VocabularyFeatures
 from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.progress import progress
+from clipship.export.comparison import (
+    TOLERANCES,
+    Answers,
+    Comparison,
+    Tolerance,
+    Verification,
+    compare_answers,
+    compare_features,
+)
+from clipship.export.runners import (
+    CPU_PROVIDER,
+    NotRunnable,
+    Run,
+    Runner,
+    local_providers,
+    onnx_function,
+    onnx_session,
+    openvino_function,
+    run_in_batches,
+    session_function,
+)
 
-if TYPE_CHECKING:
-    import onnxruntime
+__all__ = [
+    "BATCH_SIZES",
+    "CPU_PROVIDER",
+    "TOLERANCES",
+    "Answers",
+    "Comparison",
+    "Samples",
+    "Tolerance",
+    "Verification",
+    "batch_sizes_up_to",
+    "compare_classifier",
+    "compare_features",
+    "golden_samples",
+    "onnx_session",
+    "run_in_batches",
+    "session_function",
+    "verify_bundle",
+    "verify_encoder",
+    "verify_plan",
+    "verify_runner",
+    "verify_samples",
+]
 
 BATCH_SIZES = (1, 2, 7, 64)
 """One, the smallest batch, one that divides nothing, and the default maximum of a server."""
 
-CPU_PROVIDER = "CPUExecutionProvider"
-
 
 @dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What a form may differ from PyTorch by."""
-
-    max_abs: float
-    """Largest difference of any value of the unit features."""
-    top1_agreement: float
-    """Smallest share of images whose best class is the same."""
-
-
-TOLERANCES: Mapping[str, Tolerance] = {
-    "fp32": Tolerance(max_abs=1e-4, top1_agreement=1.0),
-    "text-fp32": Tolerance(max_abs=1e-5, top1_agreement=1.0),
-}
-"""By precision. Text features are averaged and kept, so they are held to a tenth of the image features' tolerance."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One form against PyTorch on one set of inputs at one batch size. True when within tolerance."""
+class Samples:
+    """Images and what every form must give for them."""
 
     what: str
-    provider: str
-    batch_size: int
-    count: int
-    max_abs: float
-    min_cosine: float
-    top1_agreement: float
-    tolerance: Tolerance
-
-    def __bool__(self) -> bool:
-        return self.max_abs <= self.tolerance.max_abs and self.top1_agreement >= self.tolerance.top1_agreement
-
-    def __str__(self) -> str:
-        return (
-            f"{'ok    ' if self else 'FAILED'} {self.what:<22} {self.provider:<21} batch {self.batch_size:<3} "
-            f"n {self.count:<5} max diff {self.max_abs:.1e}  min cosine {self.min_cosine:.7f}  "
-            f"top-1 {100 * self.top1_agreement:.2f} %"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every number and the verdict."""
-        return {**asdict(self), "passed": bool(self)}
+    """ "golden samples" or "images"."""
+    names: tuple[str, ...]
+    files: tuple[bytes, ...]
+    """As they came."""
+    pixels: NDArray[np.uint8]
+    """[N, H, W, 3]."""
+    expected: NDArray[np.float32]
+    """Unit features [N, D]."""
+    reference: str
+    """Where ``expected`` comes from."""
 
 
-@dataclass(frozen=True)
-class Verification:
-    """All comparisons of a bundle. True when there is at least one and every one is."""
-
-    comparisons: tuple[Comparison, ...]
-
-    def __bool__(self) -> bool:
-        return bool(self.comparisons) and all(self.comparisons)
-
-    def __str__(self) -> str:
-        return "\n".join(map(str, self.comparisons))
-
-    def to_json(self) -> dict[str, Any]:
-        """What stands in ``verification.json``."""
-        return {"passed": bool(self), "comparisons": [comparison.to_json() for comparison in self.comparisons]}
-
-
-def compare_features(
-    what: str,
-    provider: str,
-    batch_size: int,
-    expected: NDArray[np.float32],
-    given: NDArray[np.float32],
-    *,
-    references: NDArray[np.float32],
-    tolerance: Tolerance,
-) -> Comparison:
-    """Compare unit features [N, D]; the best of ``references`` [C, D] by cosine decides top-1.
-
-    Raises:
-        CheckFailed: the shapes differ, or a value is NaN or infinite.
-    """
-    if given.shape != expected.shape:
-        raise CheckFailed(f"{what}: {provider} gives {list(given.shape)}, PyTorch {list(expected.shape)}")
-    if not np.isfinite(given).all():
-        raise CheckFailed(f"{what}: {provider} gives NaN or infinite values at batch {batch_size}")
-    same = (expected @ references.T).argmax(1) == (given @ references.T).argmax(1)
-    return Comparison(
-        what=what,
-        provider=provider,
-        batch_size=batch_size,
-        count=len(given),
-        max_abs=float(np.abs(expected - given).max()),
-        min_cosine=float((expected * given).sum(1).min()),
-        top1_agreement=float(same.mean()),
-        tolerance=tolerance,
+def golden_samples(bundle: Bundle) -> Samples:
+    """The bundle's golden samples, with the features that PyTorch left in it."""
+    golden = bundle.golden()
+    return Samples(
+        what="golden samples",
+        names=golden.files,
+        files=tuple((bundle.path / GOLDEN / name).read_bytes() for name in golden.files),
+        pixels=golden.pixels,
+        expected=golden.embedding,
+        reference="PyTorch",
     )
 
 
-def onnx_session(path: Path, provider: str = CPU_PROVIDER) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session that really runs on ``provider``.
-
-    ONNX Runtime falls back to the CPU without an error; here that is one.
-
-    Raises:
-        CheckFailed: the provider is not available or was not taken.
-        MissingExtraError: onnxruntime is not installed.
-    """
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "export") from error
-    available = onnxruntime.get_available_providers()
-    if provider not in available:
-        raise CheckFailed(f"ONNX Runtime has no {provider} here: it has {', '.join(available)}")
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
-    if session.get_providers()[0] != provider:
-        raise CheckFailed(f"{path.name}: ONNX Runtime took {session.get_providers()[0]} instead of {provider}")
-    return session
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """1, 2, 7 and ``largest``, none above it."""
+    return tuple(sorted({size for size in BATCH_SIZES[:3] if size < largest} | {largest}))
 
 
-def run_in_batches(
-    run: Callable[[NDArray[Any]], NDArray[np.float32]], rows: NDArray[Any], batch_size: int
-) -> NDArray[np.float32]:
-    """``run`` over ``rows`` in batches of ``batch_size``; the last one is as small as what is left."""
-    parts = [run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return np.concatenate(parts)
+def verify_runner(
+    runner: Runner,
+    what: str,
+    rows: NDArray[Any],
+    expected: NDArray[np.float32],
+    *,
+    references: NDArray[np.float32] | VocabularyFeatures,
+    tolerance: Tolerance,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    form: str = "",
+    reference: str = "PyTorch",
+) -> tuple[Comparison, ...]:
+    """``runner`` on ``rows`` [N, ...] at every batch size, against ``expected`` [N, D]. A run that fails is a row."""
+    about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": len(rows)}
+
+    def compared(batch_size: int) -> Comparison:
+        count = max(len(rows), batch_size)  # repeated until they fill one batch
+        try:
+            given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
+        except CheckFailed as error:
+            return Comparison(what=what, provider=runner.name, batch_size=batch_size, problem=str(error), **about)
+        wanted = _repeated(expected, count)
+        return compare_features(what, runner.name, batch_size, wanted, given, references=references, **about)
+
+    return tuple(compared(batch_size) for batch_size in batch_sizes)
 
 
-def session_function(session: onnxruntime.InferenceSession) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-    """A one-input, one-output session as a function of its input array."""
-    name = session.get_inputs()[0].name
-    return lambda rows: session.run(None, {name: rows})[0]
+def _repeated(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    return rows if count <= len(rows) else rows[np.arange(count) % len(rows)]
 
 
 def verify_encoder(
@@ -163,35 +142,181 @@ def verify_encoder(
     rows: NDArray[Any],
     expected: NDArray[np.float32],
     *,
-    references: NDArray[np.float32],
+    references: NDArray[np.float32] | VocabularyFeatures,
     tolerance: Tolerance,
     provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
+    reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
     """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
 
     Args:
         rows: pixels for an image encoder, tokens for a text encoder.
-        references: unit features [C, D]; the nearest one is an input's best class.
+        references: the classifier, or unit features [C, D] whose nearest one is an input's best class.
+
+    Raises:
+        NotRunnable: the provider is not here, or has no kernel for a node.
+        CheckFailed: the file cannot be loaded, or ran on another provider.
     """
-    run = session_function(onnx_session(path, provider))
+    return verify_runner(
+        Runner(name=provider, run=onnx_function(path, provider, rows[:1])),
+        what,
+        rows,
+        expected,
+        references=references,
+        tolerance=tolerance,
+        batch_sizes=batch_sizes,
+        form=path.name,
+        reference=reference,
+    )
 
-    def compared(batch_size: int) -> Comparison:
-        given = run_in_batches(run, rows, batch_size)
-        return compare_features(what, provider, batch_size, expected, given, references=references, tolerance=tolerance)
 
-    return tuple(compared(batch_size) for batch_size in batch_sizes)
+def verify_bundle(
+    bundle: Bundle,
+    samples: Sequence[Samples] | None = None,
+    *,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    providers: Sequence[str] | None = None,
+) -> Verification:
+    """Every form of the bundle's image encoder, by every runtime here that can run it, on ``samples``.
+
+    Args:
+        samples: None: the golden samples.
+        providers: of ONNX Runtime, which must run every form; None: those of this machine, where they can.
+
+    Raises:
+        NotRunnable: one of the given ``providers`` is not here, or cannot run a form.
+    """
+    chosen = samples or [golden_samples(bundle)]
+    total = Verification((), answers=(compare_classifier(bundle),))
+    forms = bundle.image_encoders
+    with progress("verify", len(forms)) as report:
+        for done, form in enumerate(forms):
+            report(done, form.file)
+            total += _verify_form(bundle, form, chosen, batch_sizes, providers)
+    return total
 
 
-def verify_bundle(bundle: Bundle) -> Verification:
-    """The bundle's image encoder, run here, against the golden features PyTorch left in it."""
-    golden = bundle.golden()
-    comparisons = verify_encoder(
-        bundle.image_encoder,
-        "golden samples",
-        golden.pixels,
-        golden.embedding,
-        references=bundle.vocabulary_features().features,
+def _verify_form(
+    bundle: Bundle,
+    form: EncoderForm,
+    samples: Sequence[Samples],
+    batch_sizes: Sequence[int],
+    providers: Sequence[str] | None,
+) -> Verification:
+    if form.source_size is not None:
+        width, height = form.source_size
+        return Verification((), skipped=(f"{form.file}: takes whole images of {width} x {height}, not pixels",))
+    if form.runtime == "openvino" and any(
+        (one.file, one.precision, one.runtime) == (form.file, form.precision, "onnx") for one in bundle.image_encoders
+    ):
+        return Verification(())  # the same as what OpenVINO makes of the portable form
+    path, total = bundle.path / form.file, Verification(())
+    for name, load in _loaders(path, form, samples[0].pixels[:1], providers):
+        try:
+            runner = Runner(name=name, run=load())
+        except NotRunnable as error:
+            if providers is not None and name in providers:
+                raise
+            total += Verification((), skipped=(str(error),))
+            continue
+        except MissingExtraError as error:
+            total += Verification((), skipped=(f"OpenVINO: {error}",))
+            continue
+        except CheckFailed as error:
+            total += Verification((_broken(form, name, samples[0], str(error)),))
+            continue
+        total += verify_samples(runner, form.file, samples, bundle.vocabulary_features(), form.precision, batch_sizes)
+    return total
+
+
+def _loaders(
+    path: Path, form: EncoderForm, sample: NDArray[np.uint8], providers: Sequence[str] | None
+) -> Iterator[tuple[str, Callable[[], Run]]]:
+    """By name, what loads ``form`` in each runtime that could."""
+    if form.runtime in ("onnx", "onnxruntime"):
+        for provider in local_providers() if providers is None else providers:
+            yield provider, partial(onnx_function, path, provider, sample)
+    if form.runtime in ("onnx", "openvino"):
+        yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+
+
+def _broken(form: EncoderForm, provider: str, samples: Samples, problem: str) -> Comparison:
+    return Comparison(
+        what=samples.what,
+        provider=provider,
+        batch_size=1,
+        count=len(samples.pixels),
+        tolerance=TOLERANCES[form.precision],
+        form=form.file,
+        reference=samples.reference,
+        problem=problem,
+    )
+
+
+def compare_classifier(bundle: Bundle) -> Answers:
+    """The bundle's own classifier and labels on the golden embeddings, against the golden scores by PyTorch."""
+    golden, names = bundle.golden(), (bundle.path / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
+    blank = Answers(
+        what="golden scores",
+        model=VOCABULARY_TENSORS,
+        provider="NumPy",
+        batch_size=len(golden.embedding),
+        count=len(golden.embedding),
         tolerance=TOLERANCES["fp32"],
     )
-    return Verification(comparisons)
+    if golden.indices.max() >= len(names):
+        return replace(blank, problem=f"{LABELS} has {len(names)} names, fewer than the golden samples' classes")
+    labels = [[names[place] for place in row] for row in golden.indices.tolist()]
+    expected = bundle.vocabulary_features().probabilities(golden.embedding)
+    return compare_answers(blank, expected, bundle.vocabulary.names, golden.scores, golden.indices, labels)
+
+
+def verify_plan(
+    bundle: Bundle, folder: Path, samples: Sequence[Samples], *, batch_sizes: Sequence[int] = BATCH_SIZES
+) -> Verification:
+    """The TensorRT plan in ``folder``, run on this machine's GPU, on ``samples``.
+
+    Batch sizes that the plan's profile does not have are left out; its own smallest and largest take their place.
+
+    Raises:
+        PlanError: no plan there, or one that this machine or bundle does not fit.
+        UsageError: there is no GPU here.
+        MissingExtraError: the plan's runtime is not installed.
+    """
+    from clipship.core.plan import read_plan
+    from clipship.export.engines.run import load_plan
+
+    plan = read_plan(folder)
+    loaded, info = load_plan(plan, bundle), plan.info
+    sizes = sorted({min(max(size, info.profile.least), info.profile.most) for size in batch_sizes})
+    runner = Runner(name=info.runtime, run=loaded.features)
+    return verify_samples(runner, info.onnx_file, samples, bundle.vocabulary_features(), info.precision, sizes)
+
+
+def verify_samples(
+    runner: Runner,
+    form: str,
+    samples: Sequence[Samples],
+    classifier: VocabularyFeatures,
+    precision: str,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Verification:
+    """``runner`` on every set of ``samples`` at every batch size, within the tolerance of ``precision``."""
+    return Verification(
+        tuple(
+            comparison
+            for one in samples
+            for comparison in verify_runner(
+                runner,
+                one.what,
+                one.pixels,
+                one.expected,
+                references=classifier,
+                tolerance=TOLERANCES[precision],
+                batch_sizes=batch_sizes,
+                form=form,
+                reference=one.reference,
+            )
+        )
+    )

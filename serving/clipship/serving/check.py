@@ -14,6 +14,7 @@ from typing import Any
 
 from clipship.serving.config import MODEL_FILES, config_from_text
 from clipship.serving.errors import RepositoryError
+from clipship.serving.names import RUNTIME
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
@@ -67,6 +68,17 @@ def backends_of(path: Path) -> set[str]:
     """
     configs, _ = _read_configs(path)
     return {config.backend for config in configs.values() if config.platform != "ensemble"}
+
+
+def packages_of(path: Path) -> tuple[str, ...]:
+    """The Python packages that the models of the repository at ``path`` need besides ONNX Runtime and Pillow.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    runtimes = {config.parameters[RUNTIME].string_value for config in configs.values() if RUNTIME in config.parameters}
+    return ("openvino",) if "openvino" in runtimes else ()
 
 
 def model_names(path: Path) -> list[str]:
@@ -140,10 +152,11 @@ def _model_files(config: Any, folder: Path, configs: Mapping[str, Any]) -> Itera
     if config.backend not in MODEL_FILES:
         yield f"backend {config.backend!r} is not one of {', '.join(MODEL_FILES)}"
         return
-    file_name = config.default_model_filename or MODEL_FILES[config.backend]
+    usual = config.default_model_filename or MODEL_FILES[config.backend]
     for version in _version_folders(folder):
-        if not (version / file_name).is_file():
-            yield f"{version.name}/{file_name} is missing"
+        for file_name in sorted({usual, *config.cc_model_filenames.values()}):
+            if not (version / file_name).is_file():
+                yield f"{version.name}/{file_name} is missing"
 
 
 def _warmups(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:

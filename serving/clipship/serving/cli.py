@@ -27,19 +27,37 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--backend",
-    type=click.Choice(["python", "onnxruntime"]),
+    type=click.Choice(["python", "onnxruntime", "tensorrt"]),
     default="python",
     show_default=True,
-    help="Who runs the ONNX files: Triton's Python backend (the embedded server has it) or its ONNX Runtime backend.",
+    help="Who runs the image encoder: Triton's Python backend (the embedded server has it), ONNX Runtime, or TensorRT.",
 )
-@click.option("--max-batch-size", default=64, show_default=True, help="Images a request, at most.")
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Of the image encoder, one that the bundle was packed with; plans have their own.",
+)
+@click.option(
+    "--plan",
+    "plans",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="A plan that clipship engine built, with --backend tensorrt; one for each kind of GPU.",
+)
+@click.option("--tensorrt-version", help="The server's TensorRT, e.g. 10.14.1. [default: that of the plans]")
+@click.option("--max-batch-size", type=int, help="Images a request, at most. [default: 64, or what the plans take]")
 @click.option("--top-k", default=5, show_default=True, help="Classes reported an image.")
 @json_option
 def repository(
     bundle: Path,
     out: Path,
-    backend: Literal["python", "onnxruntime"],
-    max_batch_size: int,
+    backend: Literal["python", "onnxruntime", "tensorrt"],
+    precision: Literal["fp32", "fp16", "bf16", "int8"],
+    plans: tuple[Path, ...],
+    tensorrt_version: str | None,
+    max_batch_size: int | None,
     top_k: int,
     as_json: bool,
 ) -> None:
@@ -48,11 +66,15 @@ def repository(
     Example: clipship repository runs/prints/bundle --out runs/prints/repository
     """
     from clipship.core.bundle import read_bundle
+    from clipship.core.plan import read_plan
     from clipship.serving.check import model_names
     from clipship.serving.repository import repository_from_bundle
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
-    repository_from_bundle(opened, out, backend=backend, max_batch_size=max_batch_size, top_k=top_k)
+    read = [read_plan(path) for path in plans]
+    most = min([64, *(plan.info.profile.most for plan in read)]) if max_batch_size is None else max_batch_size
+    settings: dict[str, Any] = {"backend": backend, "precision": precision, "max_batch_size": most, "top_k": top_k}
+    repository_from_bundle(opened, out, plans=read, tensorrt_version=tensorrt_version, **settings)
     models = model_names(out)
     result = {"repository": str(out), "backend": backend, "models": models, "bundle_digest": opened.digest}
     emit(result, f"{out}: {len(models)} models for Triton's {backend} backend", as_json=as_json)

@@ -18,6 +18,9 @@ TRITON_TYPES = {"uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "float32": "TYPE_F
 MODEL_FILES = {"onnxruntime": "model.onnx", "python": "model.py", "tensorrt": "model.plan"}
 """The file a version folder must hold, by backend."""
 
+_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
+"""Triton's older name of a backend with its file format, which some of its tools still look at."""
+
 _HEADER = "# Written by `clipship repository`; checked by `clipship serve`.\n"
 
 
@@ -52,6 +55,10 @@ class Model:
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     parameters: Mapping[str, str] = field(default_factory=dict)
+    file: str | None = None
+    """The file in each version folder, where it is not the backend's usual one (:data:`MODEL_FILES`)."""
+    file_by_capability: Mapping[str, str] = field(default_factory=dict)
+    """Other files for GPUs of a compute capability ("8.9"); ``file`` is for all others."""
     instance_kind: str = "KIND_CPU"
     """KIND_CPU, KIND_GPU, or KIND_AUTO (a GPU where there is one and the backend can use it)."""
     instances: int = 1
@@ -84,9 +91,9 @@ def config_from_model(model: Model) -> Any:
     """The ``inference.ModelConfig`` message of a model that a backend runs."""
     config = _common(model)
     config.backend = model.backend
-    if model.backend == "onnxruntime":
-        config.platform = "onnxruntime_onnx"
-    config.default_model_filename = MODEL_FILES[model.backend]
+    config.platform = _PLATFORMS.get(model.backend, "")
+    config.default_model_filename = model.file or MODEL_FILES[model.backend]
+    config.cc_model_filenames.update(model.file_by_capability)
     config.instance_group.add(count=model.instances, kind=model.instance_kind)
     _set_batching(config, model.batching)
     for warmup in model.warmups:

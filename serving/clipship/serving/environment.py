@@ -30,6 +30,7 @@ from pathlib import Path
 from clipship.core.errors import UsageError
 from clipship.core.files import cache_folder, replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
+from clipship.serving.check import backends_of
 from clipship.serving.errors import ServingError
 
 PYTRITON_VERSION = "0.7.0"
@@ -50,8 +51,11 @@ class Environment:
     """Environment variables on top of this process's own."""
 
 
-def triton_environment(backends: set[str]) -> Environment:
+def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Environment:
     """A Triton with all of ``backends``: the one on the PATH if it has them, else the embedded one.
+
+    Args:
+        packages: what the models in Python need besides ONNX Runtime and Pillow; the embedded server gets them.
 
     Raises:
         UsageError: neither has them, or the embedded one cannot run on this machine; says what to do.
@@ -66,7 +70,7 @@ def triton_environment(backends: set[str]) -> Environment:
             "python: write it with clipship repository --backend python, or run it in NVIDIA's container "
             "(clipship serve --container prints the command)"
         )
-    return embedded_environment()
+    return embedded_environment(packages)
 
 
 def missing_backends(environment: Environment, backends: set[str]) -> set[str]:
@@ -74,15 +78,15 @@ def missing_backends(environment: Environment, backends: set[str]) -> set[str]:
     return {backend for backend in backends if not (environment.backends / backend).is_dir()}
 
 
-def embedded_environment() -> Environment:
-    """The embedded Triton, installed into the cache folder if it is not there yet.
+def embedded_environment(packages: Sequence[str] = ()) -> Environment:
+    """The embedded Triton with ``packages``, installed into the cache folder if it is not there yet.
 
     Raises:
         UsageError: no Python library for the backend on this machine; says what to install.
         ServingError: the installation failed.
     """
     library_folder = _python_library_folder()
-    folder = _installed_folder()
+    folder = _installed_folder(packages)
     site = _site_packages(folder)
     libraries = [site / "nvidia_pytriton.libs", *([library_folder] if library_folder else [])]
     return Environment(
@@ -108,10 +112,10 @@ def container_command(repository: Path, *, http_port: int, grpc_port: int, metri
         "--model-control-mode=explicit --load-model=* --disable-auto-complete-config "
         f"--http-port={http_port} --grpc-port={grpc_port} --metrics-port={metrics_port}"
     )
+    gpus = "--gpus=all " if "tensorrt" in backends_of(repository) else ""
     # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
-    return (
-        f'docker run --rm --shm-size=2g {ports} -v {repository.resolve()}:/models:ro {CONTAINER_IMAGE} sh -c "{start}"'
-    )
+    options = f"--rm {gpus}--shm-size=2g {ports}"
+    return f'docker run {options} -v {repository.resolve()}:/models:ro {CONTAINER_IMAGE} sh -c "{start}"'
 
 
 def _joined(*paths: str) -> str:
@@ -153,18 +157,22 @@ def _python_library_folder() -> Path | None:
     return None
 
 
-def _requirements() -> list[str]:
+def _requirements(packages: Sequence[str]) -> list[str]:
     """What goes into the embedded server's folder, each at the version this process has where that matters."""
+    return ["numpy<2", *map(_as_here, ("onnxruntime", "pillow", *packages))]
+
+
+def _as_here(package: str) -> str:
+    """``package`` at this process's version; the one that ONNX Runtime must at least have where it has none."""
     try:
-        onnxruntime = f"onnxruntime=={importlib.metadata.version('onnxruntime')}"
+        return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
-        onnxruntime = _ONNXRUNTIME
-    return ["numpy<2", onnxruntime, f"pillow=={importlib.metadata.version('pillow')}"]
+        return _ONNXRUNTIME if package == "onnxruntime" else package
 
 
-def _installed_folder() -> Path:
+def _installed_folder(packages: Sequence[str]) -> Path:
     """The embedded server's folder, made by one process while others wait."""
-    requirements = _requirements()
+    requirements = _requirements(packages)
     digest = sha256_of_text(" ".join(requirements))[:8]
     folder = cache_folder() / f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
     if not (folder / _COMPLETE).is_file():

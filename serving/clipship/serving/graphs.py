@@ -1,7 +1,8 @@
 """The classifier as an ONNX graph: embedding -> scores, indices and label strings of the top k.
 
-Features, scale and names are constants of one graph, so scores and labels always come from the same vocabulary.
-Legend: N images, D embedding size, C classes, k = min(top_k, C).
+Features, scale and names are constants of one graph, so scores and labels always come from the same vocabulary. The
+rule is that of :mod:`clipship.core.classification`; a bias and a cache are in the graph where the classifier has them.
+Legend: N images, D embedding size, C classes, K keys of the cache, k = min(top_k, C).
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from clipship.core.bundle import VocabularyFeatures
+from clipship.core.classification import VocabularyFeatures
 from clipship.core.errors import MissingExtraError
 from clipship.core.tensors import TensorSpec, embedding_tensor, indices_tensor, labels_tensor, scores_tensor
 from clipship.core.vocabulary import Vocabulary
@@ -41,8 +43,7 @@ def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k
     scores, indices, labels = (tensor.name for tensor in classifier_outputs(k))
     embedding = embedding_tensor(features.features.shape[1])
     nodes = [
-        helper.make_node("MatMul", [embedding.name, "features"], ["cosines"]),
-        helper.make_node("Mul", ["cosines", "logit_scale"], ["logits"]),
+        *_logit_nodes(embedding.name, features),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
         helper.make_node("TopK", ["probabilities", "k"], [scores, indices], axis=-1, largest=1, sorted=1),
         helper.make_node("Gather", ["names", indices], [labels], axis=0),
@@ -63,6 +64,40 @@ def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k
     return serialised
 
 
+def _logit_nodes(embedding: str, features: VocabularyFeatures) -> list[Any]:
+    """``embedding`` [N, D] -> "logits" [N, C]."""
+    from onnx import helper
+
+    biased = "cosines" if features.bias is None else "biased"
+    plain = "plain_logits" if _has_keys(features) else "logits"
+    nodes = [helper.make_node("MatMul", [embedding, "features"], ["cosines"])]
+    if features.bias is not None:
+        nodes.append(helper.make_node("Add", ["cosines", "bias"], [biased]))
+    nodes.append(helper.make_node("Mul", [biased, "logit_scale"], [plain]))
+    return [*nodes, *_vote_nodes(embedding, plain)] if _has_keys(features) else nodes
+
+
+def _vote_nodes(embedding: str, plain: str) -> list[Any]:
+    """``plain`` logits [N, C] plus ``alpha exp(beta (f F^T - 1))`` of each key at its label: no constant [K, C]."""
+    from onnx import helper
+
+    return [
+        helper.make_node("MatMul", [embedding, "cache_keys"], ["key_cosines"]),  # [N, K]
+        helper.make_node("Sub", ["key_cosines", "one"], ["distances"]),
+        helper.make_node("Mul", ["distances", "cache_beta"], ["exponents"]),
+        helper.make_node("Exp", ["exponents"], ["affinities"]),
+        helper.make_node("Mul", ["affinities", "cache_alpha"], ["votes"]),
+        helper.make_node("Shape", ["votes"], ["votes_shape"]),
+        helper.make_node("Expand", ["cache_labels", "votes_shape"], ["vote_classes"]),
+        helper.make_node("ScatterElements", [plain, "vote_classes", "votes"], ["logits"], axis=1, reduction="add"),
+    ]
+
+
+def _has_keys(features: VocabularyFeatures) -> bool:
+    """A cache may be left without keys: none of its classes is in the vocabulary."""
+    return features.cache is not None and len(features.cache.labels) > 0
+
+
 def _constants(vocabulary: Vocabulary, features: VocabularyFeatures, k: int) -> list[Any]:
     from onnx import TensorProto, helper, numpy_helper
 
@@ -71,9 +106,24 @@ def _constants(vocabulary: Vocabulary, features: VocabularyFeatures, k: int) -> 
     return [
         numpy_helper.from_array(weights, "features"),
         numpy_helper.from_array(np.float32(features.logit_scale).reshape(()), "logit_scale"),
+        *(numpy_helper.from_array(array, name) for name, array in _part_constants(features).items()),
         numpy_helper.from_array(np.array([k], dtype=np.int64), "k"),
         helper.make_tensor("names", TensorProto.STRING, [len(names)], names),
     ]
+
+
+def _part_constants(features: VocabularyFeatures) -> dict[str, NDArray[Any]]:
+    """Those of the bias and of the cache, by name."""
+    constants: dict[str, NDArray[Any]] = {}
+    if features.bias is not None:
+        constants["bias"] = np.ascontiguousarray(features.bias, np.float32)
+    if features.cache is not None and _has_keys(features):
+        constants["cache_keys"] = np.ascontiguousarray(features.cache.keys.T, np.float32)  # [D, K]
+        constants["cache_labels"] = np.ascontiguousarray(features.cache.labels[None], np.int64)  # [1, K]
+        constants["cache_alpha"] = np.array(features.cache.alpha, np.float32)
+        constants["cache_beta"] = np.array(features.cache.beta, np.float32)
+        constants["one"] = np.array(1, np.float32)
+    return constants
 
 
 def _value_info(tensor: TensorSpec) -> Any:

@@ -3,7 +3,7 @@
 ::
 
     REPOSITORY/
-      image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file
+      image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
       classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images.py
       classify/           ensemble: pixels -> scores, indices, labels
@@ -19,16 +19,19 @@ import inspect
 import json
 import shutil
 import struct
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal
 
-from clipship.core import images
-from clipship.core.bundle import IMAGE_ENCODER, Bundle
+from clipship.core import cpu, images
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import ImageSpec
+from clipship.core.plan import Plan, PlanInfo, Target, capability_of, refuse_mismatch
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
 from clipship.serving.check import refuse_bad_repository
 from clipship.serving.config import (
@@ -50,7 +53,10 @@ from clipship.serving.names import (
     EMBED,
     ENCODER,
     IMAGE_SPEC,
+    PRECISION,
     PREPROCESS,
+    RUNTIME,
+    TENSORRT_VERSION,
     TOP_K,
     VOCABULARY_DIGEST,
 )
@@ -58,8 +64,23 @@ from clipship.serving.names import (
 IMAGES_COPY = "clipship_images.py"
 """The name of the copy of ``clipship/core/images.py`` that lies beside the preprocess model."""
 
-Backend = Literal["python", "onnxruntime"]
-"""Who runs the ONNX files: Triton's ONNX Runtime backend, or ONNX Runtime inside Triton's Python backend."""
+Backend = Literal["python", "onnxruntime", "tensorrt"]
+"""Who runs the image encoder: ONNX Runtime inside Triton's Python backend, Triton's own ONNX Runtime backend, or its
+TensorRT backend, beside which the ONNX Runtime backend runs the classifier (TensorRT has no strings)."""
+
+_ONNX_BACKENDS: Mapping[Backend, str] = {"python": "python", "onnxruntime": "onnxruntime", "tensorrt": "onnxruntime"}
+"""Who runs ONNX files."""
+
+
+_RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
+    "python": ("onnx", "onnxruntime", "openvino"),
+    "onnxruntime": ("onnx",),
+    "tensorrt": (),
+}
+"""What runs the bundle's forms of the image encoder."""
+
+CPU_COPY = "clipship_cpu.py"
+"""The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +94,20 @@ class Facts:
     top_k: int
     """Classes reported an image, at most as many as the vocabulary has."""
     max_batch_size: int = 64
+    encoder: EncoderForm = DEFAULT_ENCODER
+    """Which form of the image encoder runs where there is no plan."""
+    plans: tuple[PlanInfo, ...] = ()
+    """The TensorRT plans of the image encoder, one for each kind of GPU."""
 
 
-def facts_from_bundle(bundle: Bundle, *, max_batch_size: int, top_k: int) -> Facts:
+def facts_from_bundle(
+    bundle: Bundle,
+    *,
+    max_batch_size: int,
+    top_k: int,
+    encoder: EncoderForm = DEFAULT_ENCODER,
+    plans: Sequence[Plan] = (),
+) -> Facts:
     """The facts of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
 
     Raises:
@@ -91,6 +123,8 @@ def facts_from_bundle(bundle: Bundle, *, max_batch_size: int, top_k: int) -> Fac
         embed_dim=bundle.manifest.embed_dim,
         top_k=min(top_k, len(bundle.vocabulary)),
         max_batch_size=max_batch_size,
+        encoder=encoder,
+        plans=tuple(plan.info for plan in plans),
     )
 
 
@@ -105,20 +139,37 @@ def configs_from_facts(facts: Facts, backend: Backend) -> dict[str, Any]:
 
 
 def repository_from_bundle(
-    bundle: Bundle, out: Path, *, backend: Backend, max_batch_size: int = 64, top_k: int = 5
+    bundle: Bundle,
+    out: Path,
+    *,
+    backend: Backend,
+    precision: Precision = "fp32",
+    max_batch_size: int = 64,
+    top_k: int = 5,
+    plans: Sequence[Plan] = (),
+    tensorrt_version: str | None = None,
 ) -> Path:
     """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
 
+    Args:
+        precision: of the image encoder; of the bundle's forms in it the python backend takes the one that was fastest
+            where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
+        plans: for the tensorrt backend, one for each kind of GPU of the server.
+        tensorrt_version: the server's; None: that of the first plan.
+
     Raises:
         CheckFailed: the bundle's verification did not pass.
+        PlanError: the server could not load a plan, or it is not of the bundle.
         UsageError: a number is out of range, the backend is unknown, or ``out`` is a folder of something else.
         OSError: the disk is full, or ``out`` cannot be written.
     """
-    if backend not in ("python", "onnxruntime"):
-        raise UsageError(f"backend {backend!r} is not known: give python or onnxruntime")
+    if backend not in _ONNX_BACKENDS:
+        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(_ONNX_BACKENDS)}")
     _refuse_unverified(bundle)
     _refuse_foreign_folder(out)
-    facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k)
+    _refuse_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
+    encoder = DEFAULT_ENCODER if plans else bundle.fastest_encoder(precision, _RUNTIMES[backend])
+    facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=encoder, plans=plans)
     with replace_folder(out) as folder:
         for name, config in configs_from_facts(facts, backend).items():
             (folder / name / "1").mkdir(parents=True)
@@ -126,9 +177,18 @@ def repository_from_bundle(
         for ensemble in (CLASSIFY, CLASSIFY_ENCODED, EMBED):
             (folder / ensemble / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
         _write_model_files(bundle, folder, facts, backend)
+        for plan, name in zip(plans, plan_files(facts.plans), strict=True):
+            shutil.copyfile(plan.file, folder / ENCODER / "1" / name)
         _write_warmup_files(bundle, folder)
         refuse_bad_repository(folder)
     return out
+
+
+def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
+    """The name of each plan's file in the encoder's version folder."""
+    if len(plans) == 1:
+        return (MODEL_FILES["tensorrt"],)
+    return tuple(f"model_{'_'.join(plan.gpus)}.plan" for plan in plans)
 
 
 def sources_folder() -> Path:
@@ -149,23 +209,43 @@ def _parameters(facts: Facts) -> dict[str, str]:
 def _image_encoder(facts: Facts, backend: Backend) -> Model:
     image = image_tensor(facts.image_spec.size_px)
     warmup = Warmup(name="golden", batch_size=1, files={image.name: image.name})
+    kinds = {"python": "KIND_CPU", "onnxruntime": "KIND_AUTO", "tensorrt": "KIND_GPU"}
     return Model(
         name=ENCODER,
         backend=backend,
+        **(_plan_settings(facts) if backend == "tensorrt" else {"parameters": _form_parameters(facts)}),
         inputs=(image,),
         outputs=(embedding_tensor(facts.embed_dim),),
         max_batch_size=facts.max_batch_size,
-        parameters=_parameters(facts),
-        instance_kind="KIND_CPU" if backend == "python" else "KIND_AUTO",
+        instance_kind=kinds[backend],
         warmups=(warmup,),
     )
+
+
+def _form_parameters(facts: Facts) -> dict[str, str]:
+    return {**_parameters(facts), RUNTIME: facts.encoder.runtime, PRECISION: facts.encoder.precision}
+
+
+def _plan_settings(facts: Facts) -> dict[str, Any]:
+    """Which plan is for which GPU; a plan for every GPU since Ampere is for those that have none of their own."""
+    files = dict(zip(plan_files(facts.plans), facts.plans, strict=True))
+    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
+    facts_of_plans = {
+        TENSORRT_VERSION: facts.plans[0].runtime_version,
+        PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
+    }
+    return {
+        "file": usual,
+        "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
+        "parameters": {**_parameters(facts), **facts_of_plans},
+    }
 
 
 def _classifier(facts: Facts, backend: Backend) -> Model:
     vocabulary = {VOCABULARY_DIGEST: facts.vocabulary_digest, TOP_K: str(facts.top_k)}
     return Model(
         name=CLASSIFIER,
-        backend=backend,
+        backend=_ONNX_BACKENDS[backend],
         inputs=(embedding_tensor(facts.embed_dim),),
         outputs=classifier_outputs(facts.top_k),
         max_batch_size=facts.max_batch_size,
@@ -252,17 +332,45 @@ def _refuse_foreign_folder(out: Path) -> None:
         raise UsageError(f"{out}: holds something that is not a clipship repository: give a new folder")
 
 
+def _refuse_plans(
+    bundle: Bundle, plans: Sequence[Plan], backend: Backend, max_batch_size: int, tensorrt_version: str | None
+) -> None:
+    """Refuse plans that a server with this TensorRT could not load, or that would not take its batches."""
+    if (backend == "tensorrt") != bool(plans):
+        raise UsageError(
+            f"backend {backend} with {len(plans)} plans: give --plan with --backend tensorrt, and only then"
+        )
+    for plan in plans:
+        version = tensorrt_version or plans[0].info.runtime_version
+        refuse_mismatch(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
+        plan.info.profile.refuse(1)
+        plan.info.profile.refuse(max_batch_size)
+    twice = [gpu for gpu, count in Counter(gpu for plan in plans for gpu in plan.info.gpus).items() if count > 1]
+    if twice:
+        raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
+
+
 def _write_model_files(bundle: Bundle, folder: Path, facts: Facts, backend: Backend) -> None:
     onnx_file = MODEL_FILES["onnxruntime"]
-    shutil.copyfile(bundle.path / IMAGE_ENCODER, folder / ENCODER / "1" / onnx_file)
+    if backend != "tensorrt":
+        shutil.copyfile(bundle.path / facts.encoder.file, folder / ENCODER / "1" / onnx_file)
+        weights = f"{facts.encoder.file}.data"  # of a graph above 2 GB, which names this file
+        if weights in bundle.files:
+            shutil.copyfile(bundle.path / weights, folder / ENCODER / "1" / weights)
     graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), facts.top_k)
     (folder / CLASSIFIER / "1" / onnx_file).write_bytes(graph)
     for name in (PREPROCESS, *((ENCODER, CLASSIFIER) if backend == "python" else ())):
         source = sources_folder() / "python" / name / "model.py"
         shutil.copyfile(source, folder / name / "1" / MODEL_FILES["python"])
-    images_source = inspect.getsourcefile(images)
-    assert images_source is not None
-    shutil.copyfile(images_source, folder / PREPROCESS / "1" / IMAGES_COPY)
+    _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
+    if backend == "python":
+        _copy_source(cpu, folder / ENCODER / "1" / CPU_COPY)
+
+
+def _copy_source(module: ModuleType, target: Path) -> None:
+    source = inspect.getsourcefile(module)
+    assert source is not None
+    shutil.copyfile(source, target)
 
 
 def _write_warmup_files(bundle: Bundle, folder: Path) -> None:

@@ -22,7 +22,7 @@ from typing import IO
 from clipship.core.errors import UsageError
 from clipship.core.progress import progress
 from clipship.serving import guard
-from clipship.serving.check import backends_of, model_names, refuse_bad_repository
+from clipship.serving.check import backends_of, model_names, packages_of, refuse_bad_repository
 from clipship.serving.environment import Environment, triton_environment
 from clipship.serving.errors import ServerFailed
 
@@ -112,7 +112,7 @@ def start_server(
         ServerFailed: Triton ended, or was not ready after ``timeout_s`` seconds; with the last lines of its log.
     """
     refuse_bad_repository(repository)
-    chosen = environment or triton_environment(backends_of(repository))
+    chosen = environment or triton_environment(backends_of(repository), packages_of(repository))
     endpoints = _endpoints(host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     log = _opened_log(log_file)
     server = Server(_launch(repository, chosen, endpoints, log), endpoints, log)

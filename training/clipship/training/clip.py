@@ -136,7 +136,8 @@ class Clip:
         """uint8 [N, H, W, 3] -> float32 [N, 3, H, W], as torchvision's ``ToTensor`` and ``Normalize`` compute it."""
         mean = torch.tensor(self.image_spec.mean, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
         std = torch.tensor(self.image_spec.std, dtype=torch.float32, device=pixels.device).view(3, 1, 1)
-        return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+        # The cast comes first: TensorRT takes uint8 as a network's input, and nothing but a cast may read it.
+        return (pixels.float().permute(0, 3, 1, 2) / 255 - mean) / std
 
 
 def default_device() -> str:
@@ -172,6 +173,11 @@ def load_clip(name: str) -> Clip:
         raise RecipeError(f"model {name}: its blocks are not batch-first: install open_clip_torch 3.0 or later")
     model.eval().requires_grad_(False)
     return Clip(name=name, model=model, image_spec=_image_spec_of(name, model), tokenizer=tokenizer)
+
+
+def has_random_weights(name: str) -> bool:
+    """Whether :func:`load_clip` would draw the weights of ``name`` instead of reading them."""
+    return name.rpartition("/")[2] == _RANDOM and not (Path(name) / _CONFIG).is_file()
 
 
 def _from_folder(name: str, folder: Path) -> tuple[Any, Any]:

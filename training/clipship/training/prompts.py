@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from clipship.core.errors import RecipeError
 from clipship.training.clip import Clip
@@ -184,15 +185,16 @@ def pairwise_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Tens
         start_11W = block(start_11W)
     ends_R = tokens.argmax(dim=1) if text_pool_of(text)[0] == "argmax" else _ends(tokens, text)
     end_R1W = rows_RSW.take_along_dim((ends_R - 1)[:, None, None], dim=1)
-    mask_R1L = mask_LL[ends_R][:, None].repeat_interleave(last.attn.num_heads, dim=0)
-    end_R1W = _through_text_block(last, end_R1W, start_11W, mask_R1L, seen_RSW=rows_RSW)
+    mask_R11L = mask_LL[ends_R][:, None, None]
+    end_R1W = _through_text_block(last, end_R1W, start_11W, mask_R11L, seen_RSW=rows_RSW)
     return _projected(text.ln_final(end_R1W)[:, 0], text.text_projection)
 
 
 def _ends(tokens_RL: Tensor, text: Any) -> Tensor:
     """[R], the position of the first end token of each row."""
-    is_end_RL = tokens_RL == text_pool_of(text)[1]
-    return is_end_RL.int().argmax(dim=1)
+    end = text_pool_of(text)[1]
+    assert end is not None
+    return tokens_RL.eq(end).int().argmax(dim=1)
 
 
 def _through_text_block(
@@ -200,13 +202,32 @@ def _through_text_block(
 ) -> Tensor:
     """One residual block for the positions after a prefix that several rows share.
 
-    They attend to the prefix and to ``seen_RSW``, by default themselves; the mask is [Q, L], or [R x heads, Q, L].
+    They attend to the prefix and to ``seen_RSW``, by default themselves; the mask is [Q, L], or [R, 1, Q, L].
     """
     normal_RQW = block.ln_1(queries_RQW)
-    shared_RPW = block.ln_1(prefix_BPW).repeat_interleave(len(queries_RQW) // len(prefix_BPW), dim=0)
-    keys_RLW = torch.cat([shared_RPW, normal_RQW if seen_RSW is None else block.ln_1(seen_RSW)], dim=1)
-    x_RQW = queries_RQW + block.ls_1(block.attention(normal_RQW, keys_RLW, keys_RLW, attn_mask=mask))
+    seen_RSW = normal_RQW if seen_RSW is None else block.ln_1(seen_RSW)
+    x_RQW = queries_RQW + block.ls_1(_attention(block.attn, normal_RQW, block.ln_1(prefix_BPW), seen_RSW, mask))
     result: Tensor = x_RQW + block.ls_2(block.mlp(block.ln_2(x_RQW)))
+    return result
+
+
+def _attention(
+    attention: nn.MultiheadAttention, query_RQW: Tensor, prefix_BPW: Tensor, seen_RSW: Tensor, mask: Tensor
+) -> Tensor:
+    """``attention`` of [R, Q, W] to the row's prefix and then to ``seen_RSW``: [R, Q, W].
+
+    Keys and values of a prefix are computed once. (PyTorch's own forward would also turn rows and positions round
+    before its products, which then are many small ones.)
+    """
+    width, heads = attention.embed_dim, attention.num_heads
+    weight, bias = attention.in_proj_weight, attention.in_proj_bias
+    query = functional.linear(query_RQW, weight[:width], bias[:width])
+    pair_BP, pair_RS = (functional.linear(x, weight[width:], bias[width:]) for x in (prefix_BPW, seen_RSW))
+    shared_RP = pair_BP.repeat_interleave(len(seen_RSW) // len(prefix_BPW), dim=0)
+    key, value = torch.cat([shared_RP, pair_RS], dim=1).chunk(2, dim=-1)
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query, key, value))
+    mixed = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype))
+    result: Tensor = attention.out_proj(mixed.transpose(1, 2).flatten(2))
     return result
 
 
@@ -214,16 +235,17 @@ def can_share_context(clip: Clip) -> bool:
     """Whether the context is independent of what follows it, and the blocks are the plain ones."""
     from open_clip.transformer import ResidualAttentionBlock
 
-    return _is_causal(clip) and all(type(block) is ResidualAttentionBlock for block in clip.text.transformer.resblocks)
+    return is_causal(clip) and all(type(block) is ResidualAttentionBlock for block in clip.text.transformer.resblocks)
 
 
-def _is_causal(clip: Clip) -> bool:
+def is_causal(clip: Clip) -> bool:
+    """Whether nothing after a prompt's end token reaches its feature, so that padding may be cut."""
     return clip.text.attn_mask is not None and text_pool_of(clip.text)[0] in ("argmax", "eos")
 
 
 def without_padding(clip: Clip, tokens: Tensor) -> Tensor:
     """Tokens [C, L] -> [C, L'], cut after the last end token: under a causal mask nothing after it reaches it."""
-    if not _is_causal(clip):
+    if not is_causal(clip):
         return tokens
     is_end = tokens == clip.tokenizer.eot_token_id
     return tokens[:, : int(is_end.int().argmax(dim=1).max()) + 1].contiguous()

@@ -1,10 +1,14 @@
-"""The image encoder on ONNX Runtime inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D]."""
+"""The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
+``clipship_cpu.py`` beside this file is a copy of ``clipship/core/cpu.py``: the server runs what was verified.
+"""
+
+import json
 import os
 from typing import Any
 
+import clipship_cpu
 import numpy as np
-import onnxruntime
 import triton_python_backend_utils as pb_utils
 
 INPUT = "image"
@@ -15,14 +19,16 @@ class TritonPythonModel:
     """All requests that Triton hands over at once run as one batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file."""
+        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name."""
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
-        self.session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        parameters = json.loads(args["model_config"])["parameters"]
+        runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
+        self.encode = clipship_cpu.open_encoder(path, runtime, precision)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
         images = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
-        (embedding,) = self.session.run([OUTPUT], {INPUT: np.concatenate(images)})
+        embedding = self.encode(np.concatenate(images))
         ends = np.cumsum([len(image) for image in images])[:-1]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, np.ascontiguousarray(part))])

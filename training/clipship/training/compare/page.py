@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from clipship.core.tables import Table
 from clipship.training.compare.plots import inlined
-from clipship.training.compare.report import Table
 
 TITLES = {
     "base-new": "Base and new accuracy",

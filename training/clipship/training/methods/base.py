@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
+from clipship.core.classification import VocabularyFeatures
 from clipship.core.vocabulary import prompt_of
 from clipship.training import prompts
 from clipship.training.clip import Clip
@@ -202,6 +203,16 @@ class Method(nn.Module):
         """What tells classes apart by name; made once, then given the features of any number of images."""
         classes = self.class_features(names)
         return lambda features: self.logits(features, classes)
+
+    @torch.no_grad()
+    def exported_classifier(self, names: Sequence[str]) -> VocabularyFeatures:
+        """:meth:`classifier` as arrays, one row a name: what ``clipship pack`` writes.
+
+        Raises:
+            DataError: a prompt is too long for the text tower, or the method cannot tell these classes apart.
+        """
+        features = self.class_features(names).float().cpu().numpy()
+        return VocabularyFeatures(features=features, logit_scale=self.clip.logit_scale)
 
     def logits(self, image_features: Tensor, class_features: Tensor) -> Tensor:
         """[N, D] and [C, D] of unit length -> [N, C]."""

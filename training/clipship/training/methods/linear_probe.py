@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from clipship.core.classification import VocabularyFeatures
 from clipship.core.errors import DataError, near
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
@@ -25,7 +26,6 @@ class LinearProbe(Method):
 
     name = "linear-probe"
     closed_vocabulary = True
-    not_exportable = "its weights belong into the classifier's graph, which a bundle cannot hold yet"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
@@ -39,17 +39,38 @@ class LinearProbe(Method):
         Raises:
             DataError: a name that is not one of them.
         """
-        rows = [self._row(name) for name in names]
+        rows = self._rows(names)
 
         def classify(features: Tensor) -> Tensor:
             return self.clip.logit_scale * (features @ self.weight[rows].T + self.bias[rows])
 
         return classify
 
-    def _row(self, name: str) -> int:
-        if name not in self._names:
+    @torch.no_grad()
+    def exported_classifier(self, names: Sequence[str]) -> VocabularyFeatures:
+        """The weights and biases of learned classes.
+
+        Raises:
+            DataError: as :meth:`classifier`.
+        """
+        rows = self._rows(names)
+        return VocabularyFeatures(
+            features=self.weight[rows].float().cpu().numpy(),
+            logit_scale=self.clip.logit_scale,
+            bias=self.bias[rows].float().cpu().numpy(),
+        )
+
+    def _rows(self, names: Sequence[str]) -> list[int]:
+        row = {name: place for place, name in enumerate(self._names)}
+        unknown = [name for name in names if name not in row]
+        if unknown:
+            more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
             raise DataError(
-                f"class {name!r}: a linear probe knows the {len(self._names)} classes it was trained on: "
-                f"{near(name, self._names)}, or take a method that learns from names"
+                f"class {', '.join(map(repr, unknown[:_SHOWN]))}{more}: a linear probe knows the {len(row)} classes it "
+                f"was trained on: {near(unknown[0], row)}, or take a method that learns from names"
             )
-        return self._names.index(name)
+        return [row[name] for name in names]
+
+
+_SHOWN = 10
+"""Unknown names that a message lists."""

@@ -6,12 +6,14 @@ Shapes: N images, C classes, K keys, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import product
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.errors import DataError, RecipeError
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
@@ -34,7 +36,6 @@ class TipAdapter(Method):
 
     name = "tip-adapter"
     selection = "alpha and beta on validation images"
-    not_exportable = "its cache belongs into the classifier's graph, which a bundle cannot hold yet"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
@@ -96,11 +97,27 @@ class TipAdapter(Method):
 
         return classify
 
-    def _votes(self, features_ND: Tensor, names: Sequence[str], beta: Tensor | float) -> Tensor:
-        """[N, C], before alpha."""
+    @torch.no_grad()
+    def exported_classifier(self, names: Sequence[str]) -> VocabularyFeatures:
+        """Class features and the keys of those classes that are among ``names``."""
+        column_K = self._columns(names)
+        cache = Cache(
+            keys=self.keys[column_K >= 0].float().cpu().numpy(),
+            labels=column_K[column_K >= 0].cpu().numpy(),
+            alpha=float(self.alpha),
+            beta=float(self.beta),
+        )
+        return replace(super().exported_classifier(names), cache=cache)
+
+    def _columns(self, names: Sequence[str]) -> Tensor:
+        """int64 [K]: the place in ``names`` of each key's class, -1 where it is not among them."""
         position = {name: place for place, name in enumerate(names)}
         columns = [position.get(name, -1) for name in self.task.class_names]
-        column_K = torch.tensor(columns, device=self.keys.device)[self.key_labels]
+        return torch.tensor(columns, device=self.keys.device)[self.key_labels]
+
+    def _votes(self, features_ND: Tensor, names: Sequence[str], beta: Tensor | float) -> Tensor:
+        """[N, C], before alpha."""
+        column_K = self._columns(names)
         is_asked_K = column_K >= 0
         one_hot_KC = functional.one_hot(column_K[is_asked_K], len(names)).to(features_ND.dtype)
         affinity_NK = features_ND @ self.keys[is_asked_K].T.to(features_ND.dtype)

@@ -1,0 +1,499 @@
+"""Two sets of features, or of answers, compared: objects that know their numbers and their verdict.
+
+**Cosine.** All CLIP features of one model share a large part, and in a model with random weights little else, so that
+two quite different images have a cosine of 0.99 and an error hides in it. The *centred* cosine is taken after the mean
+of the expected features is subtracted from both sides (from both the same, so that a constant error is seen too). It
+needs two different images; where there are none it is not measured, and the plain gates stand alone.
+
+**Few images.** A share of 99.8 % cannot be reached with one of 8 images changed, nor with one of 499: below 500 images
+the gate means "all".
+
+**Near-ties.** Where two classes are as good as equal, an error within tolerance picks either. A changed best class is
+*excused* when the expected logits of the two classes differ by no more than an error of the size that the tolerance
+allows moves them typically: an error of length e in a random direction of D dimensions moves the margin between the
+classes i and j with a standard deviation of ``logit_scale e |t_i - t_j| / sqrt(D)``. One such deviation is excused.
+(The largest move, of an error that points from one class to the other, is sqrt(D) times that; excusing it would excuse
+everything that the cosine gate lets through, and the top-1 gate could never fail.) A classifier's cache is left out of
+that estimate, which makes it stricter. The gate counts what is not excused; the raw agreement is shown beside it.
+
+Shape legend: N inputs, C classes, D features, k best classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.bundle import VocabularyFeatures
+
+WORST_KEPT = 3
+"""Images that a comparison remembers."""
+
+_TOP = 5
+_PLAIN_SCALE = 100.0  # the logit scale of every published CLIP, where only references are given
+_FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What a form may differ from its reference by; an infinite limit is none."""
+
+    max_abs: float = math.inf
+    """Largest difference of any value of the unit features."""
+    top1_agreement: float
+    """Smallest share of images whose best class is the same, near-ties excused (see the module's text)."""
+    min_cosine: float = -math.inf
+    mean_cosine: float = -math.inf
+    min_centred_cosine: float = -math.inf
+    mean_centred_cosine: float = -math.inf
+    max_norm_error: float = 1e-3
+    """Largest difference of a feature's length from 1; a cosine cannot see a missing normalisation."""
+    max_score: float = 1e-3
+    """Largest difference of a served probability."""
+
+    def error_lengths(self, centred_lengths: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
+        """The length [N] of an error that just passes on average, for features with these lengths after centring."""
+        if math.isfinite(self.max_abs):
+            return np.full_like(centred_lengths, max(self.max_abs, 0.0) * math.sqrt(dim))
+        if math.isfinite(self.mean_centred_cosine):
+            return centred_lengths * math.sqrt(2 - 2 * self.mean_centred_cosine)
+        return np.full_like(centred_lengths, math.sqrt(2 - 2 * max(self.mean_cosine, -1.0)))
+
+    def to_json(self) -> dict[str, float | None]:
+        """A JSON object; null where there is no limit."""
+        return {name: _or_none(value) for name, value in asdict(self).items()}
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(max_abs=1e-4, min_centred_cosine=1 - 1e-8, top1_agreement=1.0),
+    "fp16": Tolerance(
+        min_cosine=0.9995, mean_cosine=0.9999, min_centred_cosine=0.9999, top1_agreement=0.998, max_score=0.02
+    ),
+    "bf16": Tolerance(
+        min_cosine=0.999, min_centred_cosine=0.999, mean_centred_cosine=0.9995, top1_agreement=0.99, max_score=0.05
+    ),
+    "int8": Tolerance(
+        min_cosine=0.995, min_centred_cosine=0.99, mean_centred_cosine=0.998, top1_agreement=0.98, max_score=0.1
+    ),
+    "text-fp32": Tolerance(max_abs=1e-5, top1_agreement=1.0),
+}
+"""By precision.
+
+fp32 has a gate on the centred cosine that is far above its noise (1e-12): weights that went through float16, or the
+tanh formula of GELU, move single values by about 1e-4, and in a model with more dimensions by less than that. Text
+features are averaged and kept, so they are held to a tenth of the image features' tolerance. Errors below the rounding
+of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a form is made from an
+fp32 graph that has passed; what int8 costs on labelled images benchmarks/precision.py measures.
+"""
+
+_GATES: Mapping[str, Callable[[float, float], bool]] = {
+    "max_abs": lambda given, limit: given <= limit,
+    "max_norm_error": lambda given, limit: given <= limit,
+    "min_cosine": lambda given, limit: given >= limit,
+    "mean_cosine": lambda given, limit: given >= limit,
+    "min_centred_cosine": lambda given, limit: given >= limit,
+    "mean_centred_cosine": lambda given, limit: given >= limit,
+}
+_NEEDS_TWO = ("min_centred_cosine", "mean_centred_cosine")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worst:
+    """One of the inputs that differ most."""
+
+    position: int
+    """In the set that was compared."""
+    cosine: float
+    """Centred where that is measured."""
+    expected: tuple[int, ...]
+    """The best classes by the reference, best first."""
+    given: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One form against its reference on one set of inputs at one batch size. True when within tolerance.
+
+    A number that was not measured is NaN, and null in JSON.
+    """
+
+    what: str
+    provider: str
+    batch_size: int
+    count: int
+    """Different inputs."""
+    max_abs: float = math.nan
+    min_cosine: float = math.nan
+    top1_agreement: float = math.nan
+    """The raw share of inputs whose best class is the same."""
+    tolerance: Tolerance
+    form: str = ""
+    """The file."""
+    reference: str = "PyTorch"
+    """Where the expected features come from."""
+    mean_cosine: float = math.nan
+    min_centred_cosine: float = math.nan
+    mean_centred_cosine: float = math.nan
+    max_norm_error: float = math.nan
+    top1_excused: float = 0.0
+    """The share of inputs whose best class changed between near-ties."""
+    top5_agreement: float = math.nan
+    """How much of the best five classes is the same, as a mean share."""
+    max_logit_difference: float = math.nan
+    problem: str = ""
+    """Why there are no numbers; empty where there are."""
+    worst: tuple[Worst, ...] = ()
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Each gate that said no, with its number and its limit."""
+        if self.problem:
+            return (self.problem,)
+        failed = [f"{name} {_text(getattr(self, name))}, limit {_text(limit)}" for name, limit in self._broken_gates()]
+        counted = self.top1_agreement + self.top1_excused
+        if not counted >= self.tolerance.top1_agreement - 1e-9:  # a sum of two shares
+            failed.append(f"top-1 {100 * counted:.2f} %, limit {100 * self.tolerance.top1_agreement:g} %")
+        return tuple(failed)
+
+    def _broken_gates(self) -> Iterator[tuple[str, float]]:
+        for name, holds in _GATES.items():
+            given, limit = getattr(self, name), getattr(self.tolerance, name)
+            unmeasured = name in _NEEDS_TWO and math.isnan(given)
+            if not unmeasured and not holds(given, limit):
+                yield name, limit
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        head = f"{'ok    ' if self else 'FAILED'} {self.what:<22} {self.provider:<21} batch {self.batch_size:<3} "
+        if self.problem:
+            return f"{head}{self.form} {self.problem}"
+        return (
+            f"{head}n {self.count:<5} max diff {self.max_abs:.1e}  min cosine {self.min_cosine:.7f}  "
+            f"top-1 {100 * self.top1_agreement:.2f} %"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every number and the verdict."""
+        numbers = {field.name: _or_none(getattr(self, field.name)) for field in fields(self)}
+        return {
+            **numbers,
+            "tolerance": self.tolerance.to_json(),
+            "worst": [asdict(one) for one in self.worst],
+            "passed": bool(self),
+            "failures": list(self.failures),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers:
+    """A server's classes and scores against the expected ones. True when within tolerance."""
+
+    what: str
+    model: str
+    """The served model that was asked."""
+    provider: str
+    batch_size: int
+    count: int
+    max_score_difference: float = math.nan
+    """Between a returned probability and the expected one of the class that the returned *label* names."""
+    top1_agreement: float = math.nan
+    top1_excused: float = 0.0
+    """The share of images whose best two probabilities differ by less than the tolerance, and changed places."""
+    top5_agreement: float = math.nan
+    """How much of the returned classes is the same, as a mean share."""
+    mislabelled: int = 0
+    """Returned labels that are not the name of the returned index."""
+    tolerance: Tolerance
+    problem: str = ""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Each gate that said no, with its number and its limit."""
+        if self.problem:
+            return (self.problem,)
+        failed = [f"{self.mislabelled} labels are not their indices' names"] if self.mislabelled else []
+        if not self.max_score_difference <= self.tolerance.max_score:
+            failed.append(f"score difference {self.max_score_difference:.3g}, limit {self.tolerance.max_score:g}")
+        counted = self.top1_agreement + self.top1_excused
+        if not counted >= self.tolerance.top1_agreement - 1e-9:
+            failed.append(f"top-1 {100 * counted:.2f} %, limit {100 * self.tolerance.top1_agreement:g} %")
+        return tuple(failed)
+
+    def __bool__(self) -> bool:
+        return not self.failures
+
+    def __str__(self) -> str:
+        head = f"{'ok    ' if self else 'FAILED'} {self.what:<22} {self.provider:<21} batch {self.batch_size:<3} "
+        if self.problem:
+            return f"{head}{self.model} {self.problem}"
+        return (
+            f"{head}n {self.count:<5} {self.model}: max score diff {self.max_score_difference:.1e}  "
+            f"top-1 {100 * self.top1_agreement:.2f} %  wrong labels {self.mislabelled}"
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every number and the verdict."""
+        numbers = {field.name: _or_none(getattr(self, field.name)) for field in fields(self)}
+        tolerance = self.tolerance.to_json()
+        return {**numbers, "tolerance": tolerance, "passed": bool(self), "failures": list(self.failures)}
+
+
+def _text(value: float) -> str:
+    """Three digits, of the distance to 1 where a cosine is nearly that."""
+    return f"1-{1 - value:.2g}" if 0.999 < value < 1 else f"{value:.3g}"
+
+
+def _or_none(value: Any) -> Any:
+    """NaN and infinity are no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Verification:
+    """All comparisons of a bundle. True when there is at least one and every one is."""
+
+    comparisons: tuple[Comparison, ...]
+    answers: tuple[Answers, ...] = ()
+    """Of a live server."""
+    skipped: tuple[str, ...] = ()
+    """What could not be compared here, and why."""
+
+    @property
+    def rows(self) -> tuple[Comparison | Answers, ...]:
+        """All that has a verdict."""
+        return (*self.comparisons, *self.answers)
+
+    def __bool__(self) -> bool:
+        return bool(self.rows) and all(self.rows)
+
+    def __add__(self, other: Verification) -> Verification:
+        return Verification(
+            (*self.comparisons, *other.comparisons),
+            (*self.answers, *other.answers),
+            tuple(dict.fromkeys((*self.skipped, *other.skipped))),
+        )
+
+    def __str__(self) -> str:
+        return "\n".join([*map(str, self.rows), *(f"not compared: {reason}" for reason in self.skipped)])
+
+    def to_json(self) -> dict[str, Any]:
+        """What stands in ``verification.json``."""
+        return {
+            "passed": bool(self),
+            "comparisons": [comparison.to_json() for comparison in self.comparisons],
+            "answers": [answer.to_json() for answer in self.answers],
+            "skipped": list(self.skipped),
+        }
+
+
+def compare_features(
+    what: str,
+    provider: str,
+    batch_size: int,
+    expected: NDArray[np.float32],
+    given: NDArray[np.float32],
+    *,
+    references: NDArray[np.float32] | VocabularyFeatures,
+    tolerance: Tolerance,
+    form: str = "",
+    reference: str = "PyTorch",
+    count: int | None = None,
+) -> Comparison:
+    """Compare unit features [N, D]; a wrong shape or type, NaN and infinity are a comparison that is false.
+
+    Args:
+        references: what decides the best classes: a bundle's classifier, or unit features [C, D] (logit scale 100).
+        count: how many of the inputs are different, where they were repeated to fill a batch; None: all.
+    """
+    about: dict[str, Any] = {
+        "what": what,
+        "provider": provider,
+        "batch_size": batch_size,
+        "count": count or len(expected),
+        "tolerance": tolerance,
+        "form": form,
+        "reference": reference,
+    }
+    problem = _problem(expected, given)
+    if problem:
+        return Comparison(**about, problem=problem)
+    cosines = _cosines(expected, given)
+    tops, numbers = _class_numbers(expected, given, _classifier(references), tolerance)
+    lengths = np.linalg.norm(given.astype(np.float64), axis=1)
+    return Comparison(
+        **about,
+        max_abs=float(np.abs(expected.astype(np.float64) - given).max()),
+        max_norm_error=float(np.abs(lengths - 1).max()),
+        **cosines.numbers(),
+        **numbers,
+        worst=_worst(cosines, tops, count or len(expected)),
+    )
+
+
+def _problem(expected: NDArray[np.float32], given: NDArray[Any]) -> str:
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        return f"gives {given.dtype} {list(given.shape)} instead of {expected.dtype} {list(expected.shape)}"
+    broken = int((~np.isfinite(given).all(axis=1)).sum())
+    return f"gives NaN or infinite values for {broken} of {len(given)} inputs" if broken else ""
+
+
+def _classifier(references: NDArray[np.float32] | VocabularyFeatures) -> VocabularyFeatures:
+    if isinstance(references, VocabularyFeatures):
+        return references
+    return VocabularyFeatures(features=references, logit_scale=_PLAIN_SCALE)
+
+
+@dataclass(frozen=True)
+class _Cosines:
+    plain: NDArray[np.float64]
+    """[N]"""
+    centred: NDArray[np.float64]
+    """[N], NaN where the image is as good as the mean."""
+
+    def numbers(self) -> dict[str, Any]:
+        measured = self.centred[~np.isnan(self.centred)]
+        return {
+            "min_cosine": float(self.plain.min()),
+            "mean_cosine": float(self.plain.mean()),
+            "min_centred_cosine": float(measured.min()) if len(measured) else math.nan,
+            "mean_centred_cosine": float(measured.mean()) if len(measured) else math.nan,
+        }
+
+    def to_rank_by(self) -> NDArray[np.float64]:
+        return np.where(np.isnan(self.centred), self.plain, self.centred)
+
+
+def _cosines(expected: NDArray[np.float32], given: NDArray[np.float32]) -> _Cosines:
+    """In float64: near 1, float32 knows only steps of 6e-8."""
+    first, second = expected.astype(np.float64), given.astype(np.float64)
+    mean = first.mean(axis=0)
+    centred = _row_cosines(first - mean, second - mean)
+    centred[np.linalg.norm(first - mean, axis=1) < _FLAT] = math.nan
+    return _Cosines(plain=_row_cosines(first, second), centred=centred)
+
+
+def _row_cosines(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    products: NDArray[np.float64] = (first * second).sum(axis=1) / np.maximum(lengths, 1e-30)
+    return products
+
+
+@dataclass(frozen=True)
+class _Tops:
+    expected: NDArray[np.int64]
+    """[N, k]"""
+    given: NDArray[np.int64]
+
+
+def _class_numbers(
+    expected: NDArray[np.float32], given: NDArray[np.float32], classifier: VocabularyFeatures, tolerance: Tolerance
+) -> tuple[_Tops, dict[str, Any]]:
+    logits, others = classifier.logits(expected), classifier.logits(given)
+    tops = _Tops(_top(logits), _top(others))
+    changed = tops.expected[:, 0] != tops.given[:, 0]
+    excused = changed & _near_ties(expected, logits, tops, classifier, tolerance)
+    return tops, {
+        "top1_agreement": float(1 - changed.mean()),
+        "top1_excused": float(excused.mean()),
+        "top5_agreement": _overlap(tops),
+        "max_logit_difference": float(np.abs(logits - others).max()),
+    }
+
+
+def _top(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """The best classes [N, k], best first; ties go to the first class."""
+    best: NDArray[np.int64] = np.argsort(-logits, axis=1, kind="stable")[:, :_TOP]
+    return best
+
+
+def _overlap(tops: _Tops) -> float:
+    same = (tops.expected[:, :, None] == tops.given[:, None, :]).any(axis=2)
+    return float(same.mean())
+
+
+def _near_ties(
+    expected: NDArray[np.float32],
+    logits: NDArray[np.float32],
+    tops: _Tops,
+    classifier: VocabularyFeatures,
+    tolerance: Tolerance,
+) -> NDArray[np.bool_]:
+    """Whether the expected logits of the two best classes [N] differ by less than a tolerable error moves them."""
+    dim = expected.shape[1]
+    first, second = tops.expected[:, :1], tops.given[:, :1]
+    margin = np.take_along_axis(logits, first, 1) - np.take_along_axis(logits, second, 1)
+    apart = np.linalg.norm(classifier.features[first[:, 0]] - classifier.features[second[:, 0]], axis=1)
+    lengths = np.linalg.norm(expected.astype(np.float64) - expected.mean(axis=0), axis=1)
+    moved = classifier.logit_scale * tolerance.error_lengths(lengths, dim) * apart / math.sqrt(dim)
+    near: NDArray[np.bool_] = margin[:, 0] <= moved
+    return near
+
+
+def _worst(cosines: _Cosines, tops: _Tops, count: int) -> tuple[Worst, ...]:
+    ranks = cosines.to_rank_by()
+    lowest: dict[int, int] = {}
+    for row in np.argsort(ranks, kind="stable").tolist():
+        lowest.setdefault(row % count, row)  # repeated inputs are one
+        if len(lowest) == WORST_KEPT:
+            break
+    return tuple(
+        Worst(
+            position=position,
+            cosine=float(ranks[row]),
+            expected=tuple(tops.expected[row].tolist()),
+            given=tuple(tops.given[row].tolist()),
+        )
+        for position, row in lowest.items()
+    )
+
+
+def compare_answers(
+    answers: Answers,
+    expected_scores: NDArray[np.float32],
+    names: Sequence[str],
+    scores: NDArray[np.float32],
+    indices: NDArray[np.int64],
+    labels: Sequence[Sequence[str]],
+) -> Answers:
+    """``answers`` with its numbers: a server's best k classes [N, k] against the probabilities [N, C] of all ``names``.
+
+    A label is looked up by its name, so that a wrong one is compared with the probability of the class it names.
+    """
+    places = {name: place for place, name in enumerate(names)}
+    problem = _answer_problem(expected_scores, scores, labels, places)
+    if problem:
+        return replace(answers, problem=problem)
+    by_label = np.array([[places[label] for label in row] for row in labels])
+    by_place = np.take_along_axis(expected_scores, by_label, axis=1)
+    best = np.argsort(-expected_scores, axis=1, kind="stable")[:, : scores.shape[1]]
+    changed = best[:, 0] != by_label[:, 0]
+    gap = expected_scores.max(axis=1) - by_place[:, 0]
+    return replace(
+        answers,
+        max_score_difference=float(np.abs(by_place - scores).max()),
+        top1_agreement=float(1 - changed.mean()),
+        top1_excused=float((changed & (gap <= answers.tolerance.max_score)).mean()),
+        top5_agreement=_overlap(_Tops(best, by_label)),
+        mislabelled=int((by_label != indices).sum()),
+    )
+
+
+def _answer_problem(
+    expected_scores: NDArray[np.float32],
+    scores: NDArray[np.float32],
+    labels: Sequence[Sequence[str]],
+    places: Mapping[str, int],
+) -> str:
+    if len(scores) != len(expected_scores):
+        return f"gives {len(scores)} answers for {len(expected_scores)} images"
+    if not np.isfinite(scores).all():
+        return "gives NaN or infinite scores"
+    unknown = sorted({label for row in labels for label in row} - set(places))
+    return f"gives the label {unknown[0]!r}, which is not in the vocabulary" if unknown else ""

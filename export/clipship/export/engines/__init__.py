@@ -1,0 +1,1 @@
+"""TensorRT plans from a bundle's ONNX files: one seam, two runtimes."""

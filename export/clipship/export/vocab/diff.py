@@ -1,0 +1,196 @@
+"""Two bundles' vocabularies compared: which names came, went, moved or were renamed, and whether features agree.
+
+Shape legend: C classes, D features.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from clipship.core.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
+from clipship.core.vocabulary import Vocabulary
+from clipship.export.vocab.names import words_of
+
+_SHOWN = 20
+"""Names of a kind in the text for people; JSON has all."""
+
+_FARTHEST = 5
+"""Shared names whose features differ most."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureDistance:
+    """How far the features of shared names are from each other."""
+
+    max_abs: float
+    """Largest difference of any value."""
+    min_cosine: float
+    farthest: tuple[tuple[str, float], ...]
+    """Names and the largest difference of their values, those that differ most first; none that are equal."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VocabularyDiff:
+    """What became of the vocabulary of one bundle in another. True when nothing did."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    renamed: tuple[tuple[str, str], ...]
+    """Pairs of a name that went and one that stands in its place: between the same neighbours."""
+    moved: tuple[str, ...]
+    """The fewest shared names that have to change places to make the two orders one."""
+    other_words: tuple[str, ...]
+    """Shared names that are known by other words."""
+    classes: tuple[int, int]
+    same: Mapping[str, bool]
+    """Whether each of these is the same: image encoder, text encoder, base model, templates, logit scale."""
+    distance: FeatureDistance | None
+    """None where no name is shared, or the embeddings have other sizes."""
+
+    def __bool__(self) -> bool:
+        changed = (self.added, self.removed, self.renamed, self.moved, self.other_words)
+        return not any(changed) and all(self.same.values()) and (self.distance is None or not self.distance.max_abs)
+
+    def __str__(self) -> str:
+        kinds = {
+            "added": [repr(name) for name in self.added],
+            "removed": [repr(name) for name in self.removed],
+            "renamed": [f"{old!r} -> {new!r}" for old, new in self.renamed],
+            "moved": [repr(name) for name in self.moved],
+            "other words": [repr(name) for name in self.other_words],
+        }
+        lines = [f"{self.classes[0]} -> {self.classes[1]} classes"]
+        lines += [f"{kind} {len(names)}: {_shortened(names)}" for kind, names in kinds.items() if names]
+        lines += [f"{what}: {'the same' if same else 'DIFFERENT'}" for what, same in self.same.items()]
+        return "\n".join([*lines, *self._distance_lines()])
+
+    def _distance_lines(self) -> Iterator[str]:
+        if self.distance is None:
+            yield "features of shared names: none that can be compared"
+            return
+        numbers = f"max difference {self.distance.max_abs:.1e}, min cosine {self.distance.min_cosine:.7f}"
+        yield f"features of shared names: {numbers}"
+        if self.distance.farthest:
+            yield f"farthest: {', '.join(f'{name!r} {value:.1e}' for name, value in self.distance.farthest)}"
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with everything."""
+        distance = self.distance and {
+            "max_abs": self.distance.max_abs,
+            "min_cosine": self.distance.min_cosine,
+            "farthest": [list(pair) for pair in self.distance.farthest],
+        }
+        return {
+            "equal": bool(self),
+            "classes": list(self.classes),
+            "added": list(self.added),
+            "removed": list(self.removed),
+            "renamed": [list(pair) for pair in self.renamed],
+            "moved": list(self.moved),
+            "other_words": list(self.other_words),
+            "same": dict(self.same),
+            "features": distance,
+        }
+
+
+def _shortened(names: Sequence[str]) -> str:
+    more = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {more} more (--json has all)" if more > 0 else "")
+
+
+def vocabulary_diff(before: Bundle, after: Bundle) -> VocabularyDiff:
+    """What became of ``before``'s vocabulary in ``after``."""
+    old, new = before.vocabulary, after.vocabulary
+    renamed = _renamed(old.names, new.names)
+    gone, come = {name for name, _ in renamed}, {name for _, name in renamed}
+    place = {name: row for row, name in enumerate(new.names)}
+    shared = [name for name in old.names if name in place]
+    old_words, new_words = _words_by_name(old), _words_by_name(new)
+    known = set(old.names)
+    return VocabularyDiff(
+        added=tuple(name for name in new.names if name not in known and name not in come),
+        removed=tuple(name for name in old.names if name not in place and name not in gone),
+        renamed=renamed,
+        moved=_moved(shared, [place[name] for name in shared]),
+        other_words=tuple(name for name in shared if old_words[name] != new_words[name]),
+        classes=(len(old), len(new)),
+        same=_same(before, after),
+        distance=_distance(before, after, shared),
+    )
+
+
+def _words_by_name(vocabulary: Vocabulary) -> dict[str, tuple[str, ...]]:
+    return dict(zip(vocabulary.names, words_of(vocabulary), strict=True))
+
+
+def _renamed(old: Sequence[str], new: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    """Names in runs of equal length between the same two shared neighbours."""
+    shared = set(old) & set(new)
+    runs = dict(_runs(new, shared))
+    pairs = [(run, runs.get(neighbours, ())) for neighbours, run in _runs(old, shared)]
+    return tuple(pair for gone, come in pairs if len(gone) == len(come) for pair in zip(gone, come, strict=True))
+
+
+def _runs(names: Sequence[str], shared: set[str]) -> Iterator[tuple[tuple[str | None, str | None], list[str]]]:
+    """By the shared neighbours on both sides, the names between them that are not shared; None is the end."""
+    left: str | None = None
+    run: list[str] = []
+    for name in [*names, None]:
+        if name is not None and name not in shared:
+            run.append(name)
+            continue
+        if run:
+            yield (left, name), run
+        left, run = name, []
+
+
+def _moved(names: Sequence[str], places: Sequence[int]) -> tuple[str, ...]:
+    """The names outside the longest subsequence whose ``places`` rise (patience sorting, n log n)."""
+    ends: list[int] = []  # the smallest last place of a rising subsequence of each length
+    lengths = []
+    for place in places:
+        length = bisect_left(ends, place)
+        ends[length : length + 1] = [place]
+        lengths.append(length)
+    wanted, moved = len(ends) - 1, []
+    last = float("inf")
+    for name, place, length in zip(reversed(names), reversed(places), reversed(lengths), strict=True):
+        if length == wanted and place < last:
+            wanted, last = wanted - 1, place
+        else:
+            moved.append(name)
+    return tuple(reversed(moved))
+
+
+def _same(before: Bundle, after: Bundle) -> dict[str, bool]:
+    old, new = before.vocabulary_features(), after.vocabulary_features()
+    return {
+        "image encoder": before.files[IMAGE_ENCODER] == after.files[IMAGE_ENCODER],
+        "text encoder": before.files[TEXT_ENCODER] == after.files[TEXT_ENCODER],
+        "base model": before.manifest.base_model_digest == after.manifest.base_model_digest,
+        "templates": before.vocabulary.templates == after.vocabulary.templates,
+        "logit scale": old.logit_scale == new.logit_scale,
+    }
+
+
+def _distance(before: Bundle, after: Bundle, shared: Sequence[str]) -> FeatureDistance | None:
+    if not shared or before.manifest.embed_dim != after.manifest.embed_dim:
+        return None
+    rows = []
+    for bundle in (before, after):
+        place = {name: row for row, name in enumerate(bundle.vocabulary.names)}
+        rows.append(bundle.vocabulary_features().features[[place[name] for name in shared]])
+    old_CD, new_CD = rows
+    each_C = np.abs(old_CD - new_CD).max(axis=1)
+    lengths_C = np.linalg.norm(old_CD, axis=1) * np.linalg.norm(new_CD, axis=1)
+    farthest = [row for row in np.argsort(-each_C, kind="stable")[:_FARTHEST] if each_C[row] > 0]
+    return FeatureDistance(
+        max_abs=float(each_C.max()),
+        min_cosine=float(((old_CD * new_CD).sum(axis=1) / lengths_C).min()),
+        farthest=tuple((shared[row], float(each_C[row])) for row in farthest),
+    )
