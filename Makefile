@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
-# A file of tests stays in one process: its fixtures, servers among them, are made once.
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# The two halves of the tests run side by side, each on one thread.
+MARKS := -m "not slow"
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all check format benchmarks clean
+.PHONY: install demo test test-all test-training test-line check format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -20,10 +21,16 @@ demo: install  ## the whole line on the built-in world: train, pack, serve, clas
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install check  ## everything that runs in a quarter of an hour on two cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-training test-line
 
 test-all: install check  ## with the tests that take minutes each
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PARALLEL)
+	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-training test-line MARKS=
+
+test-training:
+	$(PYTEST) $(MARKS) tests/training
+
+test-line:
+	$(PYTEST) $(MARKS) --ignore tests/training tests
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
