@@ -109,6 +109,8 @@ def peer(name: str, model: str, folder: Path) -> Run:
     if "export" in name:
         return _exported_peer(name, clip, folder)
     bf16 = ".bfloat16()" in name
+    if "autocast" in name:  # casts of weights are kept from call to call only where weights could learn
+        clip.model.requires_grad_(True)
     tower = clip.visual.bfloat16() if bf16 else clip.visual
     if "compile" in name:
         import torch._inductor.config
