@@ -219,7 +219,7 @@ def main() -> None:
     console.print(accuracy_table(scores))
     rows = {
         "served top-1 equal to PyTorch's": f"{100 * agreement:.2f} % of {len(paths)} test images",
-        "in process (ONNX Runtime)": f"{spread(local)} images/s from JPEG files to labels, median of {ROUNDS}",
+        "in process": f"{spread(local)} images/s from JPEG files to labels, median of {ROUNDS}",
         "through Triton over gRPC": f"{spread(served)} images/s",
         "ratio of the two": spread([one / other for one, other in zip(served, local, strict=True)], 2),
         "data, checkpoints": f"{places.data}, {places.root / 'checkpoints'}",
