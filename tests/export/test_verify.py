@@ -15,13 +15,16 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from clipship.core import tensors
 from clipship.core.bundle import VOCABULARY_TENSORS, Bundle, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.comparison import TOLERANCES, Answers, Comparison, Tolerance, Verification, compare_answers
+from clipship.export.encoders import TextEncoder
+from clipship.export.onnx import onnx_from_module
 from clipship.export.pack import bundle_from_method
-from clipship.export.reference import Picture, verify_text
+from clipship.export.reference import Picture, compare_prompts, verify_text
 from clipship.export.report import text_from_verification
 from clipship.export.runners import (
     NotRunnable,
@@ -344,3 +347,19 @@ def test_bad_input_is_one_line(
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1
     assert message in error[0]
+
+
+def test_a_text_encoder_that_takes_all_tokens_only(clip: Clip, tmp_path: Path) -> None:
+    """As clipship 0.2 packed it: padding is not cut for it."""
+    method = method_of(clip, "coop")
+    onnx_from_module(
+        TextEncoder(method),
+        clip.tokenize(["X X X X a.", "X X X X b."]),
+        tmp_path / "text_encoder.onnx",
+        input_spec=tensors.tokens_tensor(clip.context_length),
+        output_spec=tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES),
+        metadata={},
+    )
+    rows = compare_prompts(method, Vocabulary(names=NAMES), tmp_path)
+    assert all(rows), [str(row) for row in rows]
+    assert {row.what for row in rows} == {"prompts"}
