@@ -3,11 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
-# The two halves of the tests run side by side, each on one thread.
-MARKS := -m "not slow"
+# The three parts of the tests run side by side, each on one thread: servers and killed clients are waited for a lot.
+MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all test-training test-line check format benchmarks clean
+.PHONY: install demo test test-all chaos test-training test-export test-serving check format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -21,16 +21,22 @@ demo: install  ## the whole line on the built-in world: train, pack, serve, clas
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install check  ## everything that runs in a quarter of an hour on two cores
-	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-training test-line
+	$(MAKE) --jobs 3 --output-sync=target --no-print-directory test-training test-export test-serving
 
 test-all: install check  ## with the tests that take minutes each
-	$(MAKE) --jobs 2 --output-sync=target --no-print-directory test-training test-line MARKS=
+	$(MAKE) --jobs 3 --output-sync=target --no-print-directory test-training test-export test-serving MARKS='-m "not chaos"'
+
+chaos: install  ## clients and servers killed, hung and broken in mid-job, at random moments
+	$(PYTEST) -m chaos tests/serving
 
 test-training:
 	$(PYTEST) $(MARKS) tests/training
 
-test-line:
-	$(PYTEST) $(MARKS) --ignore tests/training tests
+test-export:
+	$(PYTEST) $(MARKS) tests/export
+
+test-serving:
+	$(PYTEST) $(MARKS) --ignore tests/training --ignore tests/export tests
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
@@ -49,6 +55,8 @@ benchmarks: install  ## the figures of the docs
 	$(BIN)/python benchmarks/precision.py clipship-tiny
 	$(BIN)/python benchmarks/vocabulary.py --out runs/vocabulary
 	$(BIN)/python benchmarks/engines.py --out runs/engines
+	$(BIN)/python benchmarks/decoding.py --out runs/decoding
+	$(BIN)/python -m benchmarks.serving --out runs/serving
 
 clean:
 	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache

@@ -8,8 +8,9 @@ random (they do not change the time) and pixels are real images where a folder i
 model on the same pixels: the largest difference of any value of the unit features, and the smallest cosine after the
 mean over the images is taken off, which is what tells images apart.
 
-The limit is how fast this machine multiplies matrices of the model's own shapes in that precision by PyTorch's
-kernels (oneDNN), measured in the same run; "of it" is the share of it that a path reaches.
+The limit of a call is the time of its products at the speed that PyTorch's kernels (oneDNN) multiply matrices of the
+model's own shapes at in that precision, and the time to read all weights once from memory; both speeds are measured in
+the same run. "Of the limit" is the share of it that a path reaches, at the smallest and at the largest batch.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -72,8 +74,9 @@ def _vocabulary() -> Any:
     return Vocabulary(names=("cat", "dog", "bird", "fish"))
 
 
+@cache
 def method_of(model: str) -> Any:
-    """The plain CLIP ``model`` as a method."""
+    """The plain CLIP ``model`` as a method, loaded once a process."""
     from dataclasses import replace
 
     from clipship.training.clip import load_clip
@@ -219,6 +222,22 @@ def limits(model: str) -> dict[str, float]:
     return best
 
 
+def weights_gb(model: str, precision: str) -> float:
+    """What one call reads of the image tower's weights, in units of 10^9 bytes."""
+    count = sum(weight.numel() for weight in method_of(model).clip.visual.parameters())
+    bytes_each = {"fp32": 4, "bf16": 2, "int8": 1}
+    return 1e-9 * int(count) * bytes_each[precision]
+
+
+def bandwidth() -> float:
+    """10^9 bytes a second that all cores together read from memory, the best of several."""
+    import torch
+
+    torch.set_num_threads(available_cores())
+    values = torch.ones(2**27)
+    return 1e-9 * values.numel() * values.element_size() / min(_timed(values.sum) for _ in range(12))
+
+
 def _product(precision: str, rows: int, inputs: int, outputs: int) -> Callable[[], Any]:
     import torch
 
@@ -336,24 +355,60 @@ def _features(worker: Worker, pixels: Path, folder: Path) -> NDArray[np.float32]
     return features
 
 
-def table(rows: list[dict[str, Any]], model: str, limit: dict[str, float], gop: float) -> Table:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limit:
+    """What this machine can do."""
+
+    gops: dict[str, float]
+    """By precision, billion operations a second."""
+    gb_s: float
+    gop: float
+    """Of one image, billion operations."""
+    weights_gb: dict[str, float]
+    """By precision."""
+
+    def seconds(self, precision: str, batch: int) -> float:
+        """The least time of a call."""
+        return batch * self.gop / self.gops[precision] + self.weights_gb[precision] / self.gb_s
+
+    def __str__(self) -> str:
+        each = ", ".join(
+            f"{name} {speed:,.0f} billion operations and {1e3 * self.weights_gb[name]:,.0f} MB of weights"
+            for name, speed in self.gops.items()
+        )
+        return f"Limit: {each}; memory {self.gb_s:.0f} GB/s; an image needs {self.gop:.1f} billion operations."
+
+
+def limit_of(model: str) -> Limit:
+    """Measured now."""
+    gops = limits(model)
+    weights = {precision: weights_gb(model, precision) for precision in gops}
+    return Limit(gops=gops, gb_s=bandwidth(), gop=operations(model), weights_gb=weights)
+
+
+def table(rows: list[dict[str, Any]], model: str, limit: Limit) -> Table:
     """A row a path; images a second of the eager model in its header."""
     eager = next(row["seconds"] for row in rows if row["path"] == EAGER)
+    ends = (min(eager, key=int), max(eager, key=int))
     cells = []
     for row in rows:
         ratios = {
             batch: [a / b for a, b in zip(eager[batch], took, strict=True)] for batch, took in row["seconds"].items()
         }
-        best = max(int(batch) / statistics.median(took) for batch, took in row["seconds"].items())
-        share = f"{best * gop / limit[row['precision']]:.0%}"
+        shares = [
+            limit.seconds(row["precision"], int(batch)) / statistics.median(row["seconds"][batch]) for batch in ends
+        ]
+        reached = " / ".join(f"{share:.0%}" for share in dict.fromkeys(shares))
         differs = (f"{row['max_abs']:.0e}", f"{row['centred_cosine']:.5f}")
-        cells.append((row["path"], *(with_spread(each) for each in ratios.values()), share, *differs))
+        cells.append((row["path"], *(with_spread(each) for each in ratios.values()), reached, *differs))
     rates = [f"batch {batch} ({int(batch) / statistics.median(took):.1f}/s = 1)" for batch, took in eager.items()]
     header = ("path", *rates, "of the limit", "differs by", "centred cosine")
-    each = ", ".join(f"{precision} {value:,.0f}" for precision, value in limit.items())
-    notes = (f"Limit, billion operations a second: {each}; an image needs {gop:.1f} billion.",)
     return Table(
-        title=f"{model}, {available_cores()} cores", header=header, rows=tuple(cells), notes=notes, text_columns=1
+        title=f"{model}, {available_cores()} cores",
+        header=header,
+        rows=tuple(cells),
+        notes=(str(limit),),
+        text_columns=1,
     )
 
 
@@ -378,7 +433,7 @@ def main() -> None:
         folder = given.out / name
         folder.mkdir(parents=True, exist_ok=True)
         rows = race(model, folder, given.images, given.rounds, given.batches, given.without)
-        made = table(rows, model, limits(model), operations(model))
+        made = table(rows, model, limit_of(model))
         shares = openvino_shares(folder / "bundle", folder / f"pixels{given.batches[-1]}.npy")
         made = dataclasses.replace(made, notes=(*made.notes, *shares))
         write_table(given.out, name, rows, made)

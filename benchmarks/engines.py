@@ -23,8 +23,8 @@ from typing import Any
 
 from clipship.core.bundle import Precision
 from clipship.core.errors import ClipshipError
-from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
+from clipship.core.tables import Table, write_table
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 
 MODELS = ("clipship-tiny", "ViT-B-32/random", "ViT-B-16/random", "ViT-L-14/random")
@@ -47,7 +47,7 @@ def exported(model: str, folder: Path) -> Exported:
     """Write ``image_encoder.onnx`` of ``model`` into ``folder``."""
     import torch
 
-    from clipship.export.encoders import ImageEncoder
+    from clipship.export.lean import LeanImageEncoder
     from clipship.export.onnx import onnx_from_module
     from clipship.export.pictures import pictures_for
     from clipship.export.reference import pixels_of
@@ -62,7 +62,7 @@ def exported(model: str, folder: Path) -> Exported:
     specs = (image_tensor(size), embedding_tensor(clip.embed_dim))
     with torch.inference_mode():
         onnx_from_module(
-            ImageEncoder(build_method(clip, config, task).eval()),
+            LeanImageEncoder(build_method(clip, config, task).eval()),
             torch.zeros((2, size, size, 3), dtype=torch.uint8),
             path,
             input_spec=specs[0],
@@ -127,31 +127,22 @@ def rows(
                 yield row
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a line for each model and precision, the GPUs side by side."""
+def table(found: Sequence[dict[str, Any]]) -> Table:
+    """A line for each model and precision, the GPUs side by side."""
     gpus = sorted({row["gpu"] for row in found}, key=lambda gpu: int(gpu.removeprefix("sm")))
-    head = [
-        "model",
-        "precision",
-        "ONNX MB",
-        "plan MB",
-        *(f"{gpu} s" for gpu in gpus),
-        "unsupported",
-        "compared",
-        "layers",
-    ]
-    lines = [f"| {' | '.join(head)} |", f"|{' --- |' * len(head)}"]
-    for key in dict.fromkeys((row["model"], row["precision"]) for row in found):
-        by_gpu = {row["gpu"]: row for row in found if (row["model"], row["precision"]) == key}
+    lines, notes = [], []
+    for model, precision in dict.fromkeys((row["model"], row["precision"]) for row in found):
+        by_gpu = {row["gpu"]: row for row in found if (row["model"], row["precision"]) == (model, precision)}
+        notes += [f"{model} {precision} {gpu}: {row['failed']}" for gpu, row in by_gpu.items() if "failed" in row]
         good = next((row for row in by_gpu.values() if "failed" not in row), None)
         if good is None:
-            lines.append(f"| {key[0]} | {key[1]} | {next(iter(by_gpu.values()))['failed']} |")
             continue
         times = [str(by_gpu.get(gpu, {}).get("build_s", "-")) for gpu in gpus]
-        cells = [*key, str(good["onnx_mb"]), str(good["plan_mb"]), *times]
-        cells += [str(good["unsupported_nodes"]), str(good["tensors_compared"]), layers_text(good["layers"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        sizes = (f"{good['onnx_mb']:,}", f"{good['plan_mb']:,}")
+        counts = (str(good["unsupported_nodes"]), str(good["tensors_compared"]))
+        lines.append((model, precision, layers_text(good["layers"]), *sizes, *times, *counts))
+    header = ("model", "precision", "layers", "ONNX MB", "plan MB", *(f"{gpu} s" for gpu in gpus))
+    return Table(header=(*header, "unsupported", "compared"), rows=tuple(lines), notes=tuple(notes), text_columns=3)
 
 
 def layers_text(layers: dict[str, int]) -> str:
@@ -168,13 +159,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     record = arguments.out / "engines.json"
-    found: list[dict[str, Any]] = json.loads(record.read_text())["plans"] if record.exists() else []
+    found: list[dict[str, Any]] = json.loads(record.read_text()) if record.exists() else []
     for row in rows(arguments.models, arguments.precisions, arguments.gpus, found):
         key = ("model", "precision", "gpu")
         found = [old for old in found if any(old[name] != row[name] for name in key)] + [row]
-        write_json_atomic(record, {"plans": found})
-        write_text_atomic(arguments.out / "engines.md", table(found))
-    print(table(found), end="")
+        write_table(arguments.out, "engines", found, table(found))
+    print(table(found).to_markdown())
 
 
 if __name__ == "__main__":

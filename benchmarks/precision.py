@@ -4,15 +4,16 @@
     python benchmarks/precision.py ViT-B-32/random --pictures 32 --per-class 0
 
 A zero-shot bundle is packed with every precision, so each has passed its gate; the numbers are those in the bundle. The
-accuracy is over the data sets of the built-in world, through the class names and templates of each; bfloat16
-runs as the emulation that `pack` checks. A model with random weights has no accuracy: --per-class 0 leaves it out.
+accuracy is over the data sets of the built-in world, through the class names and templates of each, by the runtime that
+would serve the form; bfloat16, which ONNX Runtime's CPU provider cannot run, also as the emulation that `pack` checks.
+A model with random weights has no accuracy: --per-class 0 leaves it out.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,36 +22,46 @@ import torch
 from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.cpu import open_encoder
 from clipship.core.images import pixels_from_image
+from clipship.core.tables import Table, write_table
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.forms import Profile
 from clipship.export.pack import bundle_from_method
 from clipship.export.pictures import pictures_from_world
 from clipship.export.precision import emulated_onnx
-from clipship.export.verify import onnx_session, run_in_batches, session_function
+from clipship.export.verify import run_in_batches
 from clipship.training.clip import Clip, load_clip
 from clipship.training.methods import Task, build_method
 from clipship.training.recipes import config_from_recipe
 from clipship.training.world.calibrate import picture_of
 from clipship.training.world.datasets import WORLD_DATASETS, WorldDataset
 
+Labelled = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
+"""Pixels [N, H, W, 3], labels [N], class features [C, D]."""
+
+HEADER = ("precision", "by", "MB", "centred cosine, mean", "least", "kept in float32", "batch 1", "batch 8", "top-1 %")
+"""The speeds are ratios to the float32 file by ONNX Runtime."""
+
 
 def main() -> None:
-    """Pack, measure, print a Markdown table."""
+    """Pack, measure, write the table."""
     options = _options()
     clip = load_clip(options.model)
     with tempfile.TemporaryDirectory() as scratch:
         bundle = _packed(clip, Path(scratch) / "bundle", options.pictures)
-        accuracies = dict(_accuracies(clip, bundle, Path(scratch), options.per_class)) if options.per_class else {}
-        print("| precision | MB | centred cosine, mean | least | kept in float32 | batch 1 | batch 8 | top-1 % |")
-        print("| --- | --- | --- | --- | --- | --- | --- | --- |")
-        for form in bundle.image_encoders:
-            print(_row(bundle, form, accuracies.get(form.file)))
+        sets = [_labelled(clip, dataset, options.per_class) for dataset in WORLD_DATASETS if options.per_class]
+        rows = [_row(bundle, form, _top1(bundle, form, Path(scratch), sets)) for form in bundle.image_encoders]
+    cells = tuple(tuple(row[name] for name in HEADER) for row in rows)
+    made = Table(title=options.model, header=HEADER, rows=cells)
+    write_table(options.out, options.model.split("/")[0], rows, made)
+    print(made.to_markdown())
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
+    parser.add_argument("--out", type=Path, default=Path("runs/precision"))
     parser.add_argument("--pictures", type=int, default=128, help="to calibrate and compare on")
     parser.add_argument("--per-class", type=int, default=10, help="test pictures of a class; 0: no accuracy")
     return parser.parse_args()
@@ -65,32 +76,40 @@ def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
     return bundle_from_method(method, Vocabulary(names=names), shown, out, provenance={}, profile=profile)
 
 
-def _row(bundle: Bundle, form: EncoderForm, accuracy: float | None) -> str:
-    rows = [one for one in bundle.verification()["comparisons"] if one["form"] == form.file and one["what"] == "images"]
-    mean = min(one["mean_centred_cosine"] for one in rows)
-    least = min(one["min_centred_cosine"] for one in rows)
-    speeds = [f"{form.speed[size]:.2f}x" if size in form.speed else "-" for size in ("1", "8")]
-    size = (bundle.path / form.file).stat().st_size / 1e6
-    top1 = "-" if accuracy is None else f"{accuracy:.2f}"
-    kept = str(len(form.kept_fp32))
-    return " | ".join((f"| {form.precision}", f"{size:.1f}", f"{mean:.6f}", f"{least:.6f}", kept, *speeds, top1)) + " |"
+def _row(bundle: Bundle, form: EncoderForm, top1: float | None) -> dict[str, str]:
+    by_openvino = form.runtime == "openvino"
+    rows = [
+        one
+        for one in bundle.verification()["comparisons"]
+        if one["form"] == form.file
+        and one["what"] == "images"
+        and (one["provider"] == f"OpenVINO {form.precision}" if by_openvino else "OpenVINO" not in one["provider"])
+    ]
+    speeds = [f"{form.speed[size]:.2f}" if size in form.speed else "-" for size in ("1", "8")]
+    told = (
+        form.precision,
+        "OpenVINO" if by_openvino else "ONNX Runtime" if form.speed or form.precision == "fp32" else "emulation",
+        f"{(bundle.path / form.file).stat().st_size / 1e6:.1f}",
+        f"{min(one['mean_centred_cosine'] for one in rows):.6f}",
+        f"{min(one['min_centred_cosine'] for one in rows):.6f}",
+        str(len(form.kept_fp32)),
+        *speeds,
+        "-" if top1 is None else f"{top1:.2f}",
+    )
+    return dict(zip(HEADER, told, strict=True))
 
 
-def _accuracies(clip: Clip, bundle: Bundle, scratch: Path, per_class: int) -> Iterator[tuple[str, float]]:
-    """By form, the mean of its top-1 accuracies in per cent over the data sets."""
-    sets = [_labelled(clip, dataset, per_class) for dataset in WORLD_DATASETS]
-    for form in bundle.image_encoders:
-        path = bundle.path / form.file
-        if form.precision == "bf16":
-            path = scratch / form.file
-            emulated_onnx(bundle.path / form.file, path)
-        run = session_function(onnx_session(path))
-        yield form.file, float(np.mean([_accuracy(run, *one) for one in sets]))
+def _top1(bundle: Bundle, form: EncoderForm, scratch: Path, sets: Sequence[Labelled]) -> float | None:
+    """The mean of the form's top-1 accuracies in per cent over ``sets``."""
+    path = bundle.path / form.file
+    if (form.runtime, form.precision) == ("onnx", "bf16"):  # for which ONNX Runtime's CPU provider has no kernels
+        path = scratch / form.file
+        emulated_onnx(bundle.path / form.file, path)
+    run = open_encoder(str(path), form.runtime, form.precision)
+    return float(np.mean([_accuracy(run, *one) for one in sets])) if sets else None
 
 
-def _labelled(
-    clip: Clip, dataset: WorldDataset, per_class: int
-) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]:
+def _labelled(clip: Clip, dataset: WorldDataset, per_class: int) -> Labelled:
     """Pixels [N, H, W, 3], labels [N] and class features [C, D] of test pictures of ``dataset``."""
     labels = np.repeat(np.arange(dataset.classes), per_class)
     pictures = [picture_of(dataset, "test", int(label), place % per_class) for place, label in enumerate(labels)]

@@ -5,7 +5,8 @@
 A bundle of ViT-B/16 with random weights (they do not change the time) is packed with 10 classes; `clipship vocab add`
 builds it up to 1,000, then adds 100 more to it, several times to a copy. A process is timed from its start to its end:
 Python, the check of all the bundle's files, tokens, features, the new bundle. open_clip encodes the same 100 names, in
-turn with it, in a process that has loaded everything. Both see rows of L = 77 tokens, padding included.
+turn with it, in a process that has loaded everything. open_clip computes all 77 tokens of a row, the bundle's text
+encoder no more than the longest name of a batch has.
 """
 
 from __future__ import annotations

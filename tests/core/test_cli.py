@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -80,9 +79,9 @@ def test_a_programming_error_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> N
 def commands() -> dict[str, click.Command]:
     """All commands by what stands before their options: a verb, or a group's verb and its own."""
     found: dict[str, click.Command] = {}
-    for verb, (where, _) in cli.VERBS.items():
-        module, _, attribute = where.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+    for verb in cli.VERBS:
+        command = cli.root.get_command(click.Context(cli.root), verb)
+        assert command is not None
         parts = command.commands if isinstance(command, click.Group) else None
         found |= {verb: command} if parts is None else {f"{verb} {name}": parts[name] for name in sorted(parts)}
     return found

@@ -25,6 +25,6 @@ def test_what_is_missing_says_how_to_get_it(
     monkeypatch.setattr(doctor, "_version", lambda name: "1.2" if name == "onnxruntime-gpu" else None)
     assert main(["doctor"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert "--  torch                  missing: pip install 'clipship[training]'" in lines
-    assert "--  onnx                   missing: pip install 'clipship[export]'" in lines
-    assert "ok  onnxruntime            1.2" in lines
+    assert "--  torch                       missing: pip install 'clipship[training]'" in lines
+    assert "--  onnx                        missing: pip install 'clipship[export]'" in lines
+    assert "ok  onnxruntime                 1.2" in lines

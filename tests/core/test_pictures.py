@@ -37,3 +37,22 @@ def test_what_is_no_image_is_refused(tmp_path: Path) -> None:
         bytes_or_image(tmp_path / "nowhere.png")
     with pytest.raises(ImageDecodeError, match="empty file"):
         pixels_from_any(b"", SPEC)
+
+
+def test_each_form_is_resized_as_asked(tmp_path: Path) -> None:
+    array = (np.indices((300, 400)).sum(axis=0) % 2 * 255).astype(np.uint8)[..., None].repeat(3, axis=2)
+    image = Image.fromarray(array)
+    image.save(tmp_path / "one.png")
+    forms = (tmp_path / "one.png", (tmp_path / "one.png").read_bytes(), image, array, np.asfortranarray(array))
+    spec = ImageSpec(size_px=256, mean=SPEC.mean, std=SPEC.std)  # of such stripes many sums are near a half
+    fast = [pixels_from_any(given, spec, "fast") for given in forms]
+    exact = [pixels_from_any(given, spec, "exact") for given in forms]
+    for quick, slow in zip(fast, exact, strict=True):
+        np.testing.assert_array_equal(quick, fast[0])
+        np.testing.assert_array_equal(slow, exact[0])
+    assert np.abs(fast[0].astype(int) - exact[0]).max() == 1
+
+
+def test_an_array_that_is_no_picture_is_refused_before_it_is_resized() -> None:
+    with pytest.raises(UsageError, match=r"an array is float64 \[4, 4\]: give RGB pixels"):
+        pixels_from_any(np.zeros((4, 4)), SPEC)  # type: ignore[arg-type]

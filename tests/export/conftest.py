@@ -19,6 +19,7 @@ from torch import nn
 from clipship.export import pack
 from clipship.export.onnx import onnx_from_module
 from clipship.export.reference import Picture
+from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.clip import Clip, digest_of_tensors, load_clip
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe
@@ -95,6 +96,20 @@ def method_of(clip: Clip, recipe: str) -> Method:
         for tensor in method.parameters():
             tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5)), alpha=0.3)
     return method
+
+
+def write_checkpoint(folder: Path, method: Method, base_model: str | None = None) -> Path:
+    """``method`` as ``clipship train`` leaves it, or as if it had learned on ``base_model``."""
+    saved = Checkpoint(
+        config=replace(method.config, base_model=base_model or method.clip.name),
+        task=method.task,
+        dataset="random",
+        data_digest="0" * 64,
+        base_model_digest=method.clip.digest,
+        learned=method.learned(),
+    )
+    save_checkpoint(folder, saved)
+    return folder
 
 
 @pytest.fixture(scope="session")

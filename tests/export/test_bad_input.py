@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,30 +16,15 @@ import pytest
 from clipship.core.bundle import read_bundle
 from clipship.core.cli import main
 from clipship.export.reference import Picture
-from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.clip import Clip, has_random_weights
-from tests.export.conftest import method_of
+from tests.export.conftest import method_of, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
 
-def write_checkpoint(folder: Path, clip: Clip, base_model: str | None = None) -> Path:
-    method = method_of(clip, "coop")
-    saved = Checkpoint(
-        config=replace(method.config, base_model=base_model or clip.name),
-        task=method.task,
-        dataset="random",
-        data_digest="0" * 64,
-        base_model_digest=clip.digest,
-        learned=method.learned(),
-    )
-    save_checkpoint(folder, saved)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def checkpoint(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("runs") / "coop", clip)
+    return write_checkpoint(tmp_path_factory.mktemp("runs") / "coop", method_of(clip, "coop"))
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +43,7 @@ def test_random_weights_are_refused_unless_asked_for(
     clip: Clip, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Asked for, the next refusal is met: the checkpoint was not trained on that model."""
-    random = write_checkpoint(tmp_path / "run", clip, "ViT-B-32/random")
+    random = write_checkpoint(tmp_path / "run", method_of(clip, "coop"), "ViT-B-32/random")
     given = arguments(random, images, tmp_path / "bundle")
     assert main(given) == 2
     (line,) = capsys.readouterr().err.splitlines()

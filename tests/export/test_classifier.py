@@ -25,12 +25,11 @@ from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture, check_classifier, image_features, pixels_of
 from clipship.serving.graphs import classifier_graph
-from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.clip import Clip
 from clipship.training.inference import distinguishable_names
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe
-from tests.export.conftest import NAMES
+from tests.export.conftest import NAMES, write_checkpoint
 
 TASK = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.", "a drawing of {}."))
 RECIPES = ("tip-adapter", "tip-adapter-f", "ship-tip-adapter-f", "linear-probe")
@@ -215,15 +214,7 @@ def test_pack_takes_the_classes_a_linear_probe_has_learned(
     images.mkdir()
     for picture in pictures[:8]:
         (images / picture.name).write_bytes(picture.data)
-    saved = Checkpoint(
-        config=method.config,
-        task=TASK,
-        dataset="random",
-        data_digest="0" * 64,
-        base_model_digest=clip.digest,
-        learned=method.learned(),
-    )
-    save_checkpoint(run, saved)
+    write_checkpoint(run, method)
     given = ["pack", str(run), "--images", str(images), "--out", str(out), "--source-size", "60x40"]
     assert main([*given, "--source-size", "60by40"]) == 2
     assert "source size '60by40': give WIDTHxHEIGHT in pixels" in capsys.readouterr().err

@@ -12,25 +12,13 @@ import pytest
 from clipship.core.bundle import read_bundle
 from clipship.core.cli import main
 from clipship.export.reference import Picture
-from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.clip import Clip
-from tests.export.conftest import method_of
+from tests.export.conftest import method_of, write_checkpoint
 
 
 @pytest.fixture(scope="module")
 def checkpoint(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    method = method_of(clip, "coop")
-    folder = tmp_path_factory.mktemp("runs") / "coop"
-    saved = Checkpoint(
-        config=method.config,
-        task=method.task,
-        dataset="random",
-        data_digest="0" * 64,
-        base_model_digest=clip.digest,
-        learned=method.learned(),
-    )
-    save_checkpoint(folder, saved)
-    return folder
+    return write_checkpoint(tmp_path_factory.mktemp("runs") / "coop", method_of(clip, "coop"))
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,8 @@ from clipship.export.forms import Profile, speed_line, speed_ratio
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture
 from clipship.export.verify import verify_bundle
-from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.clip import Clip
-from tests.export.conftest import NAMES, method_of
+from tests.export.conftest import NAMES, method_of, write_checkpoint
 
 VOCABULARY = Vocabulary(names=NAMES)
 
@@ -32,16 +31,7 @@ VOCABULARY = Vocabulary(names=NAMES)
 def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
     clip: Clip, pictures: list[Picture], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    method = method_of(clip, "coop")
-    saved = Checkpoint(
-        config=method.config,
-        task=method.task,
-        dataset="random",
-        data_digest="0" * 64,
-        base_model_digest=clip.digest,
-        learned=method.learned(),
-    )
-    save_checkpoint(tmp_path / "run", saved)
+    write_checkpoint(tmp_path / "run", method_of(clip, "coop"))
     (tmp_path / "images").mkdir()
     for picture in pictures[:40]:
         (tmp_path / "images" / picture.name).write_bytes(picture.data)

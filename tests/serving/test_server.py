@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -11,20 +13,37 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from urllib.request import urlopen
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
 from clipship.serving import environment as environment_module
-from clipship.serving import transport as transport_module
 from clipship.serving.check import backends_of
 from clipship.serving.client import Classifier
-from clipship.serving.environment import Environment, container_command, triton_environment
-from clipship.serving.errors import ModelsMissing, RepositoryError, ServerFailed, ServerUnreachable, ServingError
+from clipship.serving.connection import Connection
+from clipship.serving.container import Ports, compose_file, container_command, image_for
+from clipship.serving.environment import Environment, triton_environment
+from clipship.serving.errors import (
+    ModelsMissing,
+    RepositoryError,
+    RequestRejected,
+    ServerFailed,
+    ServerUnreachable,
+    ServingError,
+)
+from clipship.serving.options import ServerOptions
 from clipship.serving.repository import repository_from_bundle
 from clipship.serving.server import Server, last_words, start_server
+from clipship.serving.transport import TritonTransport
+from clipship.serving.tuning import Tuning
+from tests.serving.bundles import EMBED_DIM
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT, clipship
+from tests.serving.publish.vocabularies import write_variant
 
 
 def descendants(pid: int) -> set[int]:
@@ -58,10 +77,10 @@ def regions(pid: int) -> list[Path]:
 
 
 @contextmanager
-def serving(repository: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
+def serving(repository: Path, *arguments: str) -> Iterator[tuple[subprocess.Popen[str], dict[str, object]]]:
     """``clipship serve`` in a process group of its own, once it is ready, and what it printed."""
     ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
-    command = [*CLIPSHIP, "serve", str(repository), *ports, "--json"]
+    command = [*CLIPSHIP, "serve", str(repository), *ports, *arguments, "--json"]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, start_new_session=True
     ) as process:
@@ -97,6 +116,18 @@ def test_serve_ends_in_order(repository: Path, number: signal.Signals) -> None:
     assert errors.split() == ["stopping"]
     assert alive(below) == set()
     assert regions(process.pid) == []
+
+
+@pytest.mark.triton
+def test_an_open_address_gets_one_line_of_warning(repository: Path) -> None:
+    with serving(repository, "--host", "0.0.0.0", "--open-admin") as (process, endpoints):
+        assert endpoints["admin_secret"] is None
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=30)
+    assert errors.splitlines() == [
+        "0.0.0.0 can be reached from other machines, in plain text: give --tls-cert and --tls-key to encrypt gRPC",
+        "stopping",
+    ]
 
 
 @pytest.mark.triton
@@ -195,12 +226,11 @@ def test_no_server_is_said_at_once(server: Server) -> None:
         Classifier(f"127.0.0.1:{server.endpoints.http_port}")
 
 
-def test_something_that_never_answers_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport_module, "_CONNECT_TIMEOUT_S", 0.5)
+def test_something_that_never_answers_is_no_triton() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"127.0.0.1:{silent.getsockname()[1]}"
         with pytest.raises(ServerUnreachable, match=rf"no Triton answers at {url} within 0\.5 s"):
-            Classifier(url)
+            Classifier(Connection(urls=(url,), connect_timeout_s=0.5))
 
 
 @pytest.mark.triton
@@ -209,7 +239,8 @@ def test_a_server_without_our_models(tmp_path: Path, bundle: Bundle) -> None:
     for name in ("classify", "classify_encoded", "embed", "preprocess", "image_encoder"):
         (repository / name).rename(tmp_path / name)
     missing = pytest.raises(ModelsMissing, match="does not serve clipship's models; it has classifier")
-    with start_server(repository) as running, missing:
+    with start_server(repository, options=ServerOptions(open_admin=True)) as running, missing:
+        assert running.secret_file is None
         Classifier(running.endpoints.url)
 
 
@@ -275,13 +306,148 @@ def test_two_processes_install_once(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_the_container_command(repository: Path) -> None:
-    command = container_command(repository, http_port=1, grpc_port=2, metrics_port=3)
-    assert "--shm-size" in command
-    assert f"-v {repository.resolve()}:/models:ro" in command
-    assert "-p 127.0.0.1:2:2" in command
-    done = clipship("serve", repository, "--container")
+    command = container_command(repository, Ports(http=1, grpc=2, metrics=3))
+    words = shlex.split(command)
+    assert words[:3] == ["docker", "run", "--rm"]
+    assert {f"{repository.resolve()}:/models:ro", "127.0.0.1:2:2", "--shm-size=2g"} <= set(words)
+    assert "exec tritonserver --model-repository=/models" in words[-1]
+    assert "model-repository,trace,logging:clipship-admin=$CLIPSHIP_ADMIN_SECRET" in words[-1]
+    done = clipship("serve", repository, "--container", "--image", "example/triton:1")
     assert done.returncode == 0
-    assert done.stdout.startswith("docker run --rm")
+    assert " example/triton:1 sh -c " in done.stdout
+
+
+def test_the_compose_file_says_the_same(repository: Path, tmp_path: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    assert clipship("serve", repository, "--container", "--compose", tmp_path / "compose.yaml").returncode == 0
+    text = (tmp_path / "compose.yaml").read_text()
+    assert text == compose_file(repository, Ports())
+    service = yaml.safe_load(text)["services"]["triton"]
+    assert service["image"] == image_for(repository) == "nvcr.io/nvidia/tritonserver:25.08-py3"
+    assert service["ports"] == list(Ports().mapped())
+    assert service["command"][2].replace("$$", "$") == shlex.split(container_command(repository, Ports()))[-1]
+    assert clipship("serve", repository, "--compose", tmp_path / "other.yaml").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"tls_cert": Path(__file__)}, "the certificate and its key go together"),
+        ({"tls_ca": Path(__file__)}, "--tls-ca asks clients for certificates"),
+        ({"tls_cert": Path("absent"), "tls_key": Path("absent")}, "absent: no such file: give a PEM file"),
+        ({"trace_file": Path("t"), "trace_url": "http://localhost:4318"}, "give --trace-file or --trace-url"),
+        ({"trace_rate": 0}, "give a --trace-rate of 1 or more"),
+        ({"cache_mb": -1}, "memory of 0 MiB or more"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        ServerOptions(**arguments)
+
+
+@pytest.mark.triton
+def test_a_guarded_server_with_tls_traces_and_a_cache(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    """Everything that is an option at once, with a client that has the right certificate, and one that has none."""
+    files = write_certificates(tmp_path)
+    repository = repository_from_bundle(
+        bundle, tmp_path / "r", backend="python", max_batch_size=8, tuning=Tuning(response_cache=True, decoders=2)
+    )
+    server_files: dict[str, Any] = {f"tls_{name}": files[f"server_{name}"] for name in ("cert", "key")}
+    options = ServerOptions(**server_files, tls_ca=files["ca"], trace_file=tmp_path / "trace.json", trace_rate=1)
+    trusted: dict[str, Any] = {
+        "ca_file": files["ca"],
+        "certificate_file": files["client_cert"],
+        "key_file": files["client_key"],
+    }
+    with start_server(repository, options=options) as running:
+        url = running.endpoints.url
+        with Classifier(Connection(urls=(url,), **trusted)) as classifier:
+            first, again = (classifier.classify([photos / "05.jpg"]) for _ in range(2))
+        assert first == again
+        assert first[0].label in bundle.vocabulary.names
+        with pytest.raises(ServerUnreachable):
+            Classifier(Connection(urls=(url,), ca_file=files["ca"], connect_timeout_s=2))
+        metrics = urlopen(f"http://{running.endpoints.host}:{running.endpoints.metrics_port}/metrics").read().decode()
+        assert 'nv_cache_num_hits_per_model{model="image_encoder",version="1"} 1' in metrics
+    assert any(step.get("model_name") == "image_encoder" for step in json.loads((tmp_path / "trace.json").read_text()))
+
+
+def write_certificates(folder: Path) -> dict[str, Path]:
+    """An authority, and certificates of a server on 127.0.0.1 and of a client."""
+    names = ("ca", "server", "client")
+    files = {f"{name}_{kind}": folder / f"{name}.{kind}" for name in names for kind in ("cert", "key")}
+    key = ["-newkey", "rsa:2048", "-nodes", "-days", "2"]
+    authority = ["-CA", str(files["ca_cert"]), "-CAkey", str(files["ca_key"])]
+    for name in names:
+        more = [] if name == "ca" else [*authority, "-addext", "subjectAltName=IP:127.0.0.1"]
+        out = ["-keyout", str(files[f"{name}_key"]), "-out", str(files[f"{name}_cert"])]
+        subprocess.run(
+            ["openssl", "req", "-x509", *key, "-subj", f"/CN={name}", *out, *more], check=True, capture_output=True
+        )
+    return {**files, "ca": files["ca_cert"]}
+
+
+@pytest.mark.triton
+def test_a_tuned_repository_of_two_vocabularies_is_served(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    birds = write_variant(tmp_path / "birds", 1)
+    tuning = Tuning(instances=2, threads=1, preferred_batch_sizes=(4,), warmup_batch_sizes=(1, 3), device="cpu")
+    settings: dict[str, Any] = {"max_batch_size": 8, "tuning": tuning, "others": {"birds": birds}}
+    repository = repository_from_bundle(bundle, tmp_path / "r", backend="python", **settings)
+    with start_server(repository) as running:
+        for vocabulary, names in ((None, bundle.vocabulary.names), ("birds", birds.vocabulary.names)):
+            for decode in ("client", "server"):
+                with Classifier(running.endpoints.url, vocabulary=vocabulary, decode=decode) as classifier:
+                    results = classifier.classify(sorted(photos.glob("*.jpg")))
+                assert {label for result in results for label in result.labels} <= set(names)
+
+
+@pytest.mark.triton
+def test_any_outputs_can_be_asked_for_and_no_others_come(bundle: Bundle, server: Server) -> None:
+    """An ensemble whose output is also a step's input fails here: see passthrough_tensor in core/tensors.py."""
+    from tritonclient import grpc
+
+    golden = bundle.golden()
+    image = grpc.InferInput("image", list(golden.pixels.shape), "UINT8")
+    image.set_data_from_numpy(golden.pixels)
+    names = ("scores", "indices", "labels", "embedding")
+    subsets = itertools.chain.from_iterable(itertools.combinations(names, count) for count in range(1, 5))
+    with grpc.InferenceServerClient(server.endpoints.url) as client:
+        for asked in subsets:
+            answer = client.infer("classify", [image], outputs=[grpc.InferRequestedOutput(name) for name in asked])
+            assert {output.name for output in answer.get_response().outputs} == set(asked)
+    np.testing.assert_allclose(answer.as_numpy("embedding"), golden.embedding, atol=1e-5)
+
+
+BAD_REQUESTS: list[tuple[str, dict[str, NDArray[Any]], list[str]]] = [
+    ("classify", {"image": np.zeros((1, 8, 8, 3), np.uint8)}, ["scores"]),
+    ("classify", {"image": np.zeros((32, 32, 3), np.uint8)}, ["scores"]),
+    ("classify", {"image": np.zeros((1, 32, 32, 3), np.float32)}, ["scores"]),
+    ("classify", {"image": np.zeros((9, 32, 32, 3), np.uint8)}, ["scores"]),
+    ("classify", {"image": np.zeros((0, 32, 32, 3), np.uint8)}, ["scores"]),
+    ("classify", {"pixels": np.zeros((1, 32, 32, 3), np.uint8)}, ["scores"]),
+    ("classify", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, ["logits"]),
+    ("classify", {"image": np.full((1, 32, 32, 3), np.nan, np.float32)}, ["scores"]),
+    ("classify_encoded", {"encoded": np.zeros((1, 4), np.uint8)}, ["scores"]),
+    ("classify_encoded", {"encoded": np.array([[b"a", b"b"]], np.object_)}, ["scores"]),
+    ("classifier", {"embedding": np.zeros((1, 3), np.float32)}, ["scores"]),
+    ("absent", {"image": np.zeros((1, 32, 32, 3), np.uint8)}, ["scores"]),
+]
+
+
+@pytest.mark.triton
+def test_requests_that_do_not_fit_get_tritons_error_and_the_server_lives(
+    bundle: Bundle, server: Server, photos: Path
+) -> None:
+    transport = TritonTransport(server.endpoints.url)
+    for model, inputs, outputs in BAD_REQUESTS:
+        with pytest.raises((RequestRejected, ModelsMissing)):
+            transport.infer(model, inputs, outputs, timeout_s=20).result()
+    nan = np.full((1, EMBED_DIM), np.nan, np.float32)
+    answer = transport.infer("classifier", {"embedding": nan}, ["scores"], timeout_s=20).result()
+    assert np.isnan(answer["scores"]).any(), "NaN in, NaN out: nothing is invented"
+    transport.close()
+    with Classifier(server.endpoints.url) as classifier:
+        assert classifier.classify([photos / "05.jpg"])[0].label in bundle.vocabulary.names
 
 
 def test_last_words() -> None:

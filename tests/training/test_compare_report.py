@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 from clipship.core.errors import CheckpointError
+from clipship.core.several import SeveralValues
 from clipship.core.tables import Table
 from clipship.training.compare import published
-from clipship.training.compare.cli import SeveralValues, _repeated, compare
+from clipship.training.compare.cli import compare
 from clipship.training.compare.page import page_of
 from clipship.training.compare.plots import losses_over_seeds, mean_error, plots_of, pooled_bins, standalone
 from clipship.training.compare.report import how_made, json_of, markdown_of, tables_of
@@ -290,20 +291,6 @@ def test_published_numbers_are_for_sixteen_images() -> None:
 def test_a_table_escapes_its_bars() -> None:
     table = Table(title="T", header=("a|b", "c", "d"), rows=(("1|2", "3", "4"),))
     assert table.to_markdown() == "### T\n\n| a\\|b | c | d |\n| --- | --- | ---: |\n| 1\\|2 | 3 | 4 |\n"
-
-
-@pytest.mark.parametrize(
-    ("given", "expected"),
-    [
-        ("a b --data x y --seeds 1 2 --out o", "a b --data x --data y --seeds 1 --seeds 2 --out o"),
-        ("a --data x --data y", "a --data x --data y"),
-        ("a --data=x --out o", "a --data=x --out o"),
-        ("--data x y -- a b", "--data x --data y -- a b"),
-        ("a --out o b --json c", "a --out o b --json c"),
-    ],
-)
-def test_an_option_takes_values_up_to_the_next(given: str, expected: str) -> None:
-    assert list(_repeated(given.split())) == expected.split()
 
 
 def test_the_command_line() -> None:

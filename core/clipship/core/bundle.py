@@ -44,8 +44,8 @@ REQUIRED_FILES = (IMAGE_ENCODER, TEXT_ENCODER, VOCABULARY_TENSORS, LABELS, GOLDE
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
-Runtime = Literal["onnx", "onnxruntime", "openvino"]
-"""Who can run a form: every ONNX runtime, ONNX Runtime only (it has operators of its own), or OpenVINO."""
+Runtime = Literal["onnx", "openvino"]
+"""Who a form is for: every ONNX runtime, or OpenVINO, which may compute another precision than the file's."""
 
 
 @dataclass(frozen=True, kw_only=True)

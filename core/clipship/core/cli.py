@@ -9,7 +9,7 @@ import errno
 import importlib
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,15 @@ VERBS: dict[str, tuple[str, str]] = {
     "vocab": ("clipship.export.vocab.cli:vocab", "List, add, remove, rename, compare class names, without PyTorch."),
     "repository": ("clipship.serving.cli:repository", "Bundle -> Triton model repository."),
     "serve": ("clipship.serving.cli:serve", "Run a real Triton on a model repository."),
-    "classify": ("clipship.serving.cli:classify", "Classify images in batches over gRPC."),
+    "classify": ("clipship.serving.jobs.cli:classify", "Classify images in batches, over gRPC or in this process."),
+    "bench": ("clipship.serving.bench.cli:bench", "Throughput and latency of a server beside the in-process engine."),
 }
 """Every verb: where its command lives, and its line in ``clipship --help``."""
+
+PARTS: dict[str, tuple[str, ...]] = {
+    "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback"),
+}
+"""By verb, commands of another stage that stand under it."""
 
 
 class LazyGroup(click.Group):
@@ -46,14 +52,22 @@ class LazyGroup(click.Group):
         """Import the verb's command."""
         if cmd_name not in VERBS:
             raise UsageError(f"unknown verb {cmd_name!r}: {near(cmd_name, VERBS)}")
-        module, _, attribute = VERBS[cmd_name][0].partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        command = _command_at(VERBS[cmd_name][0])
+        for part in PARTS.get(cmd_name, ()):
+            assert isinstance(command, click.Group)
+            command.add_command(_command_at(part))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The verbs and their lines, without importing any."""
         with formatter.section("Verbs"):
             formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
+
+
+def _command_at(place: str) -> click.Command:
+    module, _, attribute = place.partition(":")
+    command: click.Command = getattr(importlib.import_module(module), attribute)
+    return command
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -63,6 +77,17 @@ def root() -> None:
 
     Example: clipship world --out world && clipship train sync-clip-tiny --data world/prints --out runs/prints
     """
+
+
+def option_group(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several ``click.option`` as one decorator, in the order of the help."""
+
+    def decorate(command: Any) -> Any:
+        for option in reversed(each):
+            command = option(command)
+        return command
+
+    return decorate
 
 
 def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:

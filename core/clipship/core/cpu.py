@@ -1,7 +1,8 @@
 """An encoder's file on this machine's processors: one function of its input array, whoever runs it.
 
-A batch is cut into parts that run side by side, one a core, each on one thread: cores that share a product wait for
-each other after every one of them, cores with images of their own do not. Few rows stay together and share the cores.
+For OpenVINO a batch is cut into parts that run side by side, one a core, each on one thread: cores that share a product
+wait for each other after every one of them, cores with images of their own do not. Fewer rows than cores stay together,
+and the cores share their products. ONNX Runtime gets whole batches and always shares its products between the cores.
 
 This file needs NumPy and the runtime only; a copy of it lies beside the model that runs inside Triton.
 
@@ -54,32 +55,42 @@ class OnnxRuntimeEncoder:
 class OpenVinoEncoder:
     """A model with one input and one output (.onnx or .xml) on OpenVINO's CPU device, computing in ``precision``.
 
+    The first call with fewer rows than cores compiles it once more, and holds its weights once more.
+
     Raises:
         ImportError: openvino is not installed.
         RuntimeError: OpenVINO cannot read or compile the model.
     """
 
     def __init__(self, path: str, precision: str, cores: int | None = None) -> None:
-        import openvino
-
-        self.streams = cores or available_cores()
-        settings = {
-            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[precision],
-            "INFERENCE_NUM_THREADS": self.streams,
-            "NUM_STREAMS": self.streams,
-        }
-        self.compiled = openvino.Core().compile_model(path, "CPU", settings)
-        self._requests = [self.compiled.create_infer_request() for _ in range(self.streams)]
+        self.cores = cores or available_cores()
+        self._path, self._precision = path, precision
+        self._requests: dict[int, list[Any]] = {}
+        self.compiled = self._compile(self.cores)
 
     def __call__(self, rows: NDArray[Any]) -> NDArray[np.float32]:
         """Rows [N, ...] -> float32 [N, D]; RuntimeError where a run fails."""
-        parts = np.array_split(rows, min(self.streams, len(rows)))
-        running = self._requests[: len(parts)]
-        for request, part in zip(running, parts, strict=True):
+        parts = self.cores if len(rows) >= self.cores else 1
+        if parts not in self._requests:
+            self._compile(parts)
+        running = self._requests[parts]
+        for request, part in zip(running, np.array_split(rows, parts), strict=True):
             request.start_async({0: np.ascontiguousarray(part)})
         for request in running:
             request.wait()
         return np.concatenate([request.get_output_tensor(0).data for request in running])
+
+    def _compile(self, parts: int) -> Any:
+        import openvino
+
+        settings = {
+            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._precision],
+            "INFERENCE_NUM_THREADS": self.cores,
+            "NUM_STREAMS": parts,
+        }
+        compiled = openvino.Core().compile_model(self._path, "CPU", settings)
+        self._requests[parts] = [compiled.create_infer_request() for _ in range(parts)]
+        return compiled
 
 
 def open_encoder(path: str, runtime: str, precision: str, cores: int | None = None) -> Run:

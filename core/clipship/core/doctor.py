@@ -23,6 +23,9 @@ _PACKAGES = {
     "onnxruntime": "export",
     "ftfy": "vocab",
     "regex": "vocab",
+    "openvino": "openvino",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx-cu12-bindings": "tensorrt-rtx",
     "tritonclient": "",
 }
 """Package -> the extra that brings it ("" is the base install)."""
@@ -39,7 +42,7 @@ class Finding:
     """How to get it, where it is missing."""
 
     def __str__(self) -> str:
-        return f"{'ok' if self.found else '--'}  {self.what:<22} {self.found or f'missing: {self.advice}'}"
+        return f"{'ok' if self.found else '--'}  {self.what:<27} {self.found or f'missing: {self.advice}'}"
 
 
 def _package(name: str, extra: str) -> Finding:

@@ -49,6 +49,15 @@ def embedding_tensor(embed_dim: int, axis: str = BATCH) -> TensorSpec:
     return TensorSpec(name="embedding", dtype="float32", shape=(axis, embed_dim))
 
 
+def passthrough_tensor(embed_dim: int) -> TensorSpec:
+    """The embedding as the classifier hands it on.
+
+    An ensemble's output must not be what one of its steps needs: when a client does not ask for it, Triton leaves out
+    the step that makes it and answers "unexpected deadlock". So ensembles take the embedding from here.
+    """
+    return TensorSpec(name="embedding_passthrough", dtype="float32", shape=(BATCH, embed_dim))
+
+
 def tokens_tensor(length: int | str = TOKENS) -> TensorSpec:
     """Token ids as open_clip's tokenizer gives them, padded with zeros to a common length, or to a fixed ``length``."""
     return TensorSpec(name="tokens", dtype="int64", shape=(CLASSES, length))

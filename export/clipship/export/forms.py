@@ -147,6 +147,7 @@ def openvino_forms(
     """
     if importlib.util.find_spec("openvino") is None:
         return
+    portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
     for form in forms:
         if form.source_size is not None or form.precision not in _OPENVINO_FILES:
             continue
@@ -160,7 +161,6 @@ def openvino_forms(
         if not all(comparisons):
             log(f"left out, not close enough to PyTorch:\n{Verification(comparisons)}")
             continue
-        portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
         kept = form.kept_fp32 if path.name == form.file else ()
         speed = speed_ratios(portable, run, evidence.pixels)
         yield replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed), comparisons

@@ -17,7 +17,7 @@ the tower, D features.
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,39 +27,14 @@ if TYPE_CHECKING:
     from clipship.training.methods.base import Method
 
 
-class Operators(Protocol):
-    """How the two composed operations of a block are written down."""
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        """Unscaled softmax attention: [N, Q, W], [N, P, W], [N, P, W] -> [N, Q, W]."""
-
-    def activation(self, kind: nn.Module, x: Tensor) -> Tensor:
-        """What the module ``kind`` of open_clip computes."""
-
-
-class Portable:
-    """PyTorch's own operations: standard ONNX operators after export."""
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, heads: int) -> Tensor:
-        """As :class:`Operators` says."""
-        q, k, v = (x.reshape(x.shape[0], x.shape[1], heads, -1).transpose(1, 2) for x in (query, key, value))
-        return functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
-
-    def activation(self, kind: nn.Module, x: Tensor) -> Tensor:
-        """As :class:`Operators` says."""
-        result: Tensor = kind(x)
-        return result
-
-
 class LeanImageEncoder(nn.Module):
     """uint8 RGB pixels [N, H, W, 3] -> float32 features of unit length [N, D], as the method's own to 1e-5."""
 
-    def __init__(self, method: Method, operators: Operators | None = None) -> None:
+    def __init__(self, method: Method) -> None:
         super().__init__()
         visual, prompts = method.clip.visual, method.image_prompts()
         self.method = method
         self.visual = visual
-        self.operators: Operators = operators or Portable()
         spec = method.clip.image_spec
         self.grid, self.patch_px = spec.size_px // visual.conv1.stride[0], int(visual.conv1.stride[0])
         weight, bias = _patch_projection(visual.conv1, spec.mean, spec.std)
@@ -75,8 +50,7 @@ class LeanImageEncoder(nn.Module):
         blocks = list(visual.transformer.resblocks)
         pools_by_token = visual.pool_type == "tok"
         self.blocks = nn.ModuleList(
-            _Block(block, self.operators, kept=self._kept(number, len(blocks), pools_by_token))
-            for number, block in enumerate(blocks)
+            _Block(block, kept=self._kept(number, len(blocks), pools_by_token)) for number, block in enumerate(blocks)
         )
 
     patches: Tensor
@@ -116,16 +90,15 @@ class LeanImageEncoder(nn.Module):
 class _Block(nn.Module):
     """One of open_clip's residual blocks for the first ``kept`` tokens, which attend to all."""
 
-    def __init__(self, block: Any, operators: Operators, kept: int | None) -> None:
+    def __init__(self, block: Any, kept: int | None) -> None:
         super().__init__()
         attention = block.attn
         width = attention.embed_dim
-        self.operators = operators
         self.heads: int = attention.num_heads
         self.kept = kept
         self.ln_1: nn.Module = block.ln_1
         self.ln_2: nn.Module = block.ln_2
-        self.kind: nn.Module = block.mlp.gelu
+        self.activation: nn.Module = block.mlp.gelu
         scale = torch.ones(3 * width)
         scale[:width] = (width // self.heads) ** -0.5
         weight, bias = attention.in_proj_weight * scale[:, None], attention.in_proj_bias * scale
@@ -146,10 +119,15 @@ class _Block(nn.Module):
             query_NQW, key_NPW, value_NPW = self.inputs[0](normal_NPW).chunk(3, dim=-1)
             query_NQW = query_NQW if self.kept is None else query_NQW[:, : self.kept]
         x_NQW = x_NPW if self.kept is None else x_NPW[:, : self.kept]
-        x_NQW = x_NQW + self.out(self.operators.attention(query_NQW, key_NPW, value_NPW, self.heads))
-        hidden = self.operators.activation(self.kind, self.up(self.ln_2(x_NQW)))
-        result: Tensor = x_NQW + self.down(hidden)
+        x_NQW = x_NQW + self.out(_attention(query_NQW, key_NPW, value_NPW, self.heads))
+        result: Tensor = x_NQW + self.down(self.activation(self.up(self.ln_2(x_NQW))))
         return result
+
+
+def _attention(query_NQW: Tensor, key_NPW: Tensor, value_NPW: Tensor, heads: int) -> Tensor:
+    """Softmax attention without a scale: [N, Q, W]."""
+    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query_NQW, key_NPW, value_NPW))
+    return functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
 
 
 def _middle(mean: tuple[float, ...]) -> Tensor:

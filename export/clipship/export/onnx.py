@@ -12,6 +12,7 @@ import io
 import logging
 import warnings
 from collections.abc import Collection, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -135,10 +136,18 @@ def opset_of(model: onnx.ModelProto) -> int:
 
 def since_opset(op_type: str) -> int | None:
     """The first opset with the ONNX operator ``op_type``, None when ONNX has no such operator."""
+    return _first_opsets().get(op_type)
+
+
+@cache
+def _first_opsets() -> Mapping[str, int]:
+    """By operator of any domain, the first version that has it."""
     import onnx
 
-    found = [one.since_version for one in onnx.defs.get_all_schemas_with_history() if one.name == op_type]
-    return min(found) if found else None
+    found: dict[str, int] = {}
+    for schema in onnx.defs.get_all_schemas_with_history():
+        found[schema.name] = min(schema.since_version, found.get(schema.name, schema.since_version))
+    return found
 
 
 def refuse_unknown_operators(

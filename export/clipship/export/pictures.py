@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipship.core.errors import DataError
-from clipship.core.images import IMAGE_SUFFIXES
+from clipship.core.pictures import some_image_files
 from clipship.export.reference import VERIFY_COUNT, Picture
 from clipship.training.world.render import render_scene
 from clipship.training.world.scenes import sample_scene
@@ -23,14 +22,7 @@ def pictures_from_folder(folder: Path, count: int = VERIFY_COUNT) -> list[Pictur
     Raises:
         DataError: no such folder, or no image file in it.
     """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder: give --images a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{folder}: no images in it (looked for {looked_for}): give --images another folder")
-    chosen = [paths[position * len(paths) // count] for position in range(count)] if len(paths) > count else paths
-    return [Picture(name=path.name, data=path.read_bytes()) for path in chosen]
+    return [Picture(name=path.name, data=path.read_bytes()) for path in some_image_files(folder, count)]
 
 
 def pictures_from_world(count: int = VERIFY_COUNT) -> list[Picture]:

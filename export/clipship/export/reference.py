@@ -6,7 +6,6 @@ Shape legend: N images, H = W pixels, C class names, D features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,9 @@ from clipship.core.errors import CheckFailed, CheckpointError, DataError
 from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
+from clipship.export.sources import Picture as Picture
 from clipship.export.verify import (
+    BATCH_SIZES,
     TOLERANCES,
     Comparison,
     Samples,
@@ -46,16 +47,6 @@ VERIFY_COUNT = 128
 """Images PyTorch and ONNX Runtime are compared on before the bundle is written."""
 
 _TORCH_BATCH = 32
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """An image that a bundle is verified with."""
-
-    name: str
-    """The file's name, for messages and for its suffix."""
-    data: bytes
-    """The file as it came."""
 
 
 def pixels_of(pictures: Sequence[Picture], spec: ImageSpec) -> NDArray[np.uint8]:
@@ -138,8 +129,8 @@ def compare_with_torch(
     image_encoder = partial(
         verify_encoder, folder / layout.IMAGE_ENCODER, references=features, tolerance=TOLERANCES["fp32"]
     )
-    golden = image_encoder("golden samples", pixels[:count], expected[:count])
-    images = image_encoder("images", pixels, expected)
+    golden = image_encoder("golden samples", pixels[:count], expected[:count], batch_sizes=BATCH_SIZES[:-1])
+    images = image_encoder("images", pixels, expected, batch_sizes=BATCH_SIZES[-1:])
     return Verification((*golden, *images, *compare_prompts(method, vocabulary, folder)))
 
 

@@ -23,18 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
 from clipship.core.bundle import EncoderForm, VocabularyFeatures
-from clipship.core.errors import CheckFailed, DataError, UsageError
+from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images import (
     WEIGHT_BITS,
-    ImageDecodeError,
     ImageSpec,
     centred_corner,
-    decode_image,
-    pixels_from_image,
     resampling_taps,
     resized_size,
     vertical_pass_first,
@@ -42,7 +38,8 @@ from clipship.core.images import (
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 from clipship.export.lean import LeanImageEncoder
 from clipship.export.onnx import onnx_from_module
-from clipship.export.reference import Picture, image_features
+from clipship.export.reference import image_features
+from clipship.export.sources import Picture, pixels_of_sources, sources_of
 from clipship.export.verify import TOLERANCES, Comparison, verify_encoder
 
 if TYPE_CHECKING:
@@ -51,9 +48,6 @@ if TYPE_CHECKING:
 
 LONGEST_PX = 16_384
 """Of a source's two sides."""
-
-SAMPLES = 16
-"""Images that a form is compared on; those of a camera are large."""
 
 _LOW_BITS = 8
 _HIGH_UNIT = float(1 << (WEIGHT_BITS - _LOW_BITS))
@@ -209,23 +203,6 @@ def write_source_form(
     return form, comparisons
 
 
-def sources_of(pictures: Sequence[Picture], source_size: tuple[int, int]) -> NDArray[np.uint8]:
-    """uint8 [N, H0, W0, 3]: up to 16 of ``pictures``, evenly, resized to ``source_size``.
-
-    Raises:
-        DataError: one cannot be decoded.
-    """
-    step = max(1, len(pictures) // SAMPLES)
-    return np.stack([_source(picture, source_size) for picture in pictures[::step][:SAMPLES]])
-
-
-def _source(picture: Picture, source_size: tuple[int, int]) -> NDArray[np.uint8]:
-    try:
-        return np.asarray(decode_image(picture.data).resize(source_size, Image.Resampling.BILINEAR))
-    except ImageDecodeError as error:
-        raise DataError(f"{picture.name}: {error}: verify with images that can be read") from error
-
-
 def compare_with_pillow(sources: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:
     """Pillow's pixels [N, S, S, 3] of ``sources`` [N, H0, W0, 3], after :class:`SourceResize` has been held to them.
 
@@ -234,7 +211,7 @@ def compare_with_pillow(sources: NDArray[np.uint8], spec: ImageSpec) -> NDArray[
     """
     height, width = sources.shape[1:3]
     resize = SourceResize((width, height), spec).eval()
-    pixels = np.stack([pixels_from_image(Image.fromarray(source), spec) for source in sources])
+    pixels = pixels_of_sources(sources, spec)
     with torch.inference_mode():
         given = np.concatenate([resize(torch.from_numpy(source[None])).numpy() for source in sources])
     steps = float(np.abs(given - pixels).max())

@@ -18,8 +18,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import GOLDEN, LABELS, VOCABULARY_TENSORS, Bundle, EncoderForm, VocabularyFeatures
+from clipship.core.bundle import (
+    GOLDEN,
+    IMAGE_ENCODER,
+    LABELS,
+    VOCABULARY_TENSORS,
+    Bundle,
+    EncoderForm,
+    VocabularyFeatures,
+)
 from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.images import ImageSpec
 from clipship.core.progress import progress
 from clipship.export.comparison import (
     TOLERANCES,
@@ -42,6 +51,7 @@ from clipship.export.runners import (
     run_in_batches,
     session_function,
 )
+from clipship.export.sources import Picture, pixels_of_sources, sources_of
 
 __all__ = [
     "BATCH_SIZES",
@@ -68,6 +78,11 @@ __all__ = [
 
 BATCH_SIZES = (1, 2, 7, 64)
 """One, the smallest batch, one that divides nothing, and the default maximum of a server."""
+
+_MOST_SOURCES = 7
+"""The largest batch of whole images."""
+
+_FEW = 16  # rows at every batch size but the largest: those show that a batch size works, the largest that all rows do
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +132,16 @@ def verify_runner(
     form: str = "",
     reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
-    """``runner`` on ``rows`` [N, ...] at every batch size, against ``expected`` [N, D]. A run that fails is a row."""
-    about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": len(rows)}
+    """``runner`` against ``expected`` [N, D], a comparison a batch size. A run that fails is one, too.
+
+    All of ``rows`` [N, ...] are run at the largest batch size, the first 16 at the others.
+    """
+    largest = max(batch_sizes)
 
     def compared(batch_size: int) -> Comparison:
-        count = max(len(rows), batch_size)  # repeated until they fill one batch
+        used = len(rows) if batch_size == largest else min(len(rows), _FEW)
+        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": used}
+        count = max(used, batch_size)  # repeated until they fill one batch
         try:
             given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
         except CheckFailed as error:
@@ -133,7 +153,7 @@ def verify_runner(
 
 
 def _repeated(rows: NDArray[Any], count: int) -> NDArray[Any]:
-    return rows if count <= len(rows) else rows[np.arange(count) % len(rows)]
+    return rows[:count] if count <= len(rows) else rows[np.arange(count) % len(rows)]
 
 
 def verify_encoder(
@@ -205,8 +225,9 @@ def _verify_form(
     providers: Sequence[str] | None,
 ) -> Verification:
     if form.source_size is not None:
-        width, height = form.source_size
-        return Verification((), skipped=(f"{form.file}: takes whole images of {width} x {height}, not pixels",))
+        portable = session_function(onnx_session(bundle.image_encoder))
+        samples = [_source_samples(one, form.source_size, bundle.image_spec, portable) for one in samples]
+        batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
     if form.runtime == "openvino" and any(
         (one.file, one.precision, one.runtime) == (form.file, form.precision, "onnx") for one in bundle.image_encoders
     ):
@@ -230,15 +251,28 @@ def _verify_form(
     return total
 
 
+def _source_samples(samples: Samples, source_size: tuple[int, int], spec: ImageSpec, portable: Run) -> Samples:
+    """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable form make of those."""
+    pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
+    sources = sources_of(pictures, source_size)
+    pixels = pixels_of_sources(sources, spec)
+    return replace(
+        samples,
+        what=f"{samples.what}, {source_size[0]} x {source_size[1]}",
+        pixels=sources,
+        expected=run_in_batches(portable, pixels, 1),
+        reference=f"Pillow and {IMAGE_ENCODER}",
+    )
+
+
 def _loaders(
     path: Path, form: EncoderForm, sample: NDArray[np.uint8], providers: Sequence[str] | None
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
     """By name, what loads ``form`` in each runtime that could."""
-    if form.runtime in ("onnx", "onnxruntime"):
+    if form.runtime == "onnx":
         for provider in local_providers() if providers is None else providers:
             yield provider, partial(onnx_function, path, provider, sample)
-    if form.runtime in ("onnx", "openvino"):
-        yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+    yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
 
 
 def _broken(form: EncoderForm, provider: str, samples: Samples, problem: str) -> Comparison:

@@ -6,6 +6,7 @@ them to the real server. One is stricter: see :data:`STRICTER`.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import Any
 
 from clipship.serving.config import MODEL_FILES, config_from_text
 from clipship.serving.errors import RepositoryError
-from clipship.serving.names import RUNTIME
+from clipship.serving.names import RUNTIME, TENSORRT_VERSION
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
 
 _SHOWN = 5
+_TYPE_BYTES = {2: 1, 9: 8, 11: 4}
+"""Of TYPE_UINT8, TYPE_INT64 and TYPE_FP32, by their numbers in model_config.proto."""
 
 
 @dataclass(frozen=True)
@@ -70,15 +73,75 @@ def backends_of(path: Path) -> set[str]:
     return {config.backend for config in configs.values() if config.platform != "ensemble"}
 
 
+def tensorrt_version_of(path: Path) -> str | None:
+    """The TensorRT version that the repository's plans need; None where it has none.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    return next(iter(_parameter_values(path, TENSORRT_VERSION)), None)
+
+
+def uses_cache(path: Path) -> bool:
+    """Whether a model of the repository at ``path`` answers from the server's response cache.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    return any(config.response_cache.enable for config in configs.values())
+
+
+def uses_accelerator(path: Path) -> bool:
+    """Whether a model of the repository at ``path`` has TensorRT engines built for it while it loads.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    return any(config.optimization.execution_accelerators.gpu_execution_accelerator for config in configs.values())
+
+
+def uses_gpu(path: Path) -> bool:
+    """Whether a model of the repository at ``path`` needs a GPU.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    groups = [group for config in configs.values() for group in config.instance_group]
+    return uses_accelerator(path) or any(group.kind == group.KIND_GPU for group in groups)
+
+
+def largest_message_bytes(path: Path) -> int:
+    """Inputs and outputs of a full batch together, of the Python model that has most; strings are not counted.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    python = [config for config in configs.values() if config.backend == "python"]
+    return max((_message_bytes(config) for config in python), default=0)
+
+
+def _message_bytes(config: Any) -> int:
+    tensors = (*config.input, *config.output)
+    sizes = (_TYPE_BYTES.get(tensor.data_type, 0) * math.prod(map(abs, tensor.dims)) for tensor in tensors)
+    return int(max(1, config.max_batch_size) * sum(sizes))
+
+
+def _parameter_values(path: Path, name: str) -> set[str]:
+    configs, _ = _read_configs(path)
+    return {config.parameters[name].string_value for config in configs.values() if name in config.parameters}
+
+
 def packages_of(path: Path) -> tuple[str, ...]:
     """The Python packages that the models of the repository at ``path`` need besides ONNX Runtime and Pillow.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
-    configs, _ = _read_configs(path)
-    runtimes = {config.parameters[RUNTIME].string_value for config in configs.values() if RUNTIME in config.parameters}
-    return ("openvino",) if "openvino" in runtimes else ()
+    return ("openvino",) if "openvino" in _parameter_values(path, RUNTIME) else ()
 
 
 def model_names(path: Path) -> list[str]:
@@ -139,13 +202,32 @@ def _batch_size(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterat
 
 
 def _versions(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
-    """Every kind of model needs a folder named by a positive number."""
+    """Every kind of model needs a folder named by a positive number, and those that its version policy names."""
     if not _version_folders(folder):
         yield "it has no version folder (1/)"
+    elif not _served_folders(config, folder):
+        named = ", ".join(map(str, config.version_policy.specific.versions))
+        yield f"none of the versions that its version_policy names is there ({named})"
 
 
 def _version_folders(folder: Path) -> list[Path]:
-    return [child for child in folder.iterdir() if child.is_dir() and child.name.isdecimal() and int(child.name) > 0]
+    """By their numbers, ascending."""
+    children = [child for child in folder.iterdir() if child.is_dir() and child.name.isdecimal()]
+    return sorted((child for child in children if int(child.name) > 0), key=lambda child: int(child.name))
+
+
+def _served_folders(config: Any, folder: Path) -> list[Path]:
+    """The versions that the version policy takes; what lies beside them is nothing to Triton."""
+    folders, policy = _version_folders(folder), config.version_policy
+    if policy.HasField("specific"):
+        return [each for each in folders if int(each.name) in policy.specific.versions]
+    return folders if policy.HasField("all") else folders[-(policy.latest.num_versions or 1) :]
+
+
+def _batching(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
+    for size in config.dynamic_batching.preferred_batch_size:
+        if not 1 <= size <= config.max_batch_size:
+            yield f"dynamic_batching prefers batches of {size}: give 1 to max_batch_size, {config.max_batch_size}"
 
 
 def _model_files(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
@@ -153,7 +235,7 @@ def _model_files(config: Any, folder: Path, configs: Mapping[str, Any]) -> Itera
         yield f"backend {config.backend!r} is not one of {', '.join(MODEL_FILES)}"
         return
     usual = config.default_model_filename or MODEL_FILES[config.backend]
-    for version in _version_folders(folder):
+    for version in _served_folders(config, folder):
         for file_name in sorted({usual, *config.cc_model_filenames.values()}):
             if not (version / file_name).is_file():
                 yield f"{version.name}/{file_name} is missing"
@@ -278,5 +360,5 @@ def _cycles(configs: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 _COMMON_RULES: tuple[Rule, ...] = (_name, _tensors, _batch_size, _versions)
-_MODEL_RULES: tuple[Rule, ...] = (_model_files, _warmups)
+_MODEL_RULES: tuple[Rule, ...] = (_model_files, _warmups, _batching)
 _ENSEMBLE_RULES: tuple[Rule, ...] = (_forbidden, _steps, _data_flow)

@@ -1,29 +1,64 @@
-"""The verbs ``repository``, ``serve`` and ``classify``."""
+"""The verbs ``repository`` and ``serve``."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import click
 
-from clipship.core.cli import emit, existing_folder, json_option
-from clipship.core.errors import CheckFailed
+from clipship.core.cli import emit, existing_folder, json_option, option_group
+from clipship.core.errors import UsageError
 from clipship.core.progress import log
 
-if TYPE_CHECKING:
-    from clipship.serving.client import ModelFacts
-    from clipship.serving.results import Sink
+_FILE = click.Path(path_type=Path)
+
+
+_tuning_options = option_group(
+    click.option("--instances", default=1, show_default=True, help="Copies of the image encoder, on each GPU."),
+    click.option("--decoders", default=1, show_default=True, help="Copies of preprocess."),
+    click.option(
+        "--device",
+        type=click.Choice(["auto", "cpu", "gpu"]),
+        default="auto",
+        show_default=True,
+        help="Of the image encoder; auto: a GPU where there is one and the backend can use it.",
+    ),
+    click.option("--gpu", "gpus", type=int, multiple=True, help="A GPU's number; several times for several."),
+    click.option("--threads", type=int, help="Cores that share the encoder's products on the CPU. [default: all]"),
+    click.option("--max-queue-delay-us", default=1000, show_default=True, help="How long a request waits for company."),
+    click.option("--max-queue-size", default=0, show_default=True, help="Requests waiting, at most; 0: no limit."),
+    click.option("--queue-timeout-s", default=0.0, show_default=True, help="How long a request may wait; 0: no limit."),
+    click.option(
+        "--preferred-batch-size", "preferred_batch_sizes", type=int, multiple=True, help="A batch sent on at once."
+    ),
+    click.option(
+        "--warmup-batch-size",
+        "warmup_batch_sizes",
+        type=int,
+        multiple=True,
+        help="A batch that runs while the model loads. [default: one image, and the largest batch]",
+    ),
+    click.option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: launch small batches as one graph."),
+    click.option(
+        "--accelerator",
+        type=click.Choice(["tensorrt"]),
+        help="With --backend onnxruntime: build TensorRT engines from the ONNX file, on the server's own GPU.",
+    ),
+    click.option("--response-cache", is_flag=True, help="Answer pixels and files that came before from memory."),
+)
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("bundle", type=_FILE)
+@click.option("--out", required=True, type=_FILE, help="The repository's folder, replaced as a whole.")
 @click.option(
-    "--out", required=True, type=click.Path(path_type=Path), help="The repository's folder, replaced as a whole."
+    "--vocabulary",
+    "vocabularies",
+    multiple=True,
+    metavar="NAME=BUNDLE",
+    help="A further bundle with the same encoder; its vocabulary is served beside the first, under NAME.",
 )
 @click.option(
     "--backend",
@@ -42,24 +77,28 @@ if TYPE_CHECKING:
 @click.option(
     "--plan",
     "plans",
-    type=click.Path(path_type=Path),
+    type=_FILE,
     multiple=True,
     help="A plan that clipship engine built, with --backend tensorrt; one for each kind of GPU.",
 )
 @click.option("--tensorrt-version", help="The server's TensorRT, e.g. 10.14.1. [default: that of the plans]")
 @click.option("--max-batch-size", type=int, help="Images a request, at most. [default: 64, or what the plans take]")
 @click.option("--top-k", default=5, show_default=True, help="Classes reported an image.")
+@_tuning_options
 @json_option
 def repository(
     bundle: Path,
     out: Path,
+    vocabularies: tuple[str, ...],
     backend: Literal["python", "onnxruntime", "tensorrt"],
     precision: Literal["fp32", "fp16", "bf16", "int8"],
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,
     top_k: int,
+    warmup_batch_sizes: tuple[int, ...],
     as_json: bool,
+    **tuning: Any,
 ) -> None:
     """Write the Triton model repository of a verified BUNDLE.
 
@@ -69,26 +108,56 @@ def repository(
     from clipship.core.plan import read_plan
     from clipship.serving.check import model_names
     from clipship.serving.repository import repository_from_bundle
+    from clipship.serving.tuning import Tuning
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
+    others = {name: read_bundle(path) for name, path in map(_named_bundle, vocabularies)}
+    if len(others) < len(vocabularies):
+        raise UsageError("two vocabularies have the same name: give each --vocabulary a name of its own")
     read = [read_plan(path) for path in plans]
     most = min([64, *(plan.info.profile.most for plan in read)]) if max_batch_size is None else max_batch_size
     settings: dict[str, Any] = {"backend": backend, "precision": precision, "max_batch_size": most, "top_k": top_k}
-    repository_from_bundle(opened, out, plans=read, tensorrt_version=tensorrt_version, **settings)
+    settings["tuning"] = Tuning(**tuning, warmup_batch_sizes=warmup_batch_sizes or None)
+    repository_from_bundle(opened, out, plans=read, tensorrt_version=tensorrt_version, others=others, **settings)
     models = model_names(out)
     result = {"repository": str(out), "backend": backend, "models": models, "bundle_digest": opened.digest}
     emit(result, f"{out}: {len(models)} models for Triton's {backend} backend", as_json=as_json)
 
 
+def _named_bundle(given: str) -> tuple[str, Path]:
+    name, equals, path = given.partition("=")
+    if not equals or not name or not path:
+        raise UsageError(f"--vocabulary {given!r}: give NAME=BUNDLE")
+    return name, existing_folder(path, "a bundle that clipship pack or clipship vocab add wrote")
+
+
+_server_options = option_group(
+    click.option("--open-admin", is_flag=True, help="Let everybody load models and change tracing and logging."),
+    click.option("--admin-secret", type=_FILE, help="Where the admin protocols' new secret goes. [default: the cache]"),
+    click.option("--tls-cert", type=_FILE, help="The server's certificate (PEM): encrypts gRPC."),
+    click.option("--tls-key", type=_FILE, help="Its private key (PEM)."),
+    click.option("--tls-ca", type=_FILE, help="Answer only clients with a certificate of these authorities (mTLS)."),
+    click.option("--trace-file", type=_FILE, help="Timestamps of traced requests, written when the server ends."),
+    click.option("--trace-url", help="An OpenTelemetry collector (OTLP over HTTP) that gets the traces instead."),
+    click.option("--trace-rate", default=1000, show_default=True, help="One request in so many is traced."),
+    click.option("--cache-mb", default=256, show_default=True, help="The response cache, where it is used."),
+    click.option("--pinned-memory-mb", default=256, show_default=True, help="Page-locked memory for copies to GPUs."),
+    click.option("--cuda-memory-mb", default=64, show_default=True, help="GPU memory for tensors between models."),
+)
+
+
 @click.command()
-@click.argument("repository", type=click.Path(path_type=Path))
+@click.argument("repository", type=_FILE)
 @click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
 @click.option("--grpc-port", default=8001, show_default=True, help="Port of gRPC; 0 takes a free one.")
 @click.option("--http-port", default=8000, show_default=True, help="Port of HTTP; 0 takes a free one.")
 @click.option("--metrics-port", default=8002, show_default=True, help="Port of the metrics; 0 takes a free one.")
-@click.option("--log-file", type=click.Path(path_type=Path), help="Where Triton logs to (default: a temporary file).")
+@click.option("--log-file", type=_FILE, help="Where Triton logs to (default: a temporary file).")
 @click.option("--timeout-s", default=300.0, show_default=True, help="How long loading may take.")
+@_server_options
 @click.option("--container", is_flag=True, help="Only print the command for NVIDIA's container.")
+@click.option("--compose", type=_FILE, help="With --container: write a compose file instead.")
+@click.option("--image", help="The container's image. [default: NVIDIA's, with the plans' TensorRT]")
 @json_option
 def serve(
     repository: Path,
@@ -99,30 +168,40 @@ def serve(
     log_file: Path | None,
     timeout_s: float,
     container: bool,
+    compose: Path | None,
+    image: str | None,
     as_json: bool,
+    **server: Any,
 ) -> None:
     """Run a real Triton on a model REPOSITORY until Ctrl-C.
 
     Example: clipship serve runs/prints/repository
     """
-    from clipship.serving.check import refuse_bad_repository
-    from clipship.serving.environment import container_command
-    from clipship.serving.server import signals_as_interrupt, start_server
+    from clipship.serving.options import ServerOptions
 
     folder = existing_folder(repository, "a repository that clipship repository wrote")
-    ports: dict[str, Any] = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
+    options = ServerOptions(**server)
+    ports: dict[str, int] = {"grpc_port": grpc_port, "http_port": http_port, "metrics_port": metrics_port}
     if container:
-        refuse_bad_repository(folder)
-        command = container_command(folder, **ports)
-        emit({"command": command}, command, as_json=as_json)
+        _print_container(folder, ports, compose, image, options.cache_mb, as_json=as_json)
         return
-    with (
-        signals_as_interrupt(),
-        start_server(folder, host=host, log_file=log_file, timeout_s=timeout_s, **ports) as server,
-    ):
+    if compose is not None or image is not None:
+        raise UsageError("--compose and --image are of a container: give --container, too")
+    _serve(folder, host, ports, as_json=as_json, log_file=log_file, timeout_s=timeout_s, options=options)
+
+
+def _serve(folder: Path, host: str, ports: dict[str, Any], *, as_json: bool, **settings: Any) -> None:
+    from clipship.serving.connection import is_loopback
+    from clipship.serving.server import signals_as_interrupt, start_server
+
+    options = settings["options"]
+    if not is_loopback(f"{host}:0") and not options.secure:
+        log(f"{host} can be reached from other machines, in plain text: give --tls-cert and --tls-key to encrypt gRPC")
+    with signals_as_interrupt(), start_server(folder, host=host, **ports, **settings) as server:
         endpoints = asdict(server.endpoints)
         listening = "  ".join(f"{name.removesuffix('_port')} {host}:{endpoints[name]}" for name in ports)
-        emit(endpoints, f"ready: {listening}", as_json=as_json)
+        secret = str(server.secret_file) if server.secret_file else None
+        emit({**endpoints, "admin_secret": secret}, f"ready: {listening}", as_json=as_json)
         try:
             server.wait()
         except KeyboardInterrupt:
@@ -131,66 +210,19 @@ def serve(
         raise server.failure()
 
 
-@click.command()
-@click.argument("images", nargs=-1, required=True)
-@click.option("--url", default="127.0.0.1:8001", show_default=True, help="Triton's gRPC endpoint, HOST:PORT.")
-@click.option("--out", type=click.Path(path_type=Path), help="A .parquet, .jsonl or .csv file (default: stdout).")
-@click.option(
-    "--decode",
-    type=click.Choice(["client", "server"]),
-    default="client",
-    show_default=True,
-    help="Who decodes and resizes. The results are the same.",
-)
-@click.option("--batch-size", type=int, help="Images a request (default: what the server takes).")
-@click.option("--window", default=4, show_default=True, help="Requests in flight at the same time.")
-@click.option("--workers", type=int, help="Threads that read and decode (default: one a processor).")
-@click.option("--timeout-s", default=60.0, show_default=True, help="How long one attempt of a request may take.")
-@json_option
-def classify(
-    images: tuple[str, ...],
-    url: str,
-    out: Path | None,
-    decode: Literal["client", "server"],
-    batch_size: int | None,
-    window: int,
-    workers: int | None,
-    timeout_s: float,
-    as_json: bool,
+def _print_container(
+    folder: Path, given: dict[str, int], compose: Path | None, image: str | None, cache_mb: int, *, as_json: bool
 ) -> None:
-    """Classify IMAGES (files, folders, globs) on a running Triton.
+    """The command on stdout, or the compose file on disk."""
+    from clipship.core.files import write_text_atomic
+    from clipship.serving.check import refuse_bad_repository
+    from clipship.serving.container import Ports, compose_file, container_command
 
-    An image that cannot be read becomes a row with an error and makes the exit code 1; all others are classified.
-    Without --out, --json prints one object an image; with it, the summary.
-
-    Example: clipship classify photos/ --out results.parquet
-    """
-    from clipship.serving.client import Classifier
-    from clipship.serving.job import classify_files, image_paths
-
-    paths = image_paths(images)
-    settings: dict[str, Any] = {"decode": decode, "batch_size": batch_size, "window": window, "workers": workers}
-    with (
-        Classifier(url, timeout_s=timeout_s, **settings) as classifier,
-        _sink(out, classifier.facts, as_json=as_json) as sink,
-    ):
-        summary = classify_files(classifier, paths, sink)
-    if out is not None:
-        emit({**summary.to_json(), "out": str(out)}, f"{out}: {summary}", as_json=as_json)
-    else:
-        log(str(summary))
-    if summary.errors:
-        raise CheckFailed(f"{summary.errors} of {summary.images} images could not be classified: see their errors")
-
-
-@contextmanager
-def _sink(out: Path | None, facts: ModelFacts, *, as_json: bool) -> Iterator[Sink]:
-    """The file ``out``, or stdout."""
-    from clipship.serving.results import JsonLinesSink, TableSink, results_file
-
-    if out is None:
-        yield JsonLinesSink(sys.stdout) if as_json else TableSink(sys.stdout)
-        sys.stdout.flush()
+    refuse_bad_repository(folder)
+    ports = Ports(**{name.removesuffix("_port"): port for name, port in given.items()})
+    if compose is None:
+        command = container_command(folder, ports, image=image, cache_mb=cache_mb)
+        emit({"command": command}, command, as_json=as_json)
         return
-    with results_file(out, facts) as sink:
-        yield sink
+    write_text_atomic(compose, compose_file(folder, ports, image=image, cache_mb=cache_mb))
+    emit({"compose": str(compose)}, f"{compose}: start it with docker compose -f {compose} up", as_json=as_json)

@@ -30,10 +30,15 @@ class Batching:
 
     max_queue_delay_us: int = 1_000
     """How long a request may wait for company, in microseconds."""
-    max_queue_size: int = 128
-    """Requests waiting; one more is answered with UNAVAILABLE."""
-    queue_timeout_us: int = 60_000_000
-    """After so many microseconds in the queue a request is answered with UNAVAILABLE. A client may set its own."""
+    max_queue_size: int = 0
+    """Requests waiting; one more is answered with UNAVAILABLE. 0: no limit."""
+    queue_timeout_us: int = 0
+    """After so many microseconds in the queue a request is answered with UNAVAILABLE; a client may set its own.
+
+    0: never, and then the batcher fetches ahead, which a time limit would switch off.
+    """
+    preferred_sizes: tuple[int, ...] = ()
+    """Batches that are not kept waiting for more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +67,18 @@ class Model:
     instance_kind: str = "KIND_CPU"
     """KIND_CPU, KIND_GPU, or KIND_AUTO (a GPU where there is one and the backend can use it)."""
     instances: int = 1
+    gpus: tuple[int, ...] = ()
+    """By number; none: all."""
+    profiles: tuple[str, ...] = ()
+    """A plan's optimisation profiles, by number."""
+    cuda_graph_batches: tuple[int, ...] = ()
+    """Batches whose work on a GPU is launched as one graph."""
+    tensorrt_accelerator: Mapping[str, str] = field(default_factory=dict)
+    """Parameters of the accelerator that the ONNX Runtime backend hands the model to on a GPU; empty: none."""
+    response_cache: bool = False
+    """Whether inputs that came before are answered from the server's cache."""
+    versions: tuple[int, ...] = ()
+    """The versions that are served; none: the newest."""
     batching: Batching = field(default_factory=Batching)
     warmups: tuple[Warmup, ...] = ()
 
@@ -94,8 +111,13 @@ def config_from_model(model: Model) -> Any:
     config.platform = _PLATFORMS.get(model.backend, "")
     config.default_model_filename = model.file or MODEL_FILES[model.backend]
     config.cc_model_filenames.update(model.file_by_capability)
-    config.instance_group.add(count=model.instances, kind=model.instance_kind)
+    config.instance_group.add(count=model.instances, kind=model.instance_kind, gpus=model.gpus, profile=model.profiles)
+    if model.versions:
+        config.version_policy.specific.versions.extend(model.versions)
+    if model.response_cache:
+        config.response_cache.enable = True
     _set_batching(config, model.batching)
+    _set_optimisation(config, model)
     for warmup in model.warmups:
         _add_warmup(config, model, warmup)
     return config
@@ -157,11 +179,25 @@ def _dims(tensor: TensorSpec) -> list[int]:
 def _set_batching(config: Any, batching: Batching) -> None:
     dynamic = config.dynamic_batching
     dynamic.max_queue_delay_microseconds = batching.max_queue_delay_us
-    policy = dynamic.default_queue_policy
-    policy.timeout_action = policy.REJECT
-    policy.default_timeout_microseconds = batching.queue_timeout_us
-    policy.allow_timeout_override = True
-    policy.max_queue_size = batching.max_queue_size
+    dynamic.preferred_batch_size.extend(batching.preferred_sizes)
+    if batching.max_queue_size:
+        dynamic.default_queue_policy.max_queue_size = batching.max_queue_size
+    if batching.queue_timeout_us:
+        policy = dynamic.default_queue_policy
+        policy.timeout_action = policy.REJECT
+        policy.default_timeout_microseconds = batching.queue_timeout_us
+        policy.allow_timeout_override = True
+
+
+def _set_optimisation(config: Any, model: Model) -> None:
+    for size in model.cuda_graph_batches:
+        config.optimization.cuda.graphs = True
+        graph = config.optimization.cuda.graph_spec.add(batch_size=size)
+        for tensor in model.inputs:
+            graph.input[tensor.name].dim.extend(_dims(tensor))
+    if model.tensorrt_accelerator:
+        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
+        accelerator.parameters.update(model.tensorrt_accelerator)
 
 
 def _add_warmup(config: Any, model: Model, warmup: Warmup) -> None:

@@ -30,11 +30,9 @@ from pathlib import Path
 from clipship.core.errors import UsageError
 from clipship.core.files import cache_folder, replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
-from clipship.serving.check import backends_of
 from clipship.serving.errors import ServingError
 
 PYTRITON_VERSION = "0.7.0"
-CONTAINER_IMAGE = "nvcr.io/nvidia/tritonserver:25.08-py3"
 _ONNXRUNTIME = "onnxruntime>=1.20"
 _STUB = "triton_python_backend_stub"
 _COMPLETE = "complete"
@@ -47,6 +45,8 @@ class Environment:
     tritonserver: Path
     backends: Path
     """The folder with one folder a backend."""
+    caches: Path
+    """The folder with one folder a response cache."""
     variables: Mapping[str, str]
     """Environment variables on top of this process's own."""
 
@@ -92,30 +92,13 @@ def embedded_environment(packages: Sequence[str] = ()) -> Environment:
     return Environment(
         tritonserver=site / "pytriton" / "tritonserver" / "bin" / "tritonserver",
         backends=folder / "backends",
+        caches=site / "pytriton" / "tritonserver" / "caches",
         variables={
             "PATH": _joined(str(folder / "bin"), os.environ.get("PATH", "")),
             "LD_LIBRARY_PATH": _joined(*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")),
             "PYTHONPATH": str(site),
         },
     )
-
-
-def container_command(repository: Path, *, http_port: int, grpc_port: int, metrics_port: int) -> str:
-    """The shell command that serves ``repository`` in NVIDIA's container, on loopback.
-
-    The container's Python lacks ONNX Runtime and Pillow, which the models in Python need: they are installed first.
-    """
-    ports = " ".join(f"-p 127.0.0.1:{port}:{port}" for port in (http_port, grpc_port, metrics_port))
-    pillow = importlib.metadata.version("pillow")
-    start = (
-        f"pip install onnxruntime pillow=={pillow} && tritonserver --model-repository=/models "
-        "--model-control-mode=explicit --load-model=* --disable-auto-complete-config "
-        f"--http-port={http_port} --grpc-port={grpc_port} --metrics-port={metrics_port}"
-    )
-    gpus = "--gpus=all " if "tensorrt" in backends_of(repository) else ""
-    # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
-    options = f"--rm {gpus}--shm-size=2g {ports}"
-    return f'docker run {options} -v {repository.resolve()}:/models:ro {CONTAINER_IMAGE} sh -c "{start}"'
 
 
 def _joined(*paths: str) -> str:
@@ -127,7 +110,8 @@ def _environment_on_path() -> Environment | None:
     if found is None:
         return None
     binary = Path(found).resolve()
-    return Environment(tritonserver=binary, backends=binary.parent.parent / "backends", variables={})
+    home = binary.parent.parent
+    return Environment(tritonserver=binary, backends=home / "backends", caches=home / "caches", variables={})
 
 
 def _python_version() -> str:

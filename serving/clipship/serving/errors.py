@@ -7,9 +7,14 @@
     |   |-- ServerUnreachable     nobody answers at the address, or the connection broke
     |   |-- ServerOverloaded      the server's queue is full, or the request waited in it for too long
     |   |-- DeadlineExceeded      no answer within the time limit
-    |   |-- RequestRejected       the server refused the request, or failed while it ran
+    |   |-- RequestRejected       the server refused the request
+    |   |   |-- RequestFailed     it took the request and failed while it ran
+    |   |   `-- BadAnswer         it answered something that does not fit the request
+    |   |-- AccessDenied          the token, certificate or header does not suffice
     |   |-- ModelsMissing         a Triton answers, but it does not serve our models
-    |   `-- ServerFailed          Triton did not start, or died
+    |   |-- ServerChanged         a server that came back serves another bundle
+    |   |-- ServerFailed          Triton did not start, or died
+    |   `-- JobStopped            a batch job ended before its end; what it finished is kept
     `-- UsageError                exit 2
         `-- RepositoryError       a model repository that Triton would not load
 
@@ -38,15 +43,35 @@ class DeadlineExceeded(ServingError):
 
 
 class RequestRejected(ServingError):
-    """The server refused the request, or failed while it ran."""
+    """The server refused the request."""
+
+
+class RequestFailed(RequestRejected):
+    """The server took the request and failed while it ran."""
+
+
+class BadAnswer(RequestRejected):
+    """The server answered something that does not fit the request."""
+
+
+class AccessDenied(ServingError):
+    """The server knows the client too little: its token, certificate or header does not suffice."""
 
 
 class ModelsMissing(ServingError):
     """A Triton answers, but it does not serve our models."""
 
 
+class ServerChanged(ServingError):
+    """A server that came back serves another bundle than before."""
+
+
 class ServerFailed(ServingError):
     """Triton did not start, or died."""
+
+
+class JobStopped(ServingError):
+    """A batch job ended before its end; what it finished is kept, and the same job goes on from there."""
 
 
 class RepositoryError(UsageError):

@@ -14,7 +14,14 @@ from numpy.typing import NDArray
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.errors import MissingExtraError
-from clipship.core.tensors import TensorSpec, embedding_tensor, indices_tensor, labels_tensor, scores_tensor
+from clipship.core.tensors import (
+    TensorSpec,
+    embedding_tensor,
+    indices_tensor,
+    labels_tensor,
+    passthrough_tensor,
+    scores_tensor,
+)
 from clipship.core.vocabulary import Vocabulary
 
 _OPSET = 18
@@ -27,7 +34,7 @@ def classifier_outputs(top_k: int) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
 
 
 def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k: int) -> bytes:
-    """The serialised ONNX model: float32 [N, D] -> float32, int64 and string [N, k].
+    """The serialised ONNX model: float32 [N, D] -> float32, int64 and string [N, k], and what it was given [N, D].
 
     Ties go to the class that comes first in the vocabulary. Equal arguments give equal bytes.
 
@@ -41,18 +48,20 @@ def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k
 
     k = min(top_k, len(vocabulary))
     scores, indices, labels = (tensor.name for tensor in classifier_outputs(k))
-    embedding = embedding_tensor(features.features.shape[1])
+    embed_dim = features.features.shape[1]
+    embedding, passed = embedding_tensor(embed_dim), passthrough_tensor(embed_dim)
     nodes = [
         *_logit_nodes(embedding.name, features),
         helper.make_node("Softmax", ["logits"], ["probabilities"], axis=-1),
         helper.make_node("TopK", ["probabilities", "k"], [scores, indices], axis=-1, largest=1, sorted=1),
         helper.make_node("Gather", ["names", indices], [labels], axis=0),
+        helper.make_node("Identity", [embedding.name], [passed.name]),
     ]
     graph = helper.make_graph(
         nodes,
         "classifier",
         [_value_info(embedding)],
-        [_value_info(tensor) for tensor in classifier_outputs(k)],
+        [_value_info(tensor) for tensor in (*classifier_outputs(k), passed)],
         _constants(vocabulary, features, k),
     )
     model = helper.make_model(

@@ -14,3 +14,13 @@ TOP_K = "top_k"
 TENSORRT_VERSION = "tensorrt_version"
 PRECISION = "precision"
 RUNTIME = "runtime"
+THREADS = "intra_op_thread_count"
+"""Of one product on the CPU; the ONNX Runtime backend knows it by this name."""
+
+ENCODER_DIGEST = "encoder_digest"
+"""Of the ONNX file that runs, or that the plans were built from: a vocabulary must be of the same encoder."""
+
+
+def of_vocabulary(model: str, vocabulary: str | None) -> str:
+    """The name of ``model`` for ``vocabulary``: "classify-birds"; the repository's first vocabulary has no name."""
+    return model if vocabulary is None else f"{model}-{vocabulary}"

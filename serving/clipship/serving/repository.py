@@ -1,4 +1,4 @@
-"""A Triton model repository from a bundle.
+"""A Triton model repository from one bundle, or from several that share an image encoder.
 
 ::
 
@@ -6,9 +6,11 @@
       image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
       classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images.py
-      classify/           ensemble: pixels -> scores, indices, labels
-      classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, error
+      classify/           ensemble: pixels -> scores, indices, labels, embedding
+      classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
+
+A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
 """
@@ -16,126 +18,70 @@ Legend: N images, H = W = side of the input in pixels, D embedding size, k class
 from __future__ import annotations
 
 import inspect
-import json
 import shutil
 import struct
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 from clipship.core import cpu, images
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
-from clipship.core.images import ImageSpec
-from clipship.core.plan import Plan, PlanInfo, Target, capability_of, refuse_mismatch
-from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
+from clipship.core.plan import Plan, Target, form_of, refuse_mismatch
+from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.check import refuse_bad_repository
-from clipship.serving.config import (
-    MODEL_FILES,
-    Ensemble,
-    Model,
-    Step,
-    Warmup,
-    config_from_ensemble,
-    config_from_model,
-    text_from_config,
+from clipship.serving.config import MODEL_FILES, config_from_text, text_from_config
+from clipship.serving.errors import RepositoryError
+from clipship.serving.models import (
+    ONNX_BACKENDS,
+    Backend,
+    Facts,
+    configs_from_facts,
+    facts_from_bundle,
+    plan_files,
 )
-from clipship.serving.graphs import classifier_graph, classifier_outputs
 from clipship.serving.names import (
     BUNDLE_DIGEST,
     CLASSIFIER,
     CLASSIFY,
     CLASSIFY_ENCODED,
-    EMBED,
     ENCODER,
-    IMAGE_SPEC,
-    PRECISION,
     PREPROCESS,
-    RUNTIME,
-    TENSORRT_VERSION,
     TOP_K,
     VOCABULARY_DIGEST,
+    of_vocabulary,
 )
+from clipship.serving.publish.versions import remove_folder, write_version
+from clipship.serving.tuning import DEFAULT_TUNING, Tuning
+from clipship.serving.vocabularies import checked_name, refuse_others
+
+__all__ = [
+    "Backend",
+    "Facts",
+    "add_vocabulary",
+    "configs_from_facts",
+    "facts_from_bundle",
+    "refuse_unverified",
+    "remove_vocabulary",
+    "repository_from_bundle",
+    "sources_folder",
+]
 
 IMAGES_COPY = "clipship_images.py"
 """The name of the copy of ``clipship/core/images.py`` that lies beside the preprocess model."""
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
-"""Who runs the image encoder: ONNX Runtime inside Triton's Python backend, Triton's own ONNX Runtime backend, or its
-TensorRT backend, beside which the ONNX Runtime backend runs the classifier (TensorRT has no strings)."""
-
-_ONNX_BACKENDS: Mapping[Backend, str] = {"python": "python", "onnxruntime": "onnxruntime", "tensorrt": "onnxruntime"}
-"""Who runs ONNX files."""
-
+CPU_COPY = "clipship_cpu.py"
+"""The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
 
 _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
-    "python": ("onnx", "onnxruntime", "openvino"),
+    "python": ("onnx", "openvino"),
     "onnxruntime": ("onnx",),
     "tensorrt": (),
 }
 """What runs the bundle's forms of the image encoder."""
-
-CPU_COPY = "clipship_cpu.py"
-"""The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Facts:
-    """What the configurations say about a bundle."""
-
-    bundle_digest: str
-    vocabulary_digest: str
-    image_spec: ImageSpec
-    embed_dim: int
-    top_k: int
-    """Classes reported an image, at most as many as the vocabulary has."""
-    max_batch_size: int = 64
-    encoder: EncoderForm = DEFAULT_ENCODER
-    """Which form of the image encoder runs where there is no plan."""
-    plans: tuple[PlanInfo, ...] = ()
-    """The TensorRT plans of the image encoder, one for each kind of GPU."""
-
-
-def facts_from_bundle(
-    bundle: Bundle,
-    *,
-    max_batch_size: int,
-    top_k: int,
-    encoder: EncoderForm = DEFAULT_ENCODER,
-    plans: Sequence[Plan] = (),
-) -> Facts:
-    """The facts of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
-
-    Raises:
-        UsageError: ``max_batch_size`` or ``top_k`` is below 1.
-    """
-    for name, value in (("max_batch_size", max_batch_size), ("top_k", top_k)):
-        if value < 1:
-            raise UsageError(f"{name} is {value}: give 1 or more")
-    return Facts(
-        bundle_digest=bundle.digest,
-        vocabulary_digest=bundle.vocabulary.digest,
-        image_spec=bundle.image_spec,
-        embed_dim=bundle.manifest.embed_dim,
-        top_k=min(top_k, len(bundle.vocabulary)),
-        max_batch_size=max_batch_size,
-        encoder=encoder,
-        plans=tuple(plan.info for plan in plans),
-    )
-
-
-def configs_from_facts(facts: Facts, backend: Backend) -> dict[str, Any]:
-    """The ``inference.ModelConfig`` message of every model, by name."""
-    models = (_image_encoder(facts, backend), _classifier(facts, backend), _preprocess(facts))
-    ensembles = (_classify(facts), _classify_encoded(facts), _embed(facts))
-    return {
-        **{model.name: config_from_model(model) for model in models},
-        **{ensemble.name: config_from_ensemble(ensemble) for ensemble in ensembles},
-    }
 
 
 def repository_from_bundle(
@@ -148,6 +94,8 @@ def repository_from_bundle(
     top_k: int = 5,
     plans: Sequence[Plan] = (),
     tensorrt_version: str | None = None,
+    others: Mapping[str, Bundle] | None = None,
+    tuning: Tuning = DEFAULT_TUNING,
 ) -> Path:
     """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
 
@@ -156,39 +104,101 @@ def repository_from_bundle(
             where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
         plans: for the tensorrt backend, one for each kind of GPU of the server.
         tensorrt_version: the server's; None: that of the first plan.
+        others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
+        tuning: instances, devices, threads, queues, warm-up and the like.
 
     Raises:
-        CheckFailed: the bundle's verification did not pass.
+        CheckFailed: a bundle's verification did not pass.
         PlanError: the server could not load a plan, or it is not of the bundle.
         UsageError: a number is out of range, the backend is unknown, or ``out`` is a folder of something else.
         OSError: the disk is full, or ``out`` cannot be written.
     """
-    if backend not in _ONNX_BACKENDS:
-        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(_ONNX_BACKENDS)}")
-    _refuse_unverified(bundle)
+    if backend not in ONNX_BACKENDS:
+        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(ONNX_BACKENDS)}")
+    others = others or {}
+    for each in (bundle, *others.values()):
+        refuse_unverified(each)
     _refuse_foreign_folder(out)
+    tuning.refuse_unfit(backend, max_batch_size)
     _refuse_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
     encoder = DEFAULT_ENCODER if plans else bundle.fastest_encoder(precision, _RUNTIMES[backend])
-    facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=encoder, plans=plans)
+    refuse_others(bundle, others, _form_of_plans(plans, bundle) or encoder)
+    settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
+    facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
     with replace_folder(out) as folder:
-        for name, config in configs_from_facts(facts, backend).items():
-            (folder / name / "1").mkdir(parents=True)
-            (folder / name / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
-        for ensemble in (CLASSIFY, CLASSIFY_ENCODED, EMBED):
-            (folder / ensemble / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
-        _write_model_files(bundle, folder, facts, backend)
-        for plan, name in zip(plans, plan_files(facts.plans), strict=True):
-            shutil.copyfile(plan.file, folder / ENCODER / "1" / name)
+        _write_configs(folder, configs_from_facts(facts, backend))
+        _write_encoder(bundle, folder, facts, plans)
+        _write_classifiers(folder, facts, (bundle, *others.values()))
+        _write_sources(folder, backend)
         _write_warmup_files(bundle, folder)
         refuse_bad_repository(folder)
     return out
 
 
-def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
-    """The name of each plan's file in the encoder's version folder."""
-    if len(plans) == 1:
-        return (MODEL_FILES["tensorrt"],)
-    return tuple(f"model_{'_'.join(plan.gpus)}.plan" for plan in plans)
+def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ...]:
+    """Write the models of a further vocabulary beside those of ``repository``; their names, in the order to load them.
+
+    They are configured as the first vocabulary's. What a killed run has written is written again.
+
+    Raises:
+        UsageError: the name cannot be a model's.
+        RepositoryError: a configuration of the first vocabulary cannot be read.
+    """
+    checked_name(name)
+    added = []
+    for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
+        config = _read_config(repository / model)
+        _rename(config, name)
+        staged = repository / CLASSIFIER / config.name  # in a model's folder Triton looks at numbers only
+        with replace_folder(staged) as folder:
+            if model == CLASSIFIER:
+                _set_vocabulary(config, bundle)
+            _write_config(folder, config)
+            if model == CLASSIFIER:
+                write_version(folder / "1", bundle, int(config.parameters[TOP_K].string_value))
+                _copy_model_source(repository / model, folder / "1")
+        if (repository / config.name).exists():
+            remove_folder(repository / config.name, aside=repository / CLASSIFIER)
+        staged.rename(repository / config.name)
+        added.append(config.name)
+    return tuple(added)
+
+
+def remove_vocabulary(repository: Path, name: str) -> None:
+    """Delete a further vocabulary's models, the ensembles first, so that what is left always loads."""
+    for model in (CLASSIFY_ENCODED, CLASSIFY, CLASSIFIER):
+        folder = repository / of_vocabulary(model, name)
+        if folder.is_dir():
+            remove_folder(folder, aside=repository / CLASSIFIER)
+
+
+def _rename(config: Any, vocabulary: str) -> None:
+    """Make a configuration of the first vocabulary that of ``vocabulary``."""
+    config.name = of_vocabulary(config.name, vocabulary)
+    for step in config.ensemble_scheduling.step:
+        if step.model_name == CLASSIFIER:
+            step.model_name = of_vocabulary(CLASSIFIER, vocabulary)
+
+
+def _set_vocabulary(config: Any, bundle: Bundle) -> None:
+    config.ClearField("version_policy")
+    config.version_policy.specific.versions.append(1)
+    config.parameters[BUNDLE_DIGEST].string_value = bundle.digest
+    config.parameters[VOCABULARY_DIGEST].string_value = bundle.vocabulary.digest
+
+
+def _read_config(folder: Path) -> Any:
+    path = folder / "config.pbtxt"
+    try:
+        return config_from_text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
+
+
+def _copy_model_source(model: Path, version: Path) -> None:
+    """The Python source that the model's newest version has beside its graph, where there is one."""
+    for source in sorted(model.glob(f"*/{MODEL_FILES['python']}"))[-1:]:
+        shutil.copyfile(source, version / source.name)
 
 
 def sources_folder() -> Path:
@@ -201,121 +211,12 @@ def sources_folder() -> Path:
     raise UsageError(f"the Triton model sources are missing from {candidates[0]}: install clipship again")
 
 
-def _parameters(facts: Facts) -> dict[str, str]:
-    """What a client needs to know; the vocabulary's facts stand at the classifier, which can be published anew."""
-    return {BUNDLE_DIGEST: facts.bundle_digest, IMAGE_SPEC: json.dumps(facts.image_spec.to_json())}
+def refuse_unverified(bundle: Bundle) -> None:
+    """Nothing when what ``clipship pack`` verified was good.
 
-
-def _image_encoder(facts: Facts, backend: Backend) -> Model:
-    image = image_tensor(facts.image_spec.size_px)
-    warmup = Warmup(name="golden", batch_size=1, files={image.name: image.name})
-    kinds = {"python": "KIND_CPU", "onnxruntime": "KIND_AUTO", "tensorrt": "KIND_GPU"}
-    return Model(
-        name=ENCODER,
-        backend=backend,
-        **(_plan_settings(facts) if backend == "tensorrt" else {"parameters": _form_parameters(facts)}),
-        inputs=(image,),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        instance_kind=kinds[backend],
-        warmups=(warmup,),
-    )
-
-
-def _form_parameters(facts: Facts) -> dict[str, str]:
-    return {**_parameters(facts), RUNTIME: facts.encoder.runtime, PRECISION: facts.encoder.precision}
-
-
-def _plan_settings(facts: Facts) -> dict[str, Any]:
-    """Which plan is for which GPU; a plan for every GPU since Ampere is for those that have none of their own."""
-    files = dict(zip(plan_files(facts.plans), facts.plans, strict=True))
-    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
-    facts_of_plans = {
-        TENSORRT_VERSION: facts.plans[0].runtime_version,
-        PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
-    }
-    return {
-        "file": usual,
-        "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
-        "parameters": {**_parameters(facts), **facts_of_plans},
-    }
-
-
-def _classifier(facts: Facts, backend: Backend) -> Model:
-    vocabulary = {VOCABULARY_DIGEST: facts.vocabulary_digest, TOP_K: str(facts.top_k)}
-    return Model(
-        name=CLASSIFIER,
-        backend=_ONNX_BACKENDS[backend],
-        inputs=(embedding_tensor(facts.embed_dim),),
-        outputs=classifier_outputs(facts.top_k),
-        max_batch_size=facts.max_batch_size,
-        parameters={BUNDLE_DIGEST: facts.bundle_digest, **vocabulary},
-    )
-
-
-def _preprocess(facts: Facts) -> Model:
-    return Model(
-        name=PREPROCESS,
-        backend="python",
-        inputs=(ENCODED,),
-        outputs=(image_tensor(facts.image_spec.size_px), ERROR),
-        max_batch_size=facts.max_batch_size,
-        parameters=_parameters(facts),
-        warmups=(Warmup(name="golden", batch_size=1, files={ENCODED.name: ENCODED.name}),),
-    )
-
-
-def _same(*names: str) -> dict[str, str]:
-    """A step's tensors under their own names in the ensemble."""
-    return {name: name for name in names}
-
-
-def _encode_step(facts: Facts) -> Step:
-    image, embedding = image_tensor(facts.image_spec.size_px), embedding_tensor(facts.embed_dim)
-    return Step(model=ENCODER, inputs=_same(image.name), outputs=_same(embedding.name))
-
-
-def _classify_step(facts: Facts) -> Step:
-    outputs = _same(*(tensor.name for tensor in classifier_outputs(facts.top_k)))
-    return Step(model=CLASSIFIER, inputs=_same(embedding_tensor(facts.embed_dim).name), outputs=outputs)
-
-
-def _classify(facts: Facts) -> Ensemble:
-    return Ensemble(
-        name=CLASSIFY,
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=classifier_outputs(facts.top_k),
-        max_batch_size=facts.max_batch_size,
-        steps=(_encode_step(facts), _classify_step(facts)),
-        parameters=_parameters(facts),
-    )
-
-
-def _classify_encoded(facts: Facts) -> Ensemble:
-    image = image_tensor(facts.image_spec.size_px)
-    decode = Step(model=PREPROCESS, inputs=_same(ENCODED.name), outputs=_same(image.name, ERROR.name))
-    return Ensemble(
-        name=CLASSIFY_ENCODED,
-        inputs=(ENCODED,),
-        outputs=(*classifier_outputs(facts.top_k), ERROR),
-        max_batch_size=facts.max_batch_size,
-        steps=(decode, _encode_step(facts), _classify_step(facts)),
-        parameters=_parameters(facts),
-    )
-
-
-def _embed(facts: Facts) -> Ensemble:
-    return Ensemble(
-        name=EMBED,
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        steps=(_encode_step(facts),),
-        parameters=_parameters(facts),
-    )
-
-
-def _refuse_unverified(bundle: Bundle) -> None:
+    Raises:
+        CheckFailed: it was not.
+    """
     verification: Mapping[str, Any] = bundle.verification()
     if verification.get("passed") is not True:
         raise CheckFailed(
@@ -350,17 +251,44 @@ def _refuse_plans(
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
 
 
-def _write_model_files(bundle: Bundle, folder: Path, facts: Facts, backend: Backend) -> None:
-    onnx_file = MODEL_FILES["onnxruntime"]
-    if backend != "tensorrt":
-        shutil.copyfile(bundle.path / facts.encoder.file, folder / ENCODER / "1" / onnx_file)
+def _form_of_plans(plans: Sequence[Plan], bundle: Bundle) -> EncoderForm | None:
+    return form_of(plans[0].info, bundle) if plans else None
+
+
+def _write_configs(folder: Path, configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        _write_config(folder / name, config)
+
+
+def _write_config(model: Path, config: Any) -> None:
+    (model / "1").mkdir(exist_ok=True)
+    (model / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
+    if config.platform == "ensemble":
+        (model / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
+
+
+def _write_encoder(bundle: Bundle, folder: Path, facts: Facts, plans: Sequence[Plan]) -> None:
+    version = folder / ENCODER / "1"
+    for plan, name in zip(plans, plan_files(facts.plans), strict=True):
+        shutil.copyfile(plan.file, version / name)
+    if not plans:
+        shutil.copyfile(bundle.path / facts.encoder.file, version / MODEL_FILES["onnxruntime"])
         weights = f"{facts.encoder.file}.data"  # of a graph above 2 GB, which names this file
         if weights in bundle.files:
-            shutil.copyfile(bundle.path / weights, folder / ENCODER / "1" / weights)
-    graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), facts.top_k)
-    (folder / CLASSIFIER / "1" / onnx_file).write_bytes(graph)
-    for name in (PREPROCESS, *((ENCODER, CLASSIFIER) if backend == "python" else ())):
-        source = sources_folder() / "python" / name / "model.py"
+            shutil.copyfile(bundle.path / weights, version / weights)
+
+
+def _write_classifiers(folder: Path, facts: Facts, bundles: Sequence[Bundle]) -> None:
+    for vocabulary, bundle in zip(facts.vocabularies, bundles, strict=True):
+        write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
+
+
+def _write_sources(folder: Path, backend: Backend) -> None:
+    """What runs inside the Python backend."""
+    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
+    for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
+        source = sources_folder() / "python" / name.partition("-")[0] / "model.py"
         shutil.copyfile(source, folder / name / "1" / MODEL_FILES["python"])
     _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
     if backend == "python":

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +25,8 @@ from clipship.serving import guard
 from clipship.serving.check import backends_of, model_names, packages_of, refuse_bad_repository
 from clipship.serving.environment import Environment, triton_environment
 from clipship.serving.errors import ServerFailed
+from clipship.serving.options import DEFAULT_OPTIONS, ServerOptions, triton_options
+from clipship.serving.secret import usual_secret_file, write_secret
 
 _POLL_S = 0.05
 _DRAIN_S = 10
@@ -42,6 +44,8 @@ class Endpoints:
     grpc_port: int
     http_port: int
     metrics_port: int
+    http_host: str = "127.0.0.1"
+    """Of HTTP, which Triton cannot encrypt: loopback where gRPC is encrypted."""
 
     @property
     def url(self) -> str:
@@ -52,10 +56,14 @@ class Endpoints:
 class Server:
     """A running Triton. Leaving the ``with`` block, or :meth:`stop`, ends it; so does the death of this process."""
 
-    def __init__(self, process: subprocess.Popen[bytes], endpoints: Endpoints, log: IO[bytes]) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], endpoints: Endpoints, log: IO[bytes], secret_file: Path | None = None
+    ) -> None:
         self._process = process
         self._log = log
         self.endpoints = endpoints
+        self.secret_file = secret_file
+        """Holds the secret of the admin protocols while the server runs; None: they are open."""
 
     def __enter__(self) -> Server:
         return self
@@ -76,6 +84,8 @@ class Server:
         self._process.stdin.close()
         code = self._process.wait()
         self._log.close()
+        if self.secret_file is not None:
+            self.secret_file.unlink(missing_ok=True)
         return code
 
     def wait(self) -> int:
@@ -103,8 +113,11 @@ def start_server(
     log_file: Path | None = None,
     timeout_s: float = 120.0,
     environment: Environment | None = None,
+    options: ServerOptions = DEFAULT_OPTIONS,
 ) -> Server:
     """Start Triton on ``repository`` and return when every model is ready. Port 0 takes a free one.
+
+    Models are loaded by explicit control only, and by those who have the secret in ``Server.secret_file``.
 
     Raises:
         RepositoryError: Triton would not load the repository.
@@ -113,9 +126,13 @@ def start_server(
     """
     refuse_bad_repository(repository)
     chosen = environment or triton_environment(backends_of(repository), packages_of(repository))
-    endpoints = _endpoints(host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    http_host = "127.0.0.1" if options.secure else host
+    endpoints = _endpoints(host, http_host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
+    secret_file = None if options.open_admin else options.admin_secret or usual_secret_file(endpoints.url)
+    secret = None if secret_file is None else write_secret(secret_file)
     log = _opened_log(log_file)
-    server = Server(_launch(repository, chosen, endpoints, log), endpoints, log)
+    more = triton_options(options, repository, secret)
+    server = Server(_launch(repository, chosen, endpoints, log, more), endpoints, log, secret_file)
     try:
         _wait_until_ready(server, model_names(repository), timeout_s)
     except BaseException:
@@ -155,19 +172,16 @@ def last_words(log: str) -> str:
     return " / ".join(text.partition("\\n")[0].strip(' "') for text in told) or "its log is empty"
 
 
-def _endpoints(host: str, *, grpc_port: int, http_port: int, metrics_port: int) -> Endpoints:
+def _endpoints(host: str, http_host: str, *, grpc_port: int, http_port: int, metrics_port: int) -> Endpoints:
     """The ports that are given, free ones for zeros.
 
     Raises:
         UsageError: a given port is in use, or the host is none of this machine.
     """
-    names = ("grpc", "http", "metrics")
+    wanted = {"grpc": (host, grpc_port), "http": (http_host, http_port), "metrics": (host, metrics_port)}
     with ExitStack() as held:
-        ports = [
-            _held_port(held, host, port, name)
-            for name, port in zip(names, (grpc_port, http_port, metrics_port), strict=True)
-        ]
-    return Endpoints(host=host, grpc_port=ports[0], http_port=ports[1], metrics_port=ports[2])
+        ports = {f"{name}_port": _held_port(held, *address, name) for name, address in wanted.items()}
+    return Endpoints(host=host, http_host=http_host, **ports)
 
 
 def _held_port(held: ExitStack, host: str, port: int, name: str) -> int:
@@ -187,12 +201,12 @@ def _held_port(held: ExitStack, host: str, port: int, name: str) -> int:
 
 
 def _launch(
-    repository: Path, environment: Environment, endpoints: Endpoints, log: IO[bytes]
+    repository: Path, environment: Environment, endpoints: Endpoints, log: IO[bytes], more: Iterable[str]
 ) -> subprocess.Popen[bytes]:
     """Start Triton under the guard, in a session of its own so that Ctrl-C on the terminal reaches only us."""
     shm_prefix = f"clipship_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
     command = [sys.executable, "-I", str(guard.__file__), str(_DRAIN_S + 5), shm_prefix]
-    command += _triton_command(repository, environment, endpoints, shm_prefix)
+    command += [*_triton_command(repository, environment, endpoints, shm_prefix), *more]
     return subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -207,10 +221,11 @@ def _triton_command(repository: Path, environment: Environment, endpoints: Endpo
     options = {
         "model-repository": repository.resolve(),
         "backend-directory": environment.backends,
+        "cache-directory": environment.caches,
         "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
         "model-control-mode": "explicit",
         "load-model": "*",
-        "http-address": endpoints.host,
+        "http-address": endpoints.http_host,
         "http-port": endpoints.http_port,
         "grpc-address": endpoints.host,
         "grpc-port": endpoints.grpc_port,
@@ -249,7 +264,7 @@ def _refuse_dead_or_late(server: Server, deadline: float, timeout_s: float) -> N
 
 
 def _is_ready(endpoints: Endpoints, path: str) -> bool:
-    connection = http.client.HTTPConnection(endpoints.host, endpoints.http_port, timeout=5)
+    connection = http.client.HTTPConnection(endpoints.http_host, endpoints.http_port, timeout=5)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == http.HTTPStatus.OK

@@ -23,7 +23,8 @@ class TritonPythonModel:
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         parameters = json.loads(args["model_config"])["parameters"]
         runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
-        self.encode = clipship_cpu.open_encoder(path, runtime, precision)
+        threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
+        self.encode = clipship_cpu.open_encoder(path, runtime, precision, int(threads) or None)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""

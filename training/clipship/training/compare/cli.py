@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,37 +15,12 @@ from clipship.core.cli import emit, json_option
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
+from clipship.core.several import SeveralValues
 
 if TYPE_CHECKING:
     from clipship.training.compare.plan import Plan
     from clipship.training.compare.ranks import Rank
     from clipship.training.compare.results import Result
-
-SEVERAL = ("--data", "--seeds", "--shots")
-"""Options that take every value up to the next option."""
-
-
-class SeveralValues(click.Command):
-    """A command whose options named in :data:`SEVERAL` take several values: ``--seeds 1 2 3`` is three of --seeds."""
-
-    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Repeat the option before each of its values."""
-        return super().parse_args(ctx, list(_repeated(args)))
-
-
-def _repeated(args: Sequence[str]) -> Iterator[str]:
-    option, values = "", 0
-    for position, argument in enumerate(args):
-        if argument == "--":
-            yield from args[position:]
-            return
-        if argument.startswith("-"):
-            option, values = (argument if argument in SEVERAL else ""), 0
-        elif option:
-            values += 1
-            if values > 1:
-                yield option
-        yield argument
 
 
 @click.command(cls=SeveralValues)

@@ -1,0 +1,194 @@
+"""A real Triton beside the same engine without one, perf_analyzer beside our load, and our client beside both.
+
+    python -m benchmarks.serving --out runs/serving
+
+One server for each model, on this machine, with clients on the same processors. The paths take turns in every round, so
+that noise meets all alike; a ratio is that of two paths in the same round, and the table has the rounds' median and
+range. In process means: the same encoder and classifier with the same threads on batches of 32, and for files the same
+decoding on all cores before it. Weights are random, which does not change the time; images are JPEG files of 500 x 375.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks import perf_analyzer
+from benchmarks.encoder import bundle_of
+
+from clipship.core.bundle import Precision, read_bundle
+from clipship.core.cpu import available_cores
+from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.progress import log
+from clipship.core.tables import Table, with_spread
+from clipship.core.tensors import ENCODED, image_tensor
+from clipship.serving.bench.pictures import files_from_folder, made_up_files
+from clipship.serving.bench.report import steps_table
+from clipship.serving.bench.run import Bench, Point, Reading, Row, opened
+from clipship.serving.bench.wire import Mode, model_of
+from clipship.serving.repository import repository_from_bundle
+from clipship.serving.server import start_server
+
+MODELS = ("ViT-B-32/random", "clipship-tiny")
+LARGEST_BATCH = 32
+"""Of the server's dynamic batches, and what the engine in process is given."""
+
+_PEER = "perf_analyzer"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A ratio of two paths, and what it must reach: at least ``low``, at most ``high``."""
+
+    what: str
+    path: str
+    beside: str
+    low: float
+    high: float = float("inf")
+
+
+TARGETS = (
+    Target(what="classify", path="server, pixels", beside="in process, pixels", low=0.95),
+    Target(what="classify, shared memory", path="server, shm", beside="in process, pixels", low=0.95),
+    Target(what="classify_encoded", path="server, encoded", beside="in process, encoded", low=0.90),
+    Target(what="bench agrees, pixels", path="server, pixels", beside="perf_analyzer, pixels", low=0.85, high=1.15),
+    Target(what="bench agrees, encoded", path="server, encoded", beside="perf_analyzer, encoded", low=0.85, high=1.15),
+    Target(what="client, pixels", path="client, pixels", beside="perf_analyzer, pixels", low=0.95),
+    Target(what="client, encoded", path="client, encoded", beside="perf_analyzer, encoded", low=0.95),
+)
+
+
+@contextmanager
+def served(model: str, bundles: Path, precision: Precision, images: Path | None) -> Iterator[Bench]:
+    """A server of ``model``, with what measures it."""
+    bundle = read_bundle(bundle_of(model, bundles / model.split("/")[0] / "bundle", None))
+    files = files_from_folder(images) if images else made_up_files()
+    with tempfile.TemporaryDirectory() as folder:
+        settings: dict[str, Any] = {"precision": precision, "max_batch_size": LARGEST_BATCH}
+        repository = repository_from_bundle(bundle, Path(folder) / "repository", backend="python", **settings)
+        with start_server(repository) as server, opened(server.endpoints.url, files, bundle) as bench:
+            yield bench
+
+
+class Peer:
+    """perf_analyzer on the images of ``bench``."""
+
+    def __init__(self, bench: Bench, folder: Path) -> None:
+        self._analyzer = perf_analyzer.found()
+        self._url = bench.wire.url
+        self._folder = folder
+        samples = bench.samples
+        name = image_tensor(samples.spec.size_px).name
+        self._inputs: dict[Mode, Path] = {
+            "pixels": perf_analyzer.write_input(folder / "pixels.json", name, list(samples.pixels)),
+            "encoded": perf_analyzer.write_input(folder / "encoded.json", ENCODED.name, samples.files),
+        }
+
+    def read(self, mode: Mode, batch: int, concurrency: int, seconds: float) -> Reading:
+        """Its reading under the same conditions."""
+        numbers: dict[str, Any] = {"batch": batch, "concurrency": concurrency, "seconds": seconds}
+        images = self._inputs[mode]
+        report = perf_analyzer.analyze(
+            self._analyzer, self._url, model_of(mode), images, folder=self._folder, **numbers
+        )
+        return Reading(images_per_s=report.images_per_s, latencies_ms=report.latencies_ms, steps=None)
+
+
+def race(bench: Bench, given: argparse.Namespace) -> dict[str, Row]:
+    """Every path once a round; rows by path."""
+    points = dict(_points(given.batch, given.concurrency, given.without))
+    readings: dict[str, list[Reading]] = {name: [] for name in points}
+    with tempfile.TemporaryDirectory() as folder:
+        peer = Peer(bench, Path(folder)) if any(name.startswith(_PEER) for name in points) else None
+        for number in range(given.rounds):
+            for name, point in points.items():
+                readings[name].append(_read(bench, peer, name, point, given.seconds))
+                log(f"round {number + 1}, {name}: {readings[name][-1].images_per_s:.1f} images/s")
+    return {name: Row(point=point, readings=tuple(readings[name])) for name, point in points.items()}
+
+
+def _points(batch: int, concurrency: int, without: Sequence[str]) -> Iterator[tuple[str, Point]]:
+    """The paths in the order of a round: those to be compared beside each other."""
+    same: dict[str, Any] = {"batch": batch, "concurrency": concurrency}
+    modes: tuple[Mode, ...] = ("pixels", "shm", "encoded")
+    for mode in modes:
+        paths = {"server": Point(where="server", mode=mode, **same)}
+        if mode != "shm":
+            paths["in process"] = Point(where="in process", mode=mode, batch=LARGEST_BATCH, concurrency=1)
+            paths[_PEER] = paths["server"]
+            paths["client"] = Point(where="client", mode=mode, **same)
+        for path, point in paths.items():
+            name = f"{path}, {mode}"
+            if not any(word in name for word in without):
+                yield name, point
+
+
+def _read(bench: Bench, peer: Peer | None, name: str, point: Point, seconds: float) -> Reading:
+    if name.startswith(_PEER):
+        assert peer is not None
+        return peer.read(point.mode, point.batch, point.concurrency, seconds)
+    return bench.read(point, seconds)
+
+
+def rates_table(rows: dict[str, Row], title: str) -> Table:
+    """A row a path: images a second, latencies."""
+    cells = []
+    for name, row in rows.items():
+        latencies = [row.latency_ms(rank) for rank in perf_analyzer.PERCENTILES]
+        texts = ["" if value is None else f"{value:.1f}" for value in latencies]
+        cells.append((name, str(row.point.batch), str(row.point.concurrency), with_spread(row.rates, ".1f"), *texts))
+    header = ("path", "batch", "in flight", "images/s", *(f"{rank} ms" for rank in perf_analyzer.PERCENTILES))
+    return Table(title=title, header=header, rows=tuple(cells), text_columns=1)
+
+
+def targets_table(rows: dict[str, Row]) -> Table:
+    """A row a target of which both paths were measured: the ratio of each round, what is wanted, whether it is met."""
+    cells = []
+    for target in TARGETS:
+        if target.path in rows and target.beside in rows:
+            pairs = zip(rows[target.path].rates, rows[target.beside].rates, strict=True)
+            ratios = [rate / other for rate, other in pairs]
+            met = target.low <= median(ratios) <= target.high
+            wanted = f"{target.low:.2f}" + (f"-{target.high:.2f}" if target.high < float("inf") else " or more")
+            names = (target.what, f"{target.path} / {target.beside}")
+            cells.append((*names, with_spread(ratios), wanted, "yes" if met else "no"))
+    return Table(header=("target", "ratio of", "ratio", "wanted", "met"), rows=tuple(cells))
+
+
+def main() -> None:
+    """Measure every model and write its tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/serving"))
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--bundles", type=Path, default=Path("runs/encoder"), help="where bundles are, or are made")
+    parser.add_argument("--precision", default="int8", help="the faster the encoder, the more the way to it counts")
+    parser.add_argument("--images", type=Path, help="images to send [default: made-up JPEG files of 500 x 375]")
+    parser.add_argument("--batch", type=int, default=8, help="images a request")
+    parser.add_argument("--concurrency", type=int, default=16, help="requests in flight")
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--without", nargs="+", default=[], help="leave out paths with one of these words, e.g. shm")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    for model in given.models:
+        with served(model, given.bundles, given.precision, given.images) as bench:
+            rows, described = race(bench, given), bench.described()
+        name = model.split("/")[0]
+        made = rates_table(rows, f"{model}, {given.precision}, {available_cores()} cores")
+        targets, steps = targets_table(rows), steps_table(list(rows.values()))
+        found = [{"path": path, **described, **row.to_json()} for path, row in rows.items()]
+        write_json_atomic(given.out / f"{name}.json", found)
+        text = "\n".join(table.to_markdown() for table in (made, targets, steps))
+        write_text_atomic(given.out / f"{name}.md", text)
+        sys.stdout.write(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""How fast a server answers, beside the same engine in this process."""

@@ -1,0 +1,101 @@
+"""The verb ``bench``."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+
+from clipship.core.cli import emit, existing_folder, json_option
+from clipship.core.several import SeveralValues
+
+
+@click.group()
+def bench() -> None:
+    """Throughput and latency, beside the same engine without a server. Every command takes --json.
+
+    Example: clipship bench serve --url 127.0.0.1:8001 --bundle runs/prints/bundle --out runs/bench
+    """
+
+
+@bench.command(cls=SeveralValues)
+@click.option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
+@click.option(
+    "--bundle",
+    type=click.Path(path_type=Path),
+    help="What the server was made of: its engine is measured in this process beside the server, in the same rounds.",
+)
+@click.option(
+    "--concurrency",
+    multiple=True,
+    type=click.IntRange(min=1),
+    default=(1, 2, 4, 8, 16),
+    show_default="1 2 4 8 16",
+    metavar="INT...",
+    help="Requests in flight: a closed loop, in which each answer sends the next request.",
+)
+@click.option(
+    "--batch",
+    multiple=True,
+    type=click.IntRange(min=1),
+    metavar="INT...",
+    help="Images a request. [default: those of 1 8 32 that the server takes]",
+)
+@click.option(
+    "--mode",
+    multiple=True,
+    type=click.Choice(["pixels", "encoded", "shm"]),
+    default=("pixels",),
+    show_default="pixels",
+    metavar="[pixels|encoded|shm]...",
+    help="What is sent: uint8 pixels, files' bytes that the server decodes, or pixels in shared memory.",
+)
+@click.option(
+    "--images", type=click.Path(path_type=Path), help="Images to send. [default: made-up JPEG files of 500 x 375]"
+)
+@click.option(
+    "--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="A reading's."
+)
+@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Readings of every point.")
+@click.option("--client/--no-client", default=True, show_default=True, help="Measure clipship's own client, too.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for serve.json, serve.md and serve.svg.")
+@json_option
+def serve(
+    url: str,
+    bundle: Path | None,
+    concurrency: tuple[int, ...],
+    batch: tuple[int, ...],
+    mode: tuple[Any, ...],
+    images: Path | None,
+    seconds: float,
+    rounds: int,
+    client: bool,
+    out: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure a running server of clipship's models: images a second and latencies, and where the time goes.
+
+    Example: clipship bench serve --url 127.0.0.1:8001 --concurrency 1 4 16 --batch 1 8 --mode pixels encoded
+    """
+    from clipship.core.bundle import read_bundle
+    from clipship.core.progress import log
+    from clipship.serving.bench.pictures import files_from_folder, made_up_files
+    from clipship.serving.bench.report import steps_table, throughput_table, write_report
+    from clipship.serving.bench.run import Plan, opened
+
+    read = read_bundle(existing_folder(bundle, "the bundle that is served")) if bundle else None
+    files = files_from_folder(images) if images else made_up_files()
+    with opened(url, files, read) as ready:
+        largest = ready.facts.max_batch_size
+        sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
+        numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}
+        rows = ready.run(Plan(modes=mode, seconds=seconds, client=client, **numbers))
+        facts = {"url": url, "machine": platform.machine(), **ready.described()}
+    tables = (throughput_table(rows, f"{url}, {facts['cores']} cores here"), steps_table(rows))
+    written = write_report(out, rows, tables, facts) if out else []
+    if out and len(written) < 3:
+        log("no plot: matplotlib is not installed (pip install matplotlib)")
+    result = {**facts, "rows": [row.to_json() for row in rows], "written": [str(path) for path in written]}
+    emit(result, "\n".join(table.to_markdown() for table in tables).rstrip(), as_json=as_json)

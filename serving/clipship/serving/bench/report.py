@@ -1,0 +1,180 @@
+"""What was measured as tables for people, JSON for machines, and a plot.
+
+The plot needs matplotlib, which the base install has not; everything else is written without it.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.tables import Table, with_spread
+from clipship.serving.bench.load import PERCENTILES
+from clipship.serving.bench.run import Row, ratios
+from clipship.serving.bench.steps import PHASES
+
+_LATENCIES = tuple(f"p{rank}" for rank in PERCENTILES)
+_SHORT = dict(zip(PHASES, ("queue", "in", "run", "out"), strict=True))
+_MARKERS = "osD^vPX*"
+_SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "clipship", "text.parse_math": False}
+
+
+def peer_of(row: Row, rows: Sequence[Row], where: str, batch: int | None = None) -> Row | None:
+    """What ``row`` stands beside: the same images, in process or through the server at the same concurrency."""
+    point = row.point
+    mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
+    for other in rows:
+        same = (other.point.where, other.point.mode, other.point.batch) == (where, mode, batch or point.batch)
+        if same and (where == "in process" or other.point.concurrency == point.concurrency):
+            return other
+    return None
+
+
+def throughput_table(rows: Sequence[Row], title: str) -> Table:
+    """A row a point: its rate, its latencies, and its share of the engine in process and of the bare requests."""
+    cells = []
+    for row in rows:
+        point = row.point
+        rest = [_number(row.latency_ms(name)) for name in _LATENCIES]
+        shares = [_share(row, rows, "in process"), _share(row, rows, "server") if point.where == "client" else ""]
+        cells.append(
+            (
+                point.where,
+                point.mode,
+                str(point.batch),
+                str(point.concurrency),
+                with_spread(row.rates, ".1f"),
+                *rest,
+                *shares,
+            )
+        )
+    latencies = [f"{name} ms" for name in _LATENCIES]
+    header = ("where", "mode", "batch", "in flight", "images/s", *latencies, "of in process", "of bare requests")
+    notes = (
+        "A closed loop: that many requests are always in flight. images/s: median (smallest-largest) of the rounds.",
+        "Shares are ratios within a round; in process runs one batch of that size after the other, on as many threads.",
+    )
+    return Table(title=title, header=header, rows=tuple(cells), notes=notes)
+
+
+def steps_table(rows: Sequence[Row]) -> Table:
+    """A row a point whose steps are known: what share of a request's latency each step of the ensemble took."""
+    models = list(dict.fromkeys(step.model for row in rows for step in _steps(row)))
+    cells = []
+    for row in rows:
+        middle = row.middle().steps
+        if middle is None:
+            continue
+        by_model = {step.model: step for step in middle.steps}
+        shares = middle.shares()
+        each = [_step_cell(by_model.get(model), shares) for model in models]
+        rest = [f"{shares[name]:.1%}" for name in ("between", "outside")]
+        images = "/".join(f"{step.images_a_run:.1f}" for step in middle.steps)
+        point = row.point
+        cells.append(
+            (point.mode, str(point.batch), str(point.concurrency), f"{middle.latency_ms:.1f}", *each, *rest, images)
+        )
+    header = ("mode", "batch", "in flight", "mean ms", *models, "between", "outside", "images a run")
+    notes = (
+        f"Of a step: {', '.join(_SHORT.values())} = waiting in its queue, gathering inputs, computing, giving outputs.",
+        "outside: the wire, the client, and the server's reading and writing. images a run: by step, after batching.",
+    )
+    return Table(title="Where a request's time goes", header=header, rows=tuple(cells), notes=notes, text_columns=1)
+
+
+def _steps(row: Row) -> tuple[Any, ...]:
+    breakdown = row.readings[0].steps
+    return breakdown.steps if breakdown else ()
+
+
+def _step_cell(step: Any, shares: dict[str, float]) -> str:
+    """ "31.0% queue 2.1% in ..." without the parts under a thousandth."""
+    if step is None:
+        return "-"
+    parts = [(shares[f"{step.model}.{phase}"], name) for phase, name in _SHORT.items()]
+    parts.append((step.cached, "of requests from the cache"))
+    return " ".join(f"{share:.1%} {name}" for share, name in parts if share >= 0.001) or "0%"
+
+
+def _share(row: Row, rows: Sequence[Row], where: str) -> str:
+    other = peer_of(row, rows, where)
+    return "" if other is None or other is row else with_spread(ratios(row, other))
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def write_report(folder: Path, rows: Sequence[Row], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
+    """``serve.json``, ``serve.md``, and ``serve.svg`` where matplotlib is installed; each whole or not at all.
+
+    Raises:
+        OSError: the disk is full, or ``folder`` cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(folder / "serve.json", [{**facts, **row.to_json()} for row in rows])
+    write_text_atomic(folder / "serve.md", "\n".join(table.to_markdown() for table in tables))
+    written = [folder / "serve.json", folder / "serve.md"]
+    if importlib.util.find_spec("matplotlib") is not None:
+        write_text_atomic(folder / "serve.svg", plot(rows))
+        written.append(folder / "serve.svg")
+    return written
+
+
+def plot(rows: Sequence[Row]) -> str:
+    """SVG: throughput, and the median and 99th percentile of latency, against the requests in flight.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context(_SETTINGS):
+        figure = Figure(figsize=(9, 3.6), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        for number, (name, line) in enumerate(_lines(rows).items()):
+            look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
+            _draw_line(left, right, name, line, look)
+        _draw_levels(left, rows)
+        left.set(title="Throughput", ylabel="images a second", ylim=(0, None))
+        right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds a request", yscale="log")
+        for axes in (left, right):
+            axes.set_xlabel("requests in flight")
+            axes.grid(alpha=0.2)
+        left.legend(fontsize=7, frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
+def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The server's rows by mode and batch, in the order of their concurrency."""
+    lines: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row.point.concurrency):
+        if row.point.where == "server":
+            lines.setdefault(f"{row.point.mode}, batch {row.point.batch}", []).append(row)
+    return lines
+
+
+def _draw_line(left: Any, right: Any, name: str, line: Sequence[Row], look: dict[str, Any]) -> None:
+    at = [row.point.concurrency for row in line]
+    left.plot(at, [median(row.rates) for row in line], label=name, **look)
+    left.fill_between(
+        at, [min(row.rates) for row in line], [max(row.rates) for row in line], color=look["color"], alpha=0.15
+    )
+    right.plot(at, [row.latency_ms("p50") for row in line], **look)
+    right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
+
+
+def _draw_levels(axes: Any, rows: Sequence[Row]) -> None:
+    """The engine in process as level lines: the best of its batch sizes."""
+    for mode, style in (("pixels", ":"), ("encoded", "-.")):
+        rates = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
+        if rates:
+            axes.axhline(max(rates), color="0.5", linestyle=style, label=f"in process, {mode}")

@@ -1,0 +1,255 @@
+"""Readings of every point in interleaved rounds, so that what disturbs a machine meets all paths alike."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from clipship.core.bundle import Bundle
+from clipship.core.cpu import available_cores
+from clipship.core.errors import UsageError
+from clipship.core.progress import progress
+from clipship.serving.bench.load import measure
+from clipship.serving.bench.paths import InProcess, Samples, measure_client, prepared
+from clipship.serving.bench.steps import Breakdown, breakdown
+from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
+from clipship.serving.client import ModelFacts, read_facts
+from clipship.serving.local import LocalTransport
+from clipship.serving.names import ENCODER, PRECISION, RUNTIME
+from clipship.serving.transport import parameters_of
+
+_WARM_UP_S = 0.5
+
+Where = Literal["server", "in process", "client"]
+"""The prepared requests to the server, the same engine without one, and our client to the server."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What to measure.
+
+    Raises:
+        UsageError: a number is out of range, or a mode unknown.
+    """
+
+    modes: tuple[Mode, ...] = ("pixels",)
+    batches: tuple[int, ...] = (1, 8, 32)
+    concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
+    seconds: float = 10.0
+    """A reading's; longer where so many seconds do not give every place in the loop an answer."""
+    rounds: int = 3
+    client: bool = True
+    """Whether our own client is measured too, at the largest concurrency."""
+
+    def __post_init__(self) -> None:
+        for name, numbers in (("batch", self.batches), ("concurrency", self.concurrencies), ("rounds", (self.rounds,))):
+            if not numbers or min(numbers) < 1:
+                raise UsageError(f"{name} {' '.join(map(str, numbers)) or 'none'}: give numbers from 1 on")
+        if self.seconds <= 0:
+            raise UsageError(f"seconds {self.seconds:g}: give a positive number")
+        unknown = [mode for mode in self.modes if mode not in MODES]
+        if unknown or not self.modes:
+            raise UsageError(f"mode {' '.join(unknown) or 'none'}: give some of {' '.join(MODES)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """What is measured under the same conditions in every round."""
+
+    where: Where
+    mode: Mode
+    batch: int
+    """Images a request."""
+    concurrency: int
+    """Requests in flight."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """A point in one round."""
+
+    images_per_s: float
+    latencies_ms: dict[str, float]
+    """mean, p50, p90, p95, p99; empty for the client, whose requests are not seen from outside."""
+    steps: Breakdown | None
+    """For the server's points."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A point and its readings, one a round."""
+
+    point: Point
+    readings: tuple[Reading, ...]
+
+    @property
+    def rates(self) -> list[float]:
+        """Images a second, by round."""
+        return [reading.images_per_s for reading in self.readings]
+
+    def latency_ms(self, name: str) -> float | None:
+        """The median over the rounds of "mean", "p50", "p90", "p95" or "p99"; None for the client."""
+        values = [reading.latencies_ms[name] for reading in self.readings if reading.latencies_ms]
+        return statistics.median(values) if values else None
+
+    def middle(self) -> Reading:
+        """The reading with the median rate (of an even number the lower one)."""
+        return sorted(self.readings, key=lambda reading: reading.images_per_s)[(len(self.readings) - 1) // 2]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every reading."""
+        readings = [
+            {
+                "images_per_s": reading.images_per_s,
+                "latencies_ms": reading.latencies_ms,
+                "steps": reading.steps and reading.steps.to_json(),
+            }
+            for reading in self.readings
+        ]
+        return {**asdict(self.point), "images_per_s": statistics.median(self.rates), "readings": readings}
+
+
+def ratios(row: Row, other: Row) -> list[float]:
+    """``row``'s rate divided by ``other``'s, round by round."""
+    return [a / b for a, b in zip(row.rates, other.rates, strict=True)]
+
+
+class Bench:
+    """A server, and where a bundle is given the engine without it, ready to be measured.
+
+    Args:
+        url: HOST:PORT of Triton's gRPC endpoint.
+        bundle: what the server was made of; its engine runs in this process with as many threads as there are cores.
+
+    Raises:
+        ServerUnreachable: nobody answers.
+        ModelsMissing: the server does not have our models.
+        UsageError: the bundle is not the one that is served, or has no encoder for this process.
+    """
+
+    def __init__(
+        self, url: str, files: Sequence[bytes], *, bundle: Bundle | None = None, timeout_s: float = 120.0
+    ) -> None:
+        self.wire = Wire(url, timeout_s=timeout_s)
+        transport = self.wire.transport
+        try:
+            self.facts: ModelFacts = read_facts(transport)
+            self._encoder = parameters_of(transport.model_config(ENCODER))
+            self._steps = {mode: _steps_of(transport.model_config(model_of(mode))) for mode in MODES}
+            self.samples = Samples(files, self.facts.image_spec)
+            self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples) if bundle else None
+        except BaseException:
+            self.wire.close()
+            raise
+        self._checked: set[tuple[Mode, int]] = set()
+
+    def close(self) -> None:
+        """End the connection and the engine."""
+        self.wire.close()
+        if self.in_process is not None:
+            self.in_process.close()
+
+    def described(self) -> dict[str, Any]:
+        """What the server says it serves, and what is sent to it, for a report."""
+        encoder = {name: self._encoder[name] for name in (RUNTIME, PRECISION) if name in self._encoder}
+        return {
+            "cores": available_cores(),
+            "bundle_digest": self.facts.bundle_digest,
+            "vocabulary_digest": self.facts.vocabulary_digest,
+            "size_px": self.facts.image_spec.size_px,
+            "max_batch_size": self.facts.max_batch_size,
+            "encoder": encoder,
+            "images": len(self.samples.files),
+            "mean_file_bytes": round(statistics.fmean(map(len, self.samples.files))),
+        }
+
+    def points(self, plan: Plan) -> list[Point]:
+        """Every point of ``plan``, those to be compared beside each other.
+
+        Raises:
+            UsageError: a batch is larger than the server takes.
+        """
+        largest = self.facts.max_batch_size
+        if max(plan.batches) > largest:
+            raise UsageError(f"batch {max(plan.batches)}: the server takes 1 to {largest} images a request")
+        points: list[Point] = []
+        for mode in plan.modes:
+            for batch in plan.batches:
+                same: dict[str, Any] = {"mode": mode, "batch": batch}
+                points += [Point(where="server", concurrency=each, **same) for each in plan.concurrencies]
+                if self.in_process is not None and mode != "shm":
+                    points.append(Point(where="in process", concurrency=1, **same))
+                if plan.client and mode != "shm":
+                    points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
+        return points
+
+    def run(self, plan: Plan) -> list[Row]:
+        """Measure every point once a round.
+
+        Raises:
+            UsageError: as :meth:`points`.
+            ServingError: a request failed.
+        """
+        points = self.points(plan)
+        readings: dict[Point, list[Reading]] = defaultdict(list)
+        with progress("measuring", plan.rounds * len(points)) as report:
+            for done in range(plan.rounds * len(points)):
+                point = points[done % len(points)]
+                report(done, f"{point.where}, {point.mode}, batch {point.batch}, {point.concurrency} in flight")
+                readings[point].append(self.read(point, plan.seconds))
+        return [Row(point=point, readings=tuple(readings[point])) for point in points]
+
+    def read(self, point: Point, seconds: float) -> Reading:
+        """Measure ``point`` for ``seconds``, after half a second (no longer than ``seconds``) to get going."""
+        times: dict[str, Any] = {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
+        if point.where == "client":
+            numbers = {"concurrency": point.concurrency, "batch": point.batch, **times}
+            load = measure_client(self.wire.url, self.samples, point.mode, **numbers)
+            return Reading(images_per_s=load.images_per_s, latencies_ms={}, steps=None)
+        if point.where == "in process":
+            assert self.in_process is not None
+            send = self.in_process.sender(point.mode, point.batch)
+            load = measure(send, concurrency=1, batch=point.batch, **times)
+            return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=None)
+        return self._read_server(point, times)
+
+    def _read_server(self, point: Point, times: dict[str, Any]) -> Reading:
+        with prepared(self.wire, self.samples, point.mode, point.batch) as requests:
+            if (point.mode, point.batch) not in self._checked:
+                self.wire.check(requests[0], point.batch)
+                self._checked.add((point.mode, point.batch))
+            before = self.wire.statistics()
+            send = self.wire.sender(requests)
+            load = measure(send, concurrency=point.concurrency, batch=point.batch, **times)
+            after = self.wire.statistics()
+        steps = breakdown(before, after, model_of(point.mode), self._steps[point.mode], load.whole_mean_ms)
+        return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=steps)
+
+
+@contextmanager
+def opened(url: str, files: Sequence[bytes], bundle: Bundle | None = None) -> Iterator[Bench]:
+    """A :class:`Bench` that is closed at the end of the block."""
+    bench = Bench(url, files, bundle=bundle)
+    try:
+        yield bench
+    finally:
+        bench.close()
+
+
+def _steps_of(ensemble: dict[str, Any]) -> tuple[str, ...]:
+    return tuple(step["model_name"] for step in ensemble["ensemble_scheduling"]["step"])
+
+
+def _in_process(bundle: Bundle, facts: ModelFacts, encoder: dict[str, str], samples: Samples) -> InProcess:
+    if bundle.digest != facts.bundle_digest:
+        raise UsageError(
+            f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's bundle has {facts.bundle_digest[:12]}: "
+            "give the bundle that the repository was made of"
+        )
+    precision: Any = encoder.get(PRECISION, "fp32")
+    engine = LocalTransport(bundle, precision=precision, max_batch_size=facts.max_batch_size, top_k=facts.top_k)
+    return InProcess(engine, samples)

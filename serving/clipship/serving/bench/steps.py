@@ -1,0 +1,99 @@
+"""Where a request's time goes, from the server's own statistics before and after a load.
+
+Triton counts for every model the nanoseconds that requests waited in its queue, had their inputs gathered, ran, and had
+their outputs handed over. A request that is run in a batch with others is charged with the whole batch's time, so the
+steps of one request add up to its latency; what is missing there is between the steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
+"""Triton's names of what a request does in a model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A model's part of a request; milliseconds are means over the requests."""
+
+    model: str
+    queue_ms: float
+    compute_input_ms: float
+    compute_infer_ms: float
+    compute_output_ms: float
+    images_a_run: float
+    """How many images the model ran at once: what dynamic batching made of the requests."""
+    cached: float = 0.0
+    """The share of its requests that the server's response cache answered: a load repeats its images."""
+
+    @property
+    def total_ms(self) -> float:
+        """All four together."""
+        return self.queue_ms + self.compute_input_ms + self.compute_infer_ms + self.compute_output_ms
+
+
+@dataclass(frozen=True, kw_only=True)
+class Breakdown:
+    """A request's mean latency by where it was spent; the parts add up to it, but for what Triton counts twice."""
+
+    latency_ms: float
+    steps: tuple[Step, ...]
+    between_ms: float
+    """In the server, but in none of the steps."""
+    outside_ms: float
+    """Before and after the server had the request: the wire, the client, and the server's reading and writing."""
+
+    def shares(self) -> dict[str, float]:
+        """The parts as shares of the latency, from 0 to 1: each step's phases as ``model.phase``, and the two rests."""
+        parts = {f"{step.model}.{phase}": getattr(step, f"{phase}_ms") for step in self.steps for phase in PHASES}
+        parts |= {"between": self.between_ms, "outside": self.outside_ms}
+        return {name: value / self.latency_ms for name, value in parts.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field, and the shares."""
+        return {**asdict(self), "shares": self.shares()}
+
+
+def breakdown(
+    before: Mapping[str, Any], after: Mapping[str, Any], ensemble: str, models: Sequence[str], latency_ms: float
+) -> Breakdown:
+    """What the requests to ``ensemble`` between two statistics spent where.
+
+    Args:
+        before: ``ModelStatistics`` messages by model, and the same after the load.
+        models: the ensemble's steps, in their order.
+        latency_ms: the requests' mean latency where they were sent.
+
+    Raises:
+        ValueError: no request to the ensemble succeeded in between.
+    """
+    steps = tuple(_step(before[model], after[model]) for model in models)
+    inside_ms = _mean_ms(before[ensemble], after[ensemble], "success")
+    if inside_ms is None:
+        raise ValueError(f"{ensemble}: no request was answered between the two statistics")
+    return Breakdown(
+        latency_ms=latency_ms,
+        steps=steps,
+        between_ms=max(0.0, inside_ms - sum(step.total_ms for step in steps)),
+        outside_ms=max(0.0, latency_ms - inside_ms),
+    )
+
+
+def _step(before: Any, after: Any) -> Step:
+    runs = after.execution_count - before.execution_count
+    means = {f"{phase}_ms": _mean_ms(before, after, phase) or 0.0 for phase in PHASES}
+    images = after.inference_count - before.inference_count
+    hits = after.inference_stats.cache_hit.count - before.inference_stats.cache_hit.count
+    requests = after.inference_stats.success.count - before.inference_stats.success.count
+    cached = hits / requests if requests else 0.0
+    return Step(model=after.name, images_a_run=images / runs if runs else 0.0, cached=cached, **means)
+
+
+def _mean_ms(before: Any, after: Any, what: str) -> float | None:
+    """Milliseconds a request; None if there was none."""
+    first, last = (getattr(each.inference_stats, what) for each in (before, after))
+    count = last.count - first.count
+    return (last.ns - first.ns) / count / 1e6 if count else None

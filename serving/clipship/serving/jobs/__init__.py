@@ -1,0 +1,1 @@
+"""Batch jobs: very many images in, one row an image out."""

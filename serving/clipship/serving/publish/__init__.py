@@ -1,0 +1,1 @@
+"""A vocabulary put on a running server, and taken back."""

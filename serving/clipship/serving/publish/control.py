@@ -1,0 +1,110 @@
+"""Loading models on a running Triton over gRPC, with the secret that its admin protocols ask for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.errors import UsageError
+from clipship.serving.connection import Connection
+from clipship.serving.errors import AccessDenied, ServingError
+from clipship.serving.secret import ADMIN_HEADER, read_secret, usual_secret_file
+from clipship.serving.transport import Tensors, TritonTransport, parameters_of
+
+
+class Control:
+    """A Triton whose models are loaded and unloaded. Close it, or use it as a context manager.
+
+    Args:
+        connection: of one server.
+        secret_file: with the admin protocols' secret; None: where ``clipship serve`` on this machine keeps it, and no
+            secret where there is none.
+        timeout_s: how long a load, or an answer, may take.
+
+    Raises:
+        UsageError: several servers, or the file cannot be read.
+    """
+
+    def __init__(self, connection: Connection, *, secret_file: Path | None = None, timeout_s: float = 120.0) -> None:
+        if len(connection.addresses) != 1:
+            raise UsageError(f"{', '.join(connection.addresses)}: publish to one server at a time, give one HOST:PORT")
+        (self.url,) = connection.addresses
+        file = secret_file or usual_secret_file(self.url)
+        secret = read_secret(file) if secret_file or file.is_file() else None
+        headers = {**connection.headers, **({ADMIN_HEADER: secret} if secret else {})}
+        self._timeout_s = timeout_s
+        self._transport = TritonTransport(
+            connection.urls[0], replace(connection, headers=headers, connect_timeout_s=timeout_s)
+        )
+
+    def __enter__(self) -> Control:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._transport.close()
+
+    def parameters(self, model: str) -> dict[str, str]:
+        """The parameters in a served model's configuration.
+
+        Raises:
+            ServingError: as the transport.
+        """
+        return parameters_of(self._transport.model_config(model))
+
+    def max_batch_size(self, model: str) -> int:
+        """The most images of a request."""
+        return int(self._transport.model_config(model)["max_batch_size"])
+
+    def load(self, model: str) -> None:
+        """Have the server read the model's folder again; returns when what it names is served.
+
+        Raises:
+            AccessDenied: the secret is missing or wrong; says what to do.
+            ServingError: it could not be loaded; says why, in Triton's words.
+        """
+        self._repository_call("RepositoryModelLoad", model)
+
+    def unload(self, model: str) -> None:
+        """Have the server drop the model.
+
+        Raises:
+            ServingError: as :meth:`load`.
+        """
+        self._repository_call("RepositoryModelUnload", model)
+
+    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
+        """The model's answer.
+
+        Raises:
+            ServingError: as the transport.
+        """
+        answer = self._transport.infer(model, inputs, outputs, timeout_s=self._timeout_s).result()
+        missing = [name for name in outputs if name not in answer]
+        if missing:
+            raise ServingError(f"{self.url}: {model} answers without {', '.join(missing)}: write its repository again")
+        return answer
+
+    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
+        """As :meth:`infer`, for any number of ``rows`` of the one input ``name``."""
+        most = self.max_batch_size(model)
+        parts = [self.infer(model, {name: rows[at : at + most]}, outputs) for at in range(0, len(rows), most)]
+        return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
+
+    def _repository_call(self, method: str, model: str) -> None:
+        from tritonclient.grpc import service_pb2
+
+        try:
+            self._transport.call(method, getattr(service_pb2, f"{method}Request")(model_name=model))
+        except AccessDenied as error:
+            raise AccessDenied(
+                f"{self.url}: its admin protocols are restricted: give --admin-secret FILE with the secret that "
+                "clipship serve wrote"
+            ) from error

@@ -1,0 +1,317 @@
+"""A vocabulary put on a running server without a failed request, and taken back.
+
+A publish writes a version beside the one that is served, checks its graph here, names it in the configuration, has the
+server load it, and sends the golden images through it. Triton serves the old version until the new one is ready, and
+requests that run finish where they began. Whatever fails, the old version is named again and loaded again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.bundle import Bundle
+from clipship.core.errors import CheckFailed, ClipshipError, UsageError
+from clipship.core.plan import form_digest
+from clipship.serving.config import config_from_text
+from clipship.serving.errors import RepositoryError, ServingError
+from clipship.serving.names import (
+    CLASSIFIER,
+    CLASSIFY,
+    ENCODER,
+    ENCODER_DIGEST,
+    PRECISION,
+    VOCABULARY_DIGEST,
+    of_vocabulary,
+)
+from clipship.serving.publish.control import Control
+from clipship.serving.publish.golden import refuse_other_answers, refuse_wrong_answers, refuse_wrong_graph
+from clipship.serving.publish.versions import (
+    Action,
+    Classifier,
+    Entry,
+    VersionFacts,
+    add_entry,
+    classifier_in,
+    facts_of,
+    locked,
+    read_entries,
+    served_before,
+    vocabularies_in,
+)
+from clipship.serving.repository import add_vocabulary, refuse_unverified, remove_vocabulary
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What is served now, and what was before."""
+
+    model: str
+    version: int
+    vocabulary_digest: str
+    bundle_digest: str
+    classes: int
+    before: int | None
+    """The version that was served before; None: the vocabulary is a new one."""
+    kept: tuple[int, ...]
+    """Versions on disk, newest first, to which a rollback can go."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return {**asdict(self), "kept": list(self.kept)}
+
+
+def publish(
+    repository: Path, bundle: Bundle, control: Control, *, vocabulary: str | None = None, keep: int = 3
+) -> Published:
+    """Serve the vocabulary of ``bundle`` from now on.
+
+    Args:
+        repository: the folder that the server serves.
+        vocabulary: which of the repository's vocabularies is replaced; None: the first. One that it lacks is added.
+        keep: versions kept on disk, the served one among them.
+
+    Raises:
+        UsageError: the bundle is not of the served encoder, or has fewer classes than are reported; ``keep`` below 1.
+        CheckFailed: the golden answers are not the bundle's; the old version is served again.
+        ServingError: the server could not load it, or does not answer; the old version is named again.
+    """
+    if keep < 1:
+        raise UsageError(f"keep is {keep}: give 1 or more")
+    with locked(repository):
+        refuse_unverified(bundle)
+        refuse_other_encoder(repository, bundle)
+        _refuse_other_server(repository, control)
+        classifier_in(repository, None).remove_leftovers()
+        if vocabulary is not None and vocabulary not in vocabularies_in(repository):
+            return _publish_new(repository, bundle, control, vocabulary)
+        classifier = classifier_in(repository, vocabulary)
+        _tidy(repository, classifier)
+        _refuse_too_few(bundle, classifier)
+        return _publish_version(repository, classifier, bundle, control, keep)
+
+
+def rollback(repository: Path, control: Control, *, vocabulary: str | None = None, to: str | None = None) -> Published:
+    """Serve a vocabulary that was served before.
+
+    Args:
+        to: a version's number, or the beginning of its vocabulary's or bundle's digest; None: the one before.
+
+    Raises:
+        UsageError: there is none, or ``to`` is none of those kept.
+        CheckFailed: the server answers otherwise than that version; the one before is served again.
+        ServingError: as :func:`publish`.
+    """
+    with locked(repository):
+        classifier = classifier_in(repository, vocabulary)
+        _tidy(repository, classifier)
+        entries = read_entries(repository)
+        version = _version_to_go_to(classifier, served_before(entries, classifier), to)
+        pixels = _warmup_pixels(repository)
+
+        def check() -> None:
+            folder = classifier.folder / str(version)
+            refuse_other_answers(control, of_vocabulary(CLASSIFY, vocabulary), folder, pixels)
+
+        return _switch(repository, classifier, version, control, check, "rollback")
+
+
+def refuse_other_encoder(repository: Path, bundle: Bundle) -> None:
+    """Nothing when the bundle has the image encoder that the repository serves.
+
+    Raises:
+        UsageError: it has another one; says what to do.
+    """
+    served = _encoder_parameter(repository, ENCODER_DIGEST)
+    if served not in {form_digest(bundle, form) for form in bundle.image_encoders}:
+        raise UsageError(
+            f"{bundle.path} has another image encoder than {repository} serves ({served[:16]}), so its names would be "
+            "compared with foreign features: write a repository of its own with clipship repository, and serve that"
+        )
+
+
+def _encoder_parameter(repository: Path, name: str) -> str:
+    path = repository / ENCODER / "config.pbtxt"
+    try:
+        parameters = config_from_text(path.read_text(encoding="utf-8")).parameters
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
+    if name not in parameters:
+        raise RepositoryError(
+            f"{path}: has no {name}, it is of an older version: write it again with clipship repository"
+        )
+    value: str = parameters[name].string_value
+    return value
+
+
+def _refuse_other_server(repository: Path, control: Control) -> None:
+    """The server must serve this repository, or its copy."""
+    served = control.parameters(ENCODER).get(ENCODER_DIGEST)
+    if served != _encoder_parameter(repository, ENCODER_DIGEST):
+        raise UsageError(f"the Triton at {control.url} does not serve {repository}: give the folder that it serves")
+
+
+def _refuse_too_few(bundle: Bundle, classifier: Classifier) -> None:
+    if len(bundle.vocabulary) < classifier.top_k():
+        raise UsageError(
+            f"{bundle.path} has {len(bundle.vocabulary)} classes, the server reports {classifier.top_k()} an image: "
+            f"add names with clipship vocab add, or write a repository with --top-k {len(bundle.vocabulary)}"
+        )
+
+
+def _tidy(repository: Path, classifier: Classifier) -> None:
+    """Delete what a killed publish left, and record what it had no time to record."""
+    classifier.remove_leftovers()
+    active, on_disk = classifier.active(), classifier.versions()
+    recorded = [each.version for each in read_entries(repository) if each.model == classifier.name and each.served]
+    if active != [*on_disk[:1], *recorded][-1]:
+        _note(repository, classifier, active, "publish", "it was killed before it could be recorded")
+
+
+def _publish_version(
+    repository: Path, classifier: Classifier, bundle: Bundle, control: Control, keep: int
+) -> Published:
+    version = classifier.add(bundle)
+    ensemble = classifier.name.replace(CLASSIFIER, CLASSIFY, 1)
+    precision = _encoder_parameter(repository, PRECISION)
+    try:
+        refuse_wrong_graph(bundle, classifier.folder / str(version))
+        published = _switch(
+            repository,
+            classifier,
+            version,
+            control,
+            lambda: refuse_wrong_answers(control, ensemble, bundle, precision),
+            "publish",
+        )
+    except BaseException:
+        if classifier.active() != version:
+            classifier.remove([version])
+        raise
+    kept = served_before(read_entries(repository), classifier)[:keep]
+    classifier.remove([old for old in classifier.versions() if old not in kept])
+    return published if len(published.kept) <= keep else _with_kept(published, kept)
+
+
+def _with_kept(published: Published, kept: list[int]) -> Published:
+    from dataclasses import replace
+
+    return replace(published, kept=tuple(kept))
+
+
+def _switch(
+    repository: Path,
+    classifier: Classifier,
+    version: int,
+    control: Control,
+    check: Callable[[], None],
+    action: Action,
+) -> Published:
+    """Name ``version``, load it, check it; on any failure name and load the one before."""
+    before, facts = classifier.active(), classifier.facts(version)
+    classifier.commit(version)
+    try:
+        control.load(classifier.name)
+        _refuse_stale(control, classifier, facts)
+        check()
+    except BaseException as error:
+        classifier.commit(before)
+        _note(repository, classifier, version, "refused", str(error) or type(error).__name__)
+        if isinstance(error, (CheckFailed, ServingError)):
+            now = _load_again(control, classifier)
+            raise type(error)(f"{error}: version {before} is served as before{now}") from error
+        _load_again(control, classifier)
+        raise
+    _note(repository, classifier, version, action)
+    kept = tuple(served_before(read_entries(repository), classifier))
+    return Published(model=classifier.name, version=version, before=before, kept=kept, **asdict(facts))
+
+
+def _load_again(control: Control, classifier: Classifier) -> str:
+    """Have the server read what is on disk; what went wrong, as the end of a message."""
+    try:
+        control.load(classifier.name)
+    except ClipshipError as error:
+        return f" as soon as the server can load it again ({error})"
+    return ""
+
+
+def _refuse_stale(control: Control, classifier: Classifier, facts: VersionFacts) -> None:
+    """The server must say that it serves what is on disk now."""
+    served = control.parameters(classifier.name).get(VOCABULARY_DIGEST)
+    if served != facts.vocabulary_digest:
+        raise CheckFailed(
+            f"the Triton at {control.url} did not take {classifier.folder}: it serves another folder, give that one"
+        )
+
+
+def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary: str) -> Published:
+    """Add the vocabulary's models and load them; on any failure take them away again."""
+    first = classifier_in(repository, None)
+    _refuse_too_few(bundle, first)
+    models = add_vocabulary(repository, bundle, vocabulary)
+    classifier = classifier_in(repository, vocabulary)
+    try:
+        refuse_wrong_graph(bundle, classifier.folder / str(classifier.active()))
+        for model in models:
+            control.load(model)
+        precision = _encoder_parameter(repository, PRECISION)
+        refuse_wrong_answers(control, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
+    except BaseException as error:
+        facts = facts_of(bundle)
+        remove_vocabulary(repository, vocabulary)
+        add_entry(repository, _entry(classifier.name, 1, "refused", facts, str(error) or type(error).__name__))
+        for model in reversed(models):
+            _unload(control, model)
+        raise
+    _note(repository, classifier, classifier.active(), "publish")
+    facts, version = facts_of(bundle), classifier.active()
+    return Published(model=classifier.name, version=version, before=None, kept=(version,), **asdict(facts))
+
+
+def _unload(control: Control, model: str) -> None:
+    """Drop a model that may never have been loaded."""
+    try:
+        control.unload(model)
+    except ServingError:
+        return  # it was not loaded, or the server is gone and will not load it: its folder is gone
+
+
+def _version_to_go_to(classifier: Classifier, versions: list[int], to: str | None) -> int:
+    """One of ``versions``, the served one first."""
+    active, *others = versions
+    if to is None:
+        if not others:
+            raise UsageError(f"{classifier.folder}: no version was served before {active}: publish another vocabulary")
+        return others[0]
+    for version in versions:
+        facts = classifier.facts(version)
+        digests = (facts.vocabulary_digest, facts.bundle_digest)
+        if to == str(version) or (len(to) >= 6 and any(digest.startswith(to) for digest in digests)):
+            return version
+    known = ", ".join(f"{version} ({classifier.facts(version).vocabulary_digest[:12]})" for version in versions)
+    raise UsageError(f"no version {to!r} of {classifier.name}: give one of {known}")
+
+
+def _warmup_pixels(repository: Path) -> NDArray[np.uint8]:
+    """uint8 [1, H, W, 3]: the encoder's warm-up sample, a golden image."""
+    config = config_from_text((repository / ENCODER / "config.pbtxt").read_text(encoding="utf-8"))
+    image = config.input[0]
+    data = (repository / ENCODER / "warmup" / image.name).read_bytes()
+    size = int(np.prod(image.dims))
+    return np.frombuffer(data[:size], dtype=np.uint8).reshape(1, *image.dims)
+
+
+def _note(repository: Path, classifier: Classifier, version: int, action: Action, reason: str = "") -> None:
+    add_entry(repository, _entry(classifier.name, version, action, classifier.facts(version), reason))
+
+
+def _entry(model: str, version: int, action: Action, facts: VersionFacts, reason: str = "") -> Entry:
+    at = datetime.now(UTC).isoformat(timespec="seconds")
+    return Entry(at=at, model=model, action=action, version=version, reason=reason, **asdict(facts))

@@ -1,0 +1,54 @@
+"""The secret of a server's admin protocols (loading models, tracing, logging), in a file for its owner only."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from clipship.core.errors import UsageError
+from clipship.core.files import cache_folder
+
+_KEY = "clipship-admin"
+
+ADMIN_PROTOCOLS = ("model-repository", "trace", "logging")
+"""Triton's names of what clients need not do."""
+
+ADMIN_HEADER = f"triton-grpc-protocol-{_KEY}"
+"""The gRPC header that holds the secret; Triton gives the prefix (its option ``--grpc-restricted-protocol``)."""
+
+
+def restriction(secret: str) -> str:
+    """The value of Triton's options ``--grpc-restricted-protocol`` and ``--http-restricted-api``."""
+    return f"{','.join(ADMIN_PROTOCOLS)}:{_KEY}={secret}"
+
+
+def usual_secret_file(url: str) -> Path:
+    """Where the secret of the server at HOST:PORT on this machine lies: one a port, in the user's cache folder."""
+    return cache_folder() / "admin" / f"{url.rpartition(':')[2]}.secret"
+
+
+def write_secret(path: Path) -> str:
+    """A new secret, written to ``path``, which its owner alone may read from the first moment on."""
+    secret = secrets.token_urlsafe(32)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as handle:
+        handle.write(f"{secret}\n")
+    return secret
+
+
+def read_secret(path: Path) -> str:
+    """The secret in ``path``.
+
+    Raises:
+        UsageError: the file cannot be read, or holds none.
+    """
+    try:
+        secret = path.read_text(encoding="ascii").strip()
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error}): give the file that clipship serve wrote") from error
+    if not secret:
+        raise UsageError(f"{path}: is empty: give the file that clipship serve wrote")
+    return secret

@@ -1,0 +1,276 @@
+"""``clipship bench serve`` against a real Triton, as a user runs it and from Python."""
+
+from __future__ import annotations
+
+import json
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from clipship.core.bundle import Bundle
+from clipship.core.cli import main
+from clipship.core.errors import DataError, UsageError
+from clipship.core.images import ImageSpec, decode_image
+from clipship.core.tables import Table
+from clipship.serving.bench.load import measure
+from clipship.serving.bench.paths import Samples
+from clipship.serving.bench.pictures import SIZE_PX, files_from_folder, made_up_files
+from clipship.serving.bench.report import steps_table, throughput_table, write_report
+from clipship.serving.bench.run import Bench, Plan, Point, Reading, Row, opened
+from clipship.serving.bench.wire import encoded_request
+from clipship.serving.errors import ModelsMissing, RequestRejected, ServerUnreachable, ServingError
+from clipship.serving.server import Server, start_server
+from tests.serving.bundles import SPEC, jpeg_bytes, write_bundle
+from tests.serving.processes import clipship
+
+FILES = [jpeg_bytes(seed) for seed in range(6)]
+QUICK: dict[str, Any] = {"seconds": 0.2, "rounds": 2}
+
+
+@pytest.fixture(scope="module")
+def bench(server: Server, bundle: Bundle) -> Iterator[Bench]:
+    with opened(server.endpoints.url, FILES, bundle) as ready:
+        yield ready
+
+
+@pytest.fixture(scope="module")
+def rows(bench: Bench) -> list[Row]:
+    plan = Plan(modes=("pixels", "encoded", "shm"), batches=(1, 4), concurrencies=(1, 3), **QUICK)
+    return bench.run(plan)
+
+
+@pytest.mark.triton
+def test_every_point_is_read_once_a_round(rows: list[Row]) -> None:
+    points = [row.point for row in rows]
+    assert len(set(points)) == len(points)
+    server = [(point.mode, point.batch, point.concurrency) for point in points if point.where == "server"]
+    assert server == [(mode, n, c) for mode in ("pixels", "encoded", "shm") for n in (1, 4) for c in (1, 3)]
+    for where, concurrency in (("in process", 1), ("client", 3)):
+        others = [(point.mode, point.batch, point.concurrency) for point in points if point.where == where]
+        assert others == [(mode, n, concurrency) for mode in ("pixels", "encoded") for n in (1, 4)]
+    assert all(len(row.readings) == 2 and min(row.rates) > 0 for row in rows)
+
+
+@pytest.mark.triton
+def test_percentiles_are_ordered(rows: list[Row]) -> None:
+    for row in rows:
+        for reading in row.readings:
+            if row.point.where == "client":
+                assert reading.latencies_ms == {}
+                continue
+            latencies = [reading.latencies_ms[name] for name in ("p50", "p90", "p95", "p99")]
+            assert latencies == sorted(latencies)
+            assert latencies[0] > 0
+
+
+@pytest.mark.triton
+def test_each_step_of_the_ensemble_has_its_share(rows: list[Row]) -> None:
+    for row in rows:
+        for reading in row.readings:
+            if row.point.where != "server":
+                assert reading.steps is None
+                continue
+            assert reading.steps is not None
+            names = [step.model for step in reading.steps.steps]
+            assert names == ["preprocess"] * (row.point.mode == "encoded") + ["image_encoder", "classifier"]
+            assert all(step.compute_infer_ms > 0 for step in reading.steps.steps)
+            assert all(1 <= step.images_a_run <= 8 for step in reading.steps.steps)
+            assert all(0 <= share <= 1 for share in reading.steps.shares().values())
+
+
+@pytest.mark.triton
+def test_no_shared_memory_is_left_behind(bench: Bench, server: Server) -> None:
+    before = set(Path("/dev/shm").iterdir())
+    pixels = bench.samples.pixel_batches(2)
+    with bench.wire.shared(pixels) as names:
+        assert all(Path("/dev/shm", name).stat().st_size >= pixels[0].nbytes for name in names)
+    assert not {path.name for path in set(Path("/dev/shm").iterdir()) - before} & set(names)
+    with pytest.raises(RequestRejected), bench.wire.shared(pixels[:1]) as (name,):
+        raise RequestRejected("in the block")
+    assert not Path("/dev/shm", name).exists()
+
+
+@pytest.mark.triton
+def test_an_image_of_the_load_that_the_server_cannot_decode_is_told_and_not_measured(bench: Bench) -> None:
+    with pytest.raises(RequestRejected, match=r"an image of the load cannot be decoded: empty file"):
+        bench.wire.check(encoded_request([FILES[0], b""]), 2)
+    bench.wire.check(encoded_request(FILES[:2]), 2)
+    with pytest.raises(RequestRejected, match=r"has 2 rows for 3 images"):
+        bench.wire.check(encoded_request(FILES[:2]), 3)
+
+
+@pytest.mark.triton
+def test_a_server_that_goes_away_in_the_middle_ends_the_load(repository: Path) -> None:
+    with start_server(repository) as server, opened(server.endpoints.url, FILES) as bench:
+        request = encoded_request(FILES[:2])
+        bench.wire.check(request, 2)
+        send = bench.wire.sender([request])
+
+        def stopping(done: Any) -> None:
+            if server.running and bench.wire.statistics()["classify_encoded"].inference_count > 20:
+                server.stop()
+            send(done)
+
+        with pytest.raises(ServingError) as caught:
+            measure(stopping, concurrency=1, batch=2, seconds=60, warm_up_s=0)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.triton
+def test_the_verb_prints_tables_and_writes_json_markdown_and_a_plot(
+    server: Server, bundle: Bundle, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.endpoints.url
+    options = ["--concurrency", "1", "2", "--batch", "2", "--mode", "pixels", "encoded", "--seconds", "0.2"]
+    arguments = ["bench", "serve", "--url", url, *options, "--rounds", "2", "--images", str(photos)]
+    arguments += ["--bundle", str(bundle.path), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    table = capsys.readouterr().out
+    assert table == (tmp_path / "out" / "serve.md").read_text(encoding="utf-8")
+    lines = [line.split("|") for line in table.splitlines() if line.startswith("| in process")]
+    assert [line[2].strip() for line in lines] == ["pixels", "encoded"]
+    assert "Where a request's time goes" in table
+    assert "% run" in table
+    written = json.loads((tmp_path / "out" / "serve.json").read_text(encoding="utf-8"))
+    assert len(written) == 2 * (2 + 1 + 1)
+    assert {row["bundle_digest"] for row in written} == {bundle.digest}
+    assert {row["size_px"] for row in written} == {32}
+    assert sum(written[0]["readings"][0]["steps"]["shares"].values()) == pytest.approx(1.0, abs=0.1)
+    svg = ET.parse(tmp_path / "out" / "serve.svg").getroot()
+    assert svg.tag.endswith("svg")
+
+
+@pytest.mark.triton
+def test_json_is_one_object_and_points_without_a_bundle_have_no_peer(server: Server) -> None:
+    options = ("--concurrency", "1", "--batch", "1", "--seconds", "0.1", "--rounds", "1", "--no-client", "--json")
+    done = clipship("bench", "serve", "--url", server.endpoints.url, *options)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert [row["where"] for row in result["rows"]] == ["server"]
+    assert result["written"] == []
+    assert set(result["rows"][0]["readings"][0]["latencies_ms"]) == {"mean", "p50", "p90", "p95", "p99"}
+
+
+@pytest.mark.triton
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--concurrency", "0"), 2, "'--concurrency': 0 is not in the range x>=1"),
+        (("--batch", "4", "9"), 2, "batch 9: the server takes 1 to 8 images a request"),
+        (("--seconds", "0"), 2, "'--seconds'"),
+        (("--rounds", "0"), 2, "'--rounds'"),
+        (("--mode", "jpeg"), 2, "'--mode': 'jpeg' is not one of"),
+        (("--images", "/no/such/folder"), 2, "give --images a folder of images"),
+        (("--bundle", "/no/such/bundle"), 2, "no such folder: give the bundle that is served"),
+    ],
+)
+def test_bad_input_is_one_line(
+    server: Server, options: tuple[str, ...], code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", "--url", server.endpoints.url, "--seconds", "0.1", *options]) == code
+    output = capsys.readouterr()
+    assert message in output.err
+    assert output.err.count("\n") == 1
+    assert output.out == ""
+
+
+def test_nobody_at_the_address_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "serve", "--url", "127.0.0.1:9"]) == 1
+    assert capsys.readouterr().err.startswith("clipship: no Triton answers at 127.0.0.1:9")
+
+
+@pytest.mark.triton
+def test_a_server_without_our_models_and_another_bundle_are_refused(
+    repository: Path, server: Server, tmp_path: Path
+) -> None:
+    other = write_bundle(tmp_path / "other", seed=1)
+    with pytest.raises(UsageError, match="give the bundle that the repository was made of"):
+        Bench(server.endpoints.url, FILES, bundle=other)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "preprocess").symlink_to(repository / "preprocess")
+    with start_server(foreign) as running, pytest.raises(ModelsMissing, match="does not serve clipship's models"):
+        Bench(running.endpoints.url, FILES)
+    with pytest.raises(ServerUnreachable):
+        Bench(running.endpoints.url, FILES)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batches": (0, 1)}, "batch 0 1: give numbers from 1 on"),
+        ({"concurrencies": ()}, "concurrency none: give numbers from 1 on"),
+        ({"rounds": 0}, "rounds 0"),
+        ({"seconds": 0.0}, "seconds 0: give a positive number"),
+        ({"modes": ("jpeg",)}, "mode jpeg: give some of pixels encoded shm"),
+    ],
+)
+def test_a_plan_refuses_numbers_out_of_range(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Plan(**settings)
+
+
+def test_made_up_images_are_always_the_same_photographs() -> None:
+    files = made_up_files(3)
+    assert files == made_up_files(3)
+    assert len(set(files)) == 3
+    assert {decode_image(data).size for data in files} == {SIZE_PX}
+    assert all(30_000 < len(data) < 100_000 for data in files)
+
+
+def test_images_of_a_folder_are_spread_evenly(photos: Path, tmp_path: Path) -> None:
+    paths = sorted(path for path in photos.rglob("*") if path.is_file())
+    assert files_from_folder(photos, 3) == [paths[position].read_bytes() for position in (0, 10, 20)]
+    assert len(files_from_folder(photos, 500)) == 30
+    with pytest.raises(DataError, match="no images in it"):
+        files_from_folder(tmp_path)
+
+
+def test_requests_take_the_images_in_turn() -> None:
+    samples = Samples(FILES[:3], SPEC)
+    assert samples.batches(2) == [[0, 1], [2, 0], [1, 2], [0, 1]]
+    assert samples.file_batches(2)[1] == [FILES[2], FILES[0]]
+    assert samples.pixel_batches(4)[0].shape == (4, 32, 32, 3)
+    assert (samples.pixel_batches(2)[2] == samples.pixels[[1, 2]]).all()
+    assert isinstance(samples.spec, ImageSpec)
+
+
+def made_up_rows() -> list[Row]:
+    """Two rounds: the server has 80 and 90 percent of the engine's rate, the client 40 percent of the server's."""
+    rates = {"server": (80.0, 180.0), "in process": (100.0, 200.0), "client": (32.0, 72.0)}
+    latencies = {"p50": 1.0, "p90": 2.0, "p95": 3.0, "p99": 4.0}
+    return [
+        Row(
+            point=Point(where=where, mode="pixels", batch=8, concurrency=1 if where == "in process" else 4),  # type: ignore[arg-type]
+            readings=tuple(
+                Reading(images_per_s=rate, latencies_ms={} if where == "client" else latencies, steps=None)
+                for rate in of_rounds
+            ),
+        )
+        for where, of_rounds in rates.items()
+    ]
+
+
+def test_shares_are_of_the_same_round() -> None:
+    table = throughput_table(made_up_rows(), "title")
+    by_where = {row[0]: row for row in table.rows}
+    assert by_where["server"][4] == "130.0 (80.0-180.0)"
+    assert by_where["server"][-2:] == ("0.85 (0.80-0.90)", "")
+    assert by_where["client"][-2:] == ("0.34 (0.32-0.36)", "0.40 (0.40-0.40)")
+    assert by_where["in process"][-2:] == ("", "")
+    assert by_where["client"][5:9] == ("", "", "", "")
+
+
+def test_without_matplotlib_everything_but_the_plot_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    rows = made_up_rows()[1:]
+    tables = (throughput_table(rows, ""), Table(header=("a",), rows=()))
+    written = write_report(tmp_path / "new", rows, tables, {"url": "u"})
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["serve.json", "serve.md"]
+    assert [path.name for path in written] == ["serve.json", "serve.md"]
+    assert np.isclose(json.loads(written[0].read_text())[0]["images_per_s"], 150.0)
+    assert steps_table(made_up_rows()).rows == ()  # nobody has seen their steps
