@@ -7,12 +7,17 @@ builds it up to 1,000, then adds 100 more to it, several times to a copy. A proc
 Python, the check of all the bundle's files, tokens, features, the new bundle. open_clip encodes the same 100 names, in
 turn with it, in a process that has loaded everything. open_clip computes all 77 tokens of a row, the bundle's text
 encoder no more than the longest name of a batch has.
+
+    python benchmarks/vocabulary.py --model clipship-tiny --many 100000 --out runs/vocabulary-many
+
+adds that many names to the 10 and nothing else, with the process killed (SIGKILL) after a while and started again.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -29,7 +34,8 @@ from clipship.core.bundle import read_bundle
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread, write_table
 from clipship.core.vocabulary import Vocabulary, prompt_of
-from clipship.training.clip import Clip, load_clip
+from clipship.training.clip import TINY, Clip, load_clip
+from clipship.training.world.attributes import COLOURS
 
 CLASSES, ADDED, PACKED = 1000, 100, 10
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
@@ -68,6 +74,46 @@ def add(bundle: Path, names: Sequence[str], out: Path) -> float:
     file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     command = [sys.executable, "-m", "clipship.core", "vocab", "add", str(bundle), "--from", str(file), "--json"]
     return seconds_of(lambda: subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL))
+
+
+def many_names(count: int) -> list[str]:
+    """Distinct names of two to a dozen tokens: ImageNet's with numbers."""
+    distinct = class_names()[:CLASSES]
+    return [f"{distinct[place % CLASSES]} {place // CLASSES}" for place in range(count)]
+
+
+def add_many(bundle: Path, count: int, out: Path, kill_after_s: float) -> Table:
+    """`clipship vocab add` of ``count`` names, killed after ``kill_after_s``, and the run that goes on."""
+    file = out.with_suffix(".txt")
+    file.write_text("".join(f"{name}\n" for name in many_names(count)), encoding="utf-8")
+    command = [sys.executable, "-m", "clipship.core", "vocab", "add", str(bundle), "--from", str(file)]
+    command += ["--out", str(out)]
+    with subprocess.Popen(command) as first:
+        try:
+            first.wait(kill_after_s)
+        except subprocess.TimeoutExpired:
+            first.kill()
+    killed = first.returncode != 0
+    started = time.perf_counter()
+    with subprocess.Popen(command) as second:
+        _, status, usage = os.wait4(second.pid, 0)
+        second.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.perf_counter() - started
+    classes = len(read_bundle(out).vocabulary.names)
+    assert classes == PACKED + count
+    return Table(
+        header=("names", "killed after s", "then s", "classes", "peak memory MiB"),
+        rows=(
+            (
+                f"{count:,}",
+                f"{kill_after_s:.0f}" if killed else "-",
+                f"{seconds:.1f}",
+                f"{classes:,}",
+                f"{usage.ru_maxrss / 1024:.0f}",
+            ),
+        ),
+        text_columns=0,
+    )
 
 
 def eager_features(clip: Clip, prompts: Sequence[str], batch_size: int) -> NDArray[np.float32]:
@@ -144,13 +190,20 @@ def tables(measured: dict[str, Any]) -> tuple[Table, Table]:
     return first, Table(header=header, rows=rows, text_columns=0)
 
 
+def packed(given: argparse.Namespace) -> Path:
+    """The bundle of 10 classes, packed by an earlier run or now."""
+    start: Path = given.out / "packed"
+    if not start.exists():
+        names = tuple(COLOURS)[:PACKED] if given.model == TINY else class_names()[:PACKED]
+        packed_bundle(load_clip(given.model), names, start)
+    return start
+
+
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """All numbers of both tables."""
     names = class_names()
+    start, base, out = packed(given), given.out / "base", given.out / "more"
     clip = load_clip(given.model)
-    start, base, out = (given.out / name for name in ("packed", "base", "more"))
-    if not start.exists():
-        packed_bundle(clip, names[:PACKED], start)
     measured: dict[str, Any] = {"model": given.model, "add_s": [], "eager_s": []}
     measured["build_s"] = add(start, names[PACKED:CLASSES], base)
     prompts = [prompt_of(name, "a photo of a {}.") for name in names[CLASSES:]]
@@ -173,10 +226,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=16, help="of open_clip in the first table")
     parser.add_argument("--batch-names", type=int, default=64, help="names of the second table")
+    parser.add_argument("--many", type=int, metavar="N", help="only add N names, killed in between")
+    parser.add_argument("--kill-after-s", type=float, default=15.0, help="with --many")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
-    for left in ("base", "more"):
+    for left in ("base", "more", "many"):
         shutil.rmtree(given.out / left, ignore_errors=True)
+    if given.many is not None:
+        table = add_many(packed(given), given.many, given.out / "many", given.kill_after_s)
+        write_table(given.out, "vocabulary-many", [{"model": given.model, "names": given.many}], table)
+        sys.stdout.write(table.to_markdown() + "\n")
+        return
     measured = measure(given)
     for name, table in zip(("vocabulary", "vocabulary-batches"), tables(measured), strict=True):
         write_table(given.out, name, [measured], table)

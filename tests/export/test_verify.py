@@ -128,6 +128,16 @@ def test_a_change_between_classes_that_are_apart_counts(precision: str, gap: flo
         assert len(row.failures) == 1
 
 
+def test_of_two_names_that_are_one_word_either_may_win() -> None:
+    twins = np.repeat(CLASSES[:2], 2, axis=0)
+    twins[1, 0] += 1e-7
+    expected = unit(RNG.normal(size=(300, 64)) + 3 * CLASSES[0])
+    given = expected + 1e-7 * RNG.choice([-1, 1], expected.shape).astype(np.float32)
+    row = compare_features("x", "p", 1, expected, given, references=twins, tolerance=TOLERANCES["fp32"])
+    assert row, row.failures
+    assert 0 < row.top1_excused == pytest.approx(1 - row.top1_agreement)
+
+
 def test_batch_sizes() -> None:
     assert batch_sizes_up_to(64) == (1, 2, 7, 64)
     assert batch_sizes_up_to(7) == (1, 2, 7)

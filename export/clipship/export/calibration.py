@@ -81,7 +81,7 @@ def folded(
     files = save_onnx(model, path)
     found: list[NDArray[np.float32]] = []
     try:
-        session = onnx_session(path)
+        session = onnx_session(path, in_order=True)
         feed = session.get_inputs()[0].name
         for start in range(0, len(pixels), _BATCH):
             batch = session.run(list(outputs), {feed: pixels[start : start + _BATCH]})
@@ -110,7 +110,7 @@ def _watch(graph: onnx.GraphProto, values: Sequence[str], ranks: Mapping[str, in
     """Add ``max(abs(value))`` of every value as an output; over all axes, or all but the last where ranks are given."""
     import onnx
 
-    names = []
+    names, readers = [], {}
     for position, value in enumerate(values):
         absolute, name = f"clipship_abs_{position}", f"clipship_max_{position}"
         inputs = [absolute]
@@ -118,10 +118,30 @@ def _watch(graph: onnx.GraphProto, values: Sequence[str], ranks: Mapping[str, in
             axes = np.arange(ranks[value] - 1, dtype=np.int64)
             graph.initializer.append(onnx.numpy_helper.from_array(axes, f"clipship_axes_{position}"))
             inputs.append(f"clipship_axes_{position}")
-        graph.node.append(onnx.helper.make_node("Abs", [value], [absolute]))
-        graph.node.append(onnx.helper.make_node("ReduceMax", inputs, [name], keepdims=0))
+        readers[value] = [
+            onnx.helper.make_node("Abs", [value], [absolute]),
+            onnx.helper.make_node("ReduceMax", inputs, [name], keepdims=0),
+        ]
         names.append(add_output(graph, name))
+    insert_readers(graph, readers)
     return names
+
+
+def insert_readers(graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
+    """Insert nodes that read a value right behind the node that makes it.
+
+    At the end of the graph they would keep every value that they read in memory until then: of ViT-L/14 over 20 GB.
+    """
+    ordered = []
+    for node in graph.node:
+        ordered.append(node)
+        for name in node.output:
+            ordered += readers.get(name, ())
+    assert len(ordered) == len(graph.node) + sum(map(len, readers.values())), "a value that no node makes"
+    arranged = type(graph)()
+    arranged.node.extend(ordered)
+    del graph.node[:]
+    graph.node.extend(arranged.node)
 
 
 def add_output(graph: onnx.GraphProto, name: str) -> str:

@@ -13,8 +13,9 @@ the gate means "all".
 allows moves them typically: an error of length e in a random direction of D dimensions moves the margin between the
 classes i and j with a standard deviation of ``logit_scale e |t_i - t_j| / sqrt(D)``. One such deviation is excused.
 (The largest move, of an error that points from one class to the other, is sqrt(D) times that; excusing it would excuse
-everything that the cosine gate lets through, and the top-1 gate could never fail.) A classifier's cache is left out of
-that estimate, which makes it stricter. The gate counts what is not excused; the raw agreement is shown beside it.
+everything that the cosine gate lets through, and the top-1 gate could never fail.) To that comes what float32 rounds a
+logit by: of two names that are as good as one word, either may win. A classifier's cache is left out of that estimate,
+which makes it stricter. The gate counts what is not excused; the raw agreement is shown beside it.
 
 Shape legend: N inputs, C classes, D features, k best classes.
 """
@@ -36,6 +37,7 @@ WORST_KEPT = 3
 
 _TOP = 5
 _PLAIN_SCALE = 100.0  # the logit scale of every published CLIP, where only references are given
+_ROUNDED = 8 * float(np.finfo(np.float32).eps)  # what a float32 cosine is off by: a few steps of its last digit
 _FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
 
 
@@ -431,7 +433,7 @@ def _near_ties(
     margin = np.take_along_axis(logits, first, 1) - np.take_along_axis(logits, second, 1)
     apart = np.linalg.norm(classifier.features[first[:, 0]] - classifier.features[second[:, 0]], axis=1)
     lengths = np.linalg.norm(expected.astype(np.float64) - expected.mean(axis=0), axis=1)
-    moved = classifier.logit_scale * tolerance.error_lengths(lengths, dim) * apart / math.sqrt(dim)
+    moved = classifier.logit_scale * (tolerance.error_lengths(lengths, dim) * apart / math.sqrt(dim) + _ROUNDED)
     near: NDArray[np.bool_] = margin[:, 0] <= moved
     return near
 

@@ -29,7 +29,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import CheckFailed
-from clipship.export.calibration import MIN_IMAGES, add_output, folded, magnitudes, refuse_few_images, with_weights
+from clipship.export.calibration import (
+    MIN_IMAGES,
+    add_output,
+    folded,
+    insert_readers,
+    magnitudes,
+    refuse_few_images,
+    with_weights,
+)
 from clipship.export.onnx import (
     METADATA_PRECISION,
     check_onnx,
@@ -342,17 +350,25 @@ def product_errors(one: Calibrated, pixels: NDArray[np.uint8], scratch: Path) ->
 
     probe = with_weights(one.model)
     constants = {tensor.name: tensor for tensor in one.model.graph.initializer}
-    names = []
+    names: list[str] = []
+    readers = {}
     for product in one.products:
         weight = onnx.numpy_helper.to_array(constants[product.weight])
-        names += _add_probe(probe.graph, product, weight, float(one.largest[product.activation].max()))
+        readers[product.output] = _probe(probe.graph, product, weight, float(one.largest[product.activation].max()))
+        names += [add_output(probe.graph, name) for node in readers[product.output][-2:] for name in node.output]
+    insert_readers(probe.graph, readers)
     squares = np.array(folded(probe, names, pixels, scratch, np.add), np.float64).reshape(-1, 2)
     relative = np.sqrt(squares[:, 0] / np.maximum(squares[:, 1], 1e-30))
     return {product.node: float(error) for product, error in zip(one.products, relative, strict=True)}
 
 
-def _add_probe(graph: onnx.GraphProto, product: Product, weight_KF: NDArray[np.float32], top: float) -> list[str]:
-    """Append the product with rounded operands; returns the outputs with the squares of its error and of itself."""
+def _probe(
+    graph: onnx.GraphProto, product: Product, weight_KF: NDArray[np.float32], top: float
+) -> list[onnx.NodeProto]:
+    """The product with rounded operands; the last two nodes give the squares of its error and of itself.
+
+    Their constants are added to ``graph``.
+    """
     import onnx
 
     steps_F = np.maximum(np.abs(weight_KF).max(axis=0), 1e-30) / _INT8_MAX
@@ -363,6 +379,7 @@ def _add_probe(graph: onnx.GraphProto, product: Product, weight_KF: NDArray[np.f
         (inner["weight"], (np.round(weight_KF / steps_F) * steps_F).astype(np.float32)),
     ):
         graph.initializer.append(onnx.numpy_helper.from_array(values, name))
+    nodes = []
     for op_type, inputs, output in (
         ("QuantizeLinear", [product.activation, inner["step"], inner["zero"]], inner["q"]),
         ("DequantizeLinear", [inner["q"], inner["step"], inner["zero"]], inner["dq"]),
@@ -372,5 +389,5 @@ def _add_probe(graph: onnx.GraphProto, product: Product, weight_KF: NDArray[np.f
         ("ReduceSumSquare", [product.output], inner["n"]),
     ):
         options = {"keepdims": 0} if op_type == "ReduceSumSquare" else {}
-        graph.node.append(onnx.helper.make_node(op_type, inputs, [output], **options))
-    return [add_output(graph, inner["e"]), add_output(graph, inner["n"])]
+        nodes.append(onnx.helper.make_node(op_type, inputs, [output], **options))
+    return nodes

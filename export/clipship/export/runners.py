@@ -61,17 +61,21 @@ def local_providers() -> tuple[str, ...]:
     return tuple(name for name in available if name not in _REMOTE)
 
 
-def onnx_session(path: Path, provider: str = CPU_PROVIDER) -> onnxruntime.InferenceSession:
+def onnx_session(path: Path, provider: str = CPU_PROVIDER, *, in_order: bool = False) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session that took ``provider``. (Whether its nodes run there: :func:`onnx_function`.)
 
-    ONNX Runtime falls back to the CPU without an error; here that is one.
+    ONNX Runtime falls back to the CPU without an error; here that is one. ``in_order`` runs the nodes as they stand in
+    the file; by itself it puts off those that others do not wait for.
 
     Raises:
         NotRunnable: the provider is not available or was not taken, or has no kernel for one of the nodes.
         CheckFailed: the file cannot be loaded.
         MissingExtraError: onnxruntime is not installed.
     """
-    return _session(path, provider, _onnxruntime().SessionOptions())
+    options = _onnxruntime().SessionOptions()
+    if in_order:
+        options.execution_order = _onnxruntime().ExecutionOrder.PRIORITY_BASED
+    return _session(path, provider, options)
 
 
 def _session(path: Path, provider: str, options: Any) -> onnxruntime.InferenceSession:
