@@ -48,7 +48,7 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     )
     names = tuple(dict.fromkeys(IMAGENET_CLASSNAMES))  # two of the thousand are called alike
     clip = load_clip(MODEL)
-    whole = config.method != "sync-clip"  # it learns from half of the classes and classifies among all
+    whole = config.method not in ("sync-clip", "ivlp-synthetic")  # they learn from half and classify among all
     task = Task(class_names=names, num_base=len(names) if whole else len(names) // 2, templates=("a photo of a {}.",))
     method = build_method(clip, config, task)
     optimizer = torch.optim.SGD(method.parameters(), lr=config.learning_rate)
@@ -56,7 +56,7 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     size, side = config.batch_size, clip.image_spec.size_px
     images = [torch.randn(size, 3, side, side, generator=draw) for _ in range(3)]
     labels = torch.arange(size) * 7
-    synthetic = {"seen": images[1], "unseen": images[2], "unseen_labels": labels + task.num_base - 1}
+    synthetic: dict[str, Any] = {"seen": images[1], "unseen": images[2], "unseen_labels": labels + task.num_base - 1}
     batch = Batch(
         labels=labels,
         files=(),

@@ -4,8 +4,10 @@
 
 One server for each model, on this machine, with clients on the same processors. The paths take turns in every round, so
 that noise meets all alike; a ratio is that of two paths in the same round, and the table has the rounds' median and
-range. In process means: the same encoder and classifier with the same threads on batches of 32, and for files the same
-decoding on all cores before it. Weights are random, which does not change the time; images are JPEG files of 500 x 375.
+range. Beside every reading of the server stands what the server itself has counted meanwhile, which is the judge where
+two readings differ: the machine may have been slower under one of them. In process means: the same encoder and
+classifier with the same threads on batches of 32, and for files the same decoding on all cores before it. Weights are
+random, which does not change the time; images are JPEG files of 500 x 375.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ import argparse
 import dataclasses
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,6 +46,7 @@ LARGEST_BATCH = 32
 """Of the server's dynamic batches, and what the engine in process is given."""
 
 _PEER = "perf_analyzer"
+_POLL_S = 0.2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,6 +64,17 @@ TARGETS = (
     Target(what="classify", path="server, pixels", beside="in process, pixels", low=0.95),
     Target(what="classify, shared memory", path="server, shm", beside="in process, pixels", low=0.95),
     Target(what="classify_encoded", path="server, encoded", beside="in process, encoded", low=0.90),
+    *(
+        Target(
+            what=f"{who}'s reading, {mode}",
+            path=f"{who}, {mode}",
+            beside=f"{who}, {mode}, counted",
+            low=0.85,
+            high=1.15,
+        )
+        for mode in ("pixels", "encoded")
+        for who in ("server", _PEER)
+    ),
     Target(what="bench agrees, pixels", path="server, pixels", beside="perf_analyzer, pixels", low=0.85, high=1.15),
     Target(what="bench agrees, encoded", path="server, encoded", beside="perf_analyzer, encoded", low=0.85, high=1.15),
     Target(what="client, pixels", path="client, pixels", beside="perf_analyzer, pixels", low=0.95),
@@ -101,6 +118,38 @@ class Peer:
         return Reading(images_per_s=report.images_per_s, latencies_ms=report.latencies_ms, steps=None)
 
 
+class ServerCount:
+    """How many images the server says it has answered, asked several times a second while the ``with`` block runs."""
+
+    def __init__(self, bench: Bench, model: str) -> None:
+        self._bench = bench
+        self._model = model
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch)
+        self._seen: list[tuple[float, int]] = []
+
+    def __enter__(self) -> ServerCount:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._done.set()
+        self._thread.join()
+
+    def images_per_s(self) -> float:
+        """From the second time that the count has grown to the last one: neither the start nor the end of the load."""
+        grown = [after for before, after in pairwise(self._seen) if after[1] > before[1]][1:]
+        if len(grown) < 2:
+            return float("nan")
+        (first_s, first), (last_s, last) = grown[0], grown[-1]
+        return (last - first) / (last_s - first_s)
+
+    def _watch(self) -> None:
+        while not self._done.wait(_POLL_S):
+            statistics = self._bench.wire.statistics()[self._model]
+            self._seen.append((time.perf_counter(), statistics.inference_count))
+
+
 def race(bench: Bench, given: argparse.Namespace) -> dict[str, Row]:
     """Every path once a round; rows by path."""
     points = dict(_points(given.batch, given.concurrency, given.without))
@@ -109,8 +158,13 @@ def race(bench: Bench, given: argparse.Namespace) -> dict[str, Row]:
         peer = Peer(bench, Path(folder)) if any(name.startswith(_PEER) for name in points) else None
         for number in range(given.rounds):
             for name, point in points.items():
-                readings[name].append(_read(bench, peer, name, point, given.seconds))
+                with ServerCount(bench, model_of(point.mode)) as count:
+                    readings[name].append(_read(bench, peer, name, point, given.seconds))
                 log(f"round {number + 1}, {name}: {readings[name][-1].images_per_s:.1f} images/s")
+                if point.where == "server":
+                    counted = Reading(images_per_s=count.images_per_s(), latencies_ms={}, steps=None)
+                    readings.setdefault(f"{name}, counted", []).append(counted)
+    points |= {name: points[name.removesuffix(", counted")] for name in readings}
     return {name: Row(point=point, readings=tuple(readings[name])) for name, point in points.items()}
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from clipship.core.files import replace_file, replace_folder, sha256_of, write_json_atomic
+from clipship.core.errors import UsageError
+from clipship.core.files import locked_folder, replace_file, replace_folder, sha256_of, write_json_atomic
 
 
 def listing(folder: Path) -> list[str]:
@@ -98,3 +99,31 @@ def test_json_and_digest(tmp_path: Path) -> None:
     assert path.read_text(encoding="utf-8") == '{\n  "ä": 1\n}\n'
     path.write_bytes(b"abc")
     assert sha256_of(path) == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_locked_folder_keeps_others_out_until_it_is_left(tmp_path: Path) -> None:
+    with (
+        locked_folder(tmp_path, "somebody is at work: wait"),
+        pytest.raises(UsageError, match=f"{tmp_path}: somebody is at work: wait"),
+        locked_folder(tmp_path, "somebody is at work: wait"),
+    ):
+        pass
+    with locked_folder(tmp_path, "somebody is at work: wait"):
+        pass
+
+
+def test_a_lock_on_a_folder_that_is_no_more_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaced between opening and locking: the lock would be on a folder that nobody sees."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "other").mkdir()
+    opened = os.open
+
+    def replaced(path: Path, flags: int) -> int:
+        descriptor = opened(path, flags)
+        (tmp_path / "out").rename(tmp_path / "gone")
+        (tmp_path / "other").rename(tmp_path / "out")
+        return descriptor
+
+    monkeypatch.setattr(os, "open", replaced)
+    with pytest.raises(UsageError, match="somebody"), locked_folder(tmp_path / "out", "somebody is at work"):
+        pass

@@ -96,17 +96,31 @@ def test_fast_is_at_most_two_off_and_seldom() -> None:
     assert sum(off) > 0
 
 
-def test_the_bound_holds_for_the_sums() -> None:
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_the_bound_holds_for_the_sums(lanes: int) -> None:
     """What decides that a value need not be summed again: the float32 sums are closer to the true ones than it says."""
-    axis = images._axis(1200, 224, 0, 224)
+    axis = images._axis(1200, 224, 0, 224, lanes=lanes)
+    weights = axis.weights if lanes == 1 else axis.weights.swapaxes(1, 2)
     source = np.zeros((axis.padded, 30), np.float32)
-    source[axis.before : axis.before + 1200] = RNG.integers(0, 256, (1200, 30))
-    starts = range(0, len(axis.weights) * axis.step, axis.step)
-    windows = np.stack([source[start : start + axis.weights.shape[2]] for start in starts])
-    sums = (axis.weights @ windows).reshape(len(axis.taps), 30)
+    source[axis.before : axis.before + lanes * 1200] = RNG.integers(0, 256, (lanes * 1200, 30))
+    starts = range(0, len(weights) * axis.step, axis.step)
+    windows = np.stack([source[start : start + weights.shape[2]] for start in starts])
+    sums = (weights @ windows).reshape(len(axis.taps), 30)
     wanted = source[axis.before + axis.taps].astype(np.float64)
     true = np.einsum("ct,ctn->cn", axis.fixed.astype(np.float64), wanted) / 2**22
     assert 0 < np.abs(sums - true).max() < axis.bound < 0.02
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("size", [1, 30, 100, 223, 225, 375, 448, 1080, 4000])
+def test_runs_are_the_places_of_the_result(size: int, lanes: int) -> None:
+    axis = images._axis(size, 224, 0, 224, lanes=lanes)
+    assert len(axis.places) == 224 * lanes == len(np.unique(axis.places))
+    slots = np.concatenate([np.arange(each.start, each.stop) for each, _ in axis.runs])
+    places = np.concatenate([np.arange(each.start, each.stop) for _, each in axis.runs])
+    assert np.array_equal(slots, axis.places)
+    assert np.array_equal(places, np.arange(224 * lanes))
+    assert len(axis.runs) <= len(axis.weights)
 
 
 def test_threads_get_what_one_thread_gets() -> None:

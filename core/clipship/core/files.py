@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
@@ -26,6 +27,30 @@ def cache_folder() -> Path:
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipship"
+
+
+@contextmanager
+def locked_folder(folder: Path, refusal: str) -> Iterator[None]:
+    """Keep other processes that lock ``folder`` out of it; the kernel ends the lock with this process, however it ends.
+
+    Args:
+        folder: an existing folder. One that is replaced (:func:`replace_folder`) is another one afterwards.
+        refusal: what to tell whom another process keeps out, behind the folder's name.
+
+    Raises:
+        UsageError: another process has the lock.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.path.samestat(os.fstat(descriptor), folder.stat()):  # replaced between opening and locking it
+                raise BlockingIOError
+        except BlockingIOError as error:
+            raise UsageError(f"{folder}: {refusal}") from error
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _sibling(final: Path) -> Path:

@@ -28,6 +28,7 @@ from __future__ import annotations
 import functools
 import importlib
 import io
+import itertools
 import math
 import struct
 import threading
@@ -62,8 +63,9 @@ Resample = Literal["exact", "fast"]
 WEIGHT_BITS = 22
 """Fractional bits that Pillow rounds the weights of its resizing to."""
 
-_MAX_PRODUCT = 2**16  # multiplications of one product: few enough for the cache, and for OpenBLAS to start no threads
-_OVERHEAD = 20  # what a row of the result, and a block, cost besides their products, in products
+_MAX_PRODUCT = 2**18  # multiplications of one product; OpenBLAS starts threads for more than 2^19
+_TILES = {1: (4, 40), 3: (8, 240)}  # by lanes: what OpenBLAS computes at a time, and what a block costs, in products
+_OVERHEAD = 36  # what a value of the result costs besides its products, in products
 _MAX_KEPT = 2**22  # values of scratch memory that a thread keeps under one name
 _UNSURE = 2**14  # values that are summed again at a time, which bounds the memory
 _ORIENTATION = 0x0112  # the EXIF tag
@@ -308,9 +310,9 @@ def _window(read: _Read, size: tuple[int, int], size_px: int, resample: Resample
     left, top = centred_corner(*resized, size_px)
     if resized == size:
         return np.ascontiguousarray(read(slice(top, top + size_px), slice(left, left + size_px)))
-    across = _axis(size[0], resized[0], left, size_px)
-    down = _axis(size[1], resized[1], top, size_px)
-    window = _SCRATCH.floats("window", (len(down.taps), 3 * len(across.taps)))
+    across = _axis(size[0], resized[0], left, size_px, lanes=3)
+    down = _axis(size[1], resized[1], top, size_px, lanes=1)
+    window = _SCRATCH.floats("window", (len(down.taps), len(across.taps)))
     if vertical_pass_first(*size, resized[1]):
         source = _padded("source", read(down.read, across.read), down.before, down.padded, across)
         rows = _SCRATCH.floats("rows", (len(down.taps), source.shape[1]))
@@ -318,8 +320,16 @@ def _window(read: _Read, size: tuple[int, int], size_px: int, resample: Resample
         _horizontal(rows, across, resample, window)
     else:
         _vertical(_resized_rows(read, across, down, resample), down, resample, window)
-    pixels = window.astype(np.uint8).reshape(len(down.taps), len(across.taps), 3)
-    return pixels.take(down.places, axis=0).take(across.places, axis=1)
+    return _without_empty_slots(window.astype(np.uint8), down, across).reshape(size_px, size_px, 3)
+
+
+def _without_empty_slots(window: NDArray[np.uint8], down: _Axis, across: _Axis) -> NDArray[np.uint8]:
+    """[slots down, slots across] -> [S, S 3]. A run of columns at a time: NumPy's ``take`` copies them one by one."""
+    rows = window.take(down.places, axis=0)
+    pixels = np.empty((len(rows), len(across.places)), np.uint8)
+    for slots, columns in across.runs:
+        pixels[:, columns] = rows[:, slots]
+    return pixels
 
 
 class _Scratch(threading.local):
@@ -338,14 +348,19 @@ class _Scratch(threading.local):
                 self._kept[name] = found
         return found[:size].reshape(shape)
 
+    def flags(self, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+        """The same of truth values."""
+        size = math.prod(shape)
+        return self.floats(name, (-(-size // 4),)).view(np.bool_)[:size].reshape(shape)
+
 
 _SCRATCH = _Scratch()
 
 
 def _padded(name: str, pixels: NDArray[np.uint8], above: int, rows: int, across: _Axis) -> NDArray[np.float32]:
-    """[R, C, 3] -> [``rows``, C padded 3] in scratch memory ``name``, ``above`` rows of zeros first."""
-    padded = _SCRATCH.floats(name, (rows, 3 * across.padded))
-    first, last = 3 * across.before, 3 * (across.before + pixels.shape[1])
+    """[R, C, 3] -> [``rows``, C 3 padded] in scratch memory ``name``, ``above`` rows of zeros first."""
+    padded = _SCRATCH.floats(name, (rows, across.padded))
+    first, last = across.before, across.before + 3 * pixels.shape[1]
     inside = padded[above : above + len(pixels)]
     for border in (padded[:above], padded[above + len(pixels) :], inside[:, :first], inside[:, last:]):
         border.fill(0)
@@ -358,12 +373,13 @@ def _padded(name: str, pixels: NDArray[np.uint8], above: int, rows: int, across:
 
 
 def _resized_rows(read: _Read, across: _Axis, down: _Axis, resample: Resample) -> NDArray[np.float32]:
-    """The rows that ``down`` reads, resized along their length, a slab at a time: float32 [R padded, slots 3]."""
+    """The rows that ``down`` reads, resized along their length, a slab at a time: float32 [R padded, slots]."""
     count = down.read.stop - down.read.start
-    resized = _SCRATCH.floats("rows", (down.padded, 3 * len(across.taps)))
+    resized = _SCRATCH.floats("rows", (down.padded, len(across.taps)))
     resized[: down.before].fill(0)
     resized[down.before + count :].fill(0)
-    step = max(_MAX_PRODUCT // (9 * across.weights[0].size), 16)
+    slabs = -(-count // max(_MAX_PRODUCT // across.weights[0].size, 16))
+    step = -(-count // slabs)
     for first in range(0, count, step):
         last = min(first + step, count)
         pixels = read(slice(down.read.start + first, down.read.start + last), across.read)
@@ -374,26 +390,29 @@ def _resized_rows(read: _Read, across: _Axis, down: _Axis, resample: Resample) -
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """Resampling along one axis, by blocks that begin every ``step`` rows (or columns) of the source.
+    """Resampling along one axis, by blocks that begin every ``step`` places of the source.
 
-    Each block computes as many rows of the result as begin in it. Where a block has fewer than the others some of its
-    slots stay empty: their weights are zeros, and ``places`` leaves them out.
+    A place is a row; along a row it is one value of a pixel, of which there are three: so no product has to know of
+    channels. Each block computes as many places of the result as begin in it. Where a block has fewer than the others
+    some of its slots stay empty: their weights are zeros, and ``places`` leaves them out.
     """
 
     read: slice
-    """Rows of the source that are read."""
+    """Rows or columns of the source that are read."""
     before: int
-    """How many rows of zeros the blocks read before those of the source."""
+    """How many places of zeros the blocks read before those of the source."""
     padded: int
-    """How many rows the blocks read in all, with rows of zeros after those of the source."""
+    """How many places the blocks read in all, with zeros after those of the source."""
     step: int
-    """Rows of the source from the start of a block to the next one's."""
+    """Places of the source from the start of a block to the next one's."""
     weights: NDArray[np.float32]
-    """[blocks, slots of a block, K]"""
+    """[blocks, slots of a block, K] for rows, [blocks, K, slots of a block] along a row: as the products take them."""
     places: NDArray[np.intp]
-    """[count] The slot of each row of the result."""
+    """[count] The slot of each place of the result."""
+    runs: tuple[tuple[slice, slice], ...]
+    """Slots that follow each other, and the places of the result that they are."""
     taps: NDArray[np.int64]
-    """[slots, taps] Rows of the source, counted from ``read.start``."""
+    """[slots, taps] Places of the source, counted from ``read.start``."""
     fixed: NDArray[np.int64]
     """[slots, taps] Their weights times 2^:data:`WEIGHT_BITS`, whole numbers as Pillow has them."""
     bound: float
@@ -401,76 +420,97 @@ class _Axis:
 
 
 @functools.lru_cache(maxsize=256)
-def _axis(size: int, resized: int, first: int, count: int) -> _Axis:
-    """Rows ``first`` to ``first + count`` of ``size`` rows resized to ``resized``."""
+def _axis(size: int, resized: int, first: int, count: int, *, lanes: int) -> _Axis:
+    """Rows ``first`` to ``first + count`` of ``size`` rows resized to ``resized``; ``lanes`` values of each row."""
     row_taps, row_fixed = resampling_taps(size, resized, first, count)
     read = slice(int(row_taps[0, 0]), int(np.max(row_taps, where=row_fixed != 0, initial=0)) + 1)
     row_taps = np.minimum(row_taps, read.stop - 1) - read.start
     length = row_taps.shape[1]
-    anchors = (np.arange(count) * (size / resized)).astype(np.int64)
-    step = _best_step(size / resized, length)
+    anchors = _laned((np.arange(count) * (size / resized)).astype(np.int64)[:, None], lanes)[:, 0]
+    row_taps, row_fixed = _laned(row_taps, lanes), row_fixed.repeat(lanes, axis=0)
+    step, slots = _blocking(anchors, lanes, size / resized, length)
     blocks = anchors // step
-    inside = np.arange(count) - np.searchsorted(blocks, blocks)  # number of each row in its block
-    slots, total = int(inside.max()) + 1, int(blocks[-1]) + 1
+    inside = np.arange(len(blocks)) - np.searchsorted(blocks, blocks)  # number of each place in its block
+    slots, total = max(slots, int(inside.max()) + 1), int(blocks[-1]) + 1
     places = blocks * slots + inside
     taps, fixed = np.zeros((2, total * slots, length), np.int64)
     taps[places], fixed[places] = row_taps, row_fixed
     before = int((anchors - row_taps[:, 0]).max())
-    columns = np.where(row_fixed != 0, row_taps + before - (blocks * step)[:, None], 0)
-    weights = np.zeros((total, slots, int(columns.max()) + 1), np.float32)
-    np.add.at(weights, (blocks[:, None], inside[:, None], columns), row_fixed / float(1 << WEIGHT_BITS))
+    columns = row_taps + before - (blocks * step)[:, None]
+    weights = _weights(row_fixed, columns, (blocks, inside), (total, slots))
     # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: n terms in any order are off by no more than
     # n u / (1 - n u) times the sum of their magnitudes, u = 2^-24. Twice that, for what happens to be rounded besides.
     largest = 255 * float(np.abs(row_fixed).sum(axis=1).max()) / (1 << WEIGHT_BITS)
     return _Axis(
         read=read,
         before=before,
-        padded=max((total - 1) * step + weights.shape[2], before + read.stop - read.start),
+        padded=max((total - 1) * step + weights.shape[2], before + lanes * (read.stop - read.start)),
         step=step,
-        weights=weights,
+        weights=weights if lanes == 1 else np.ascontiguousarray(weights.swapaxes(1, 2)),
         places=places,
+        runs=_runs(places),
         taps=taps,
         fixed=fixed,
         bound=2 * (length + 1) * 2.0**-24 * largest,
     )
 
 
-def _best_step(scale: float, length: int) -> int:
-    """Rows of the source from block to block, for which the blocks' products and empty slots cost the least.
+def _weights(
+    fixed: NDArray[np.int64],
+    columns: NDArray[np.int64],
+    places: tuple[NDArray[np.int64], NDArray[np.int64]],
+    shape: tuple[int, int],
+) -> NDArray[np.float32]:
+    """Float32 [blocks, slots, K] from whole weights [count, taps], their columns, and the (block, slot) of each row."""
+    length = int(np.max(columns, where=fixed != 0, initial=0)) + 1
+    weights = np.zeros((*shape, length + 1), np.float32)
+    behind = np.where(fixed != 0, columns, length)  # a tap that is out of range lands behind what is read
+    weights[places[0][:, None], places[1][:, None], behind] = fixed / float(1 << WEIGHT_BITS)
+    return weights[:, :, :length]
 
-    A block of ``int(slots * scale)`` rows has at most ``slots`` of the result.
-    """
 
-    def cost(slots: int) -> float:
-        step = max(int(slots * scale), 1)
-        return (slots * (step + length + _OVERHEAD) + _OVERHEAD) / step
+def _laned(rows: NDArray[np.int64], lanes: int) -> NDArray[np.int64]:
+    """Numbers of rows [n, m] -> those of the values [n lanes, m] where each row has ``lanes``, side by side."""
+    return (lanes * rows[:, None] + np.arange(lanes)[:, None]).reshape(-1, rows.shape[1])
 
-    fewest = max(int(1 / scale), 2)
-    return max(int(min(range(fewest, fewest + 8), key=cost) * scale), 1)
+
+def _blocking(anchors: NDArray[np.int64], lanes: int, scale: float, length: int) -> tuple[int, int]:
+    """(step, slots of a block), for which the blocks' products and what comes after them cost the least."""
+    tile, overhead = _TILES[lanes]
+    found = [(lanes * int(slots // lanes * scale), slots) for slots in range(tile, 5 * tile, tile)]
+    fewest = int(np.bincount(anchors // lanes).max())  # where one row of the source makes more than all those slots
+    step, slots = min(
+        [each for each in found if each[0]] or [(lanes, fewest)],
+        key=lambda each: (each[1] * (each[0] + lanes * length + _OVERHEAD) + overhead) / each[0],
+    )
+    for longer in range(int(slots * scale), step, -1):  # whole rows are enough, but leave slots empty
+        blocks = anchors // longer
+        if (blocks[1:] >= blocks[:-1]).all() and np.bincount(blocks).max() <= slots:
+            return longer, slots
+    return step, slots
+
+
+def _runs(places: NDArray[np.intp]) -> tuple[tuple[slice, slice], ...]:
+    """Stretches of ``places`` that follow each other, and where in it they are."""
+    edges = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
+    return tuple(
+        (slice(int(places[first]), int(places[last - 1]) + 1), slice(first, last))
+        for first, last in itertools.pairwise(edges)
+    )
 
 
 def _horizontal(source: NDArray[np.float32], axis: _Axis, resample: Resample, out: NDArray[np.float32]) -> None:
-    """[R, C padded 3] -> ``out`` [R, slots 3], values 0 to 255."""
-    (blocks, slots, length), rows = axis.weights.shape, len(source)
+    """[R, C 3 padded] -> ``out`` [R, slots], values 0 to 255."""
+    (blocks, length, slots), rows = axis.weights.shape, len(source)
     line, value = source.strides
-    windows = _strided(source, (blocks, rows, 3 * length), (3 * axis.step * value, line, value))
-    np.matmul(windows, _interleaved(axis.weights), out=out.reshape(rows, blocks, 3 * slots).swapaxes(0, 1))
+    windows = _strided(source, (blocks, rows, length), (axis.step * value, line, value))
+    np.matmul(windows, axis.weights, out=out.reshape(rows, blocks, slots).swapaxes(0, 1))
 
     def exact(places: NDArray[np.intp]) -> NDArray[np.int64]:
-        row, column = np.divmod(places, out.shape[1])
-        slot, channel = np.divmod(column, 3)
-        return _whole_sums(axis, slot, lambda tap: source[row[:, None], 3 * (axis.before + tap) + channel[:, None]])
+        row, slot = np.divmod(places, out.shape[1])
+        return _whole_sums(axis, slot, lambda tap: source[row[:, None], axis.before + tap])
 
     _settle(out, axis, resample, exact)
-
-
-def _interleaved(weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[blocks, slots, K] -> [blocks, K 3, slots 3]: the same for each of the channels, which lie side by side."""
-    blocks, slots, length = weights.shape
-    spread = np.zeros((blocks, length, 3, slots, 3), np.float32)
-    for channel in range(3):
-        spread[:, :, channel, :, channel] = weights.swapaxes(1, 2)
-    return spread.reshape(blocks, 3 * length, 3 * slots)
 
 
 def _vertical(source: NDArray[np.float32], axis: _Axis, resample: Resample, out: NDArray[np.float32]) -> None:
@@ -520,7 +560,8 @@ def _settle(
         return
     whole = np.rint(sums, out=_SCRATCH.floats("whole", sums.shape))
     np.abs(np.subtract(sums, whole, out=sums), out=sums)
-    unsure = np.flatnonzero(sums >= 0.5 - axis.bound)
+    near = np.greater_equal(sums, 0.5 - axis.bound, out=_SCRATCH.flags("near", sums.shape))
+    unsure = np.flatnonzero(near)
     np.clip(whole, 0.0, 255.0, out=sums)
     flat = sums.reshape(-1)
     for first in range(0, unsure.size, _UNSURE):

@@ -111,7 +111,7 @@ def repository(
     from clipship.serving.tuning import Tuning
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
-    others = {name: read_bundle(path) for name, path in map(_named_bundle, vocabularies)}
+    others = {name: read_bundle(path) for name, path in map(named_bundle, vocabularies)}
     if len(others) < len(vocabularies):
         raise UsageError("two vocabularies have the same name: give each --vocabulary a name of its own")
     read = [read_plan(path) for path in plans]
@@ -124,7 +124,12 @@ def repository(
     emit(result, f"{out}: {len(models)} models for Triton's {backend} backend", as_json=as_json)
 
 
-def _named_bundle(given: str) -> tuple[str, Path]:
+def named_bundle(given: str) -> tuple[str, Path]:
+    """Name and folder of a ``--vocabulary NAME=BUNDLE``.
+
+    Raises:
+        UsageError: it is not of that form, or there is no such folder.
+    """
     name, equals, path = given.partition("=")
     if not equals or not name or not path:
         raise UsageError(f"--vocabulary {given!r}: give NAME=BUNDLE")

@@ -37,6 +37,46 @@ class Slot:
     size_bytes: int
     memory: mmap.mmap
 
+    def hold(self, array: NDArray[Any]) -> None:
+        """Copy ``array`` into it."""
+        import numpy as np
+
+        np.copyto(np.ndarray(array.shape, array.dtype, buffer=self.memory), array)
+
+
+def registered(server: TritonTransport, size_bytes: int) -> Slot:
+    """A new region that ``server`` has mapped; its file is gone already.
+
+    Raises:
+        ServingError: the server refuses: it has no such extension, or runs on another machine or in a container.
+        OSError: there is not so much shared memory here.
+    """
+    from tritonclient.grpc import service_pb2
+
+    name = f"{_PREFIX}.{_namespace()}.{os.getpid()}.{_started(os.getpid())}.{uuid.uuid4().hex[:12]}"
+    file = _FOLDER / name
+    descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
+    try:
+        os.posix_fallocate(descriptor, 0, size_bytes)  # a full /dev/shm is an error here, not a signal later
+        memory = mmap.mmap(descriptor, size_bytes)
+        request = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=f"/{name}", byte_size=size_bytes)
+        server.call("SystemSharedMemoryRegister", request)
+    finally:
+        os.close(descriptor)
+        file.unlink(missing_ok=True)
+    return Slot(name=name, size_bytes=size_bytes, memory=memory)
+
+
+def unregister(server: TritonTransport, name: str) -> None:
+    """Have ``server`` unmap a region.
+
+    Raises:
+        ServingError: it is not there, or answers that it still uses the region.
+    """
+    from tritonclient.grpc import service_pb2
+
+    server.call("SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest(name=name))
+
 
 class SharedSlots:
     """The regions of one client at one server; one for each request in flight, made when it is first needed."""
@@ -51,13 +91,11 @@ class SharedSlots:
 
     def lend(self, array: NDArray[Any]) -> Slot | None:
         """A region with a copy of ``array``; None where the server or this machine refuses, which is logged once."""
-        import numpy as np
-
         slot = self._take(array.nbytes)
         if slot is None and self._on:
             slot = self._made(array.nbytes)
         if slot is not None:
-            np.copyto(np.ndarray(array.shape, array.dtype, buffer=slot.memory), array)
+            slot.hold(array)
         return slot
 
     def give_back(self, slots: list[Slot]) -> None:
@@ -80,7 +118,7 @@ class SharedSlots:
             self._free.clear()
         try:
             for name in names:
-                self._unregister(name)
+                unregister(self._server, name)
         except ServingError as error:
             _log.debug("%s: regions stay registered: %s", self._server.url, error)
 
@@ -100,7 +138,7 @@ class SharedSlots:
         try:
             if not self._is_clean:
                 self._take_back_of_the_dead()
-            slot = self._registered(max(size_bytes, mmap.PAGESIZE))
+            slot = registered(self._server, max(size_bytes, mmap.PAGESIZE))
         except (ServingError, OSError) as error:
             with self._lock:
                 was_on, self._on = self._on, False
@@ -110,22 +148,6 @@ class SharedSlots:
         with self._lock:
             self._all[slot.name] = slot
         return slot
-
-    def _registered(self, size_bytes: int) -> Slot:
-        from tritonclient.grpc import service_pb2
-
-        name = f"{_PREFIX}.{_namespace()}.{os.getpid()}.{_started(os.getpid())}.{uuid.uuid4().hex[:12]}"
-        file = _FOLDER / name
-        descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
-        try:
-            os.posix_fallocate(descriptor, 0, size_bytes)  # a full /dev/shm is an error here, not a signal later
-            memory = mmap.mmap(descriptor, size_bytes)
-            request = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=f"/{name}", byte_size=size_bytes)
-            self._server.call("SystemSharedMemoryRegister", request)
-        finally:
-            os.close(descriptor)
-            file.unlink(missing_ok=True)
-        return Slot(name=name, size_bytes=size_bytes, memory=memory)
 
     def _take_back_of_the_dead(self) -> None:
         """Unregister what clients of this machine that live no more have left at the server."""
@@ -139,14 +161,9 @@ class SharedSlots:
             if prefix == _PREFIX and len(rest) == 4 and rest[0] == _namespace() and _started(int(rest[1])) != rest[2]:
                 self._unregister_quietly(name)
 
-    def _unregister(self, name: str) -> None:
-        from tritonclient.grpc import service_pb2
-
-        self._server.call("SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest(name=name))
-
     def _unregister_quietly(self, name: str) -> None:
         try:
-            self._unregister(name)
+            unregister(self._server, name)
         except ServingError as error:
             _log.debug("%s: %s stays registered: %s", self._server.url, name, error)
 

@@ -108,6 +108,7 @@ class TritonTransport:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         answers = service_pb2.ModelInferResponse.FromString
         self._infer = self._channel.unary_unary(MODEL_INFER, response_deserializer=answers)  # requests are bytes
+        self._infer_bytes = self._channel.unary_unary(MODEL_INFER)  # answers are, too
         self._slots = SharedSlots(self) if self._settings.shared_memory and self.on_this_machine else None
 
     def infer(
@@ -175,6 +176,14 @@ class TritonTransport:
                 raise
             raise serving_error(error, self.url) from error
 
+    def send(self, request: bytes, *, timeout_s: float) -> Any:
+        """A gRPC call that sends a message of :func:`request_bytes` as it is; its result is the answer's bytes.
+
+        Raises:
+            UsageError: the token's file cannot be read.
+        """
+        return self._infer_bytes.future(request, timeout=timeout_s, metadata=self._metadata(None))
+
     def _metadata(self, headers: Mapping[str, str] | None) -> list[tuple[str, str]]:
         token = self._token.value()
         secret = [("authorization", f"Bearer {token}")] if token else []
@@ -183,30 +192,14 @@ class TritonTransport:
     def _request(
         self, model: str, inputs: Tensors, outputs: Sequence[str], request_id: str, slots: list[Slot]
     ) -> bytes:
-        """The serialised message; slots of shared memory that it points to are added to ``slots``.
-
-        The arrays' bytes are put behind the rest of the message as its fields, which protobuf's encoding allows:
-        protobuf itself would copy them three times.
-        """
-        from tritonclient.grpc import service_pb2
-        from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
-
-        request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
-        contents: list[bytes | memoryview] = []
+        """The serialised message; slots of shared memory that it points to are added to ``slots``."""
+        regions: dict[str, str] = {}
         for name, array in inputs.items():
-            tensor = request.inputs.add(name=name, shape=array.shape, datatype=np_to_triton_dtype(array.dtype))
             slot = self._slots.lend(array) if self._slots is not None and array.dtype != np.object_ else None
             if slot is not None:
                 slots.append(slot)
-                tensor.parameters["shared_memory_region"].string_param = slot.name
-                tensor.parameters["shared_memory_byte_size"].int64_param = array.nbytes
-            elif array.dtype == np.object_:
-                contents.append(serialize_byte_tensor(array).item() if array.size else b"")
-            else:
-                contents.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-        request.outputs.extend(service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs)
-        fields = [part for content in contents for part in (_field_head(_RAW_INPUT_CONTENTS, len(content)), content)]
-        return b"".join([request.SerializeToString(), *fields])
+                regions[name] = slot.name
+        return request_bytes(model, inputs, outputs, request_id=request_id, regions=regions)
 
     def _land(self, call: Any, answer: Future[Tensors], outputs: Sequence[str], slots: list[Slot]) -> None:
         """Settle ``answer``; runs in gRPC's thread, where an exception would be lost and the client wait for ever."""
@@ -229,6 +222,38 @@ class TritonTransport:
     def _give_back(self, slots: list[Slot]) -> None:
         if self._slots is not None:
             self._slots.give_back(slots)
+
+
+def request_bytes(
+    model: str,
+    inputs: Tensors,
+    outputs: Sequence[str],
+    *,
+    request_id: str = "",
+    regions: Mapping[str, str] | None = None,
+) -> bytes:
+    """A serialised ModelInferRequest, for :meth:`TritonTransport.send`; ``regions``: which inputs lie in shared memory.
+
+    The arrays' bytes are put behind the rest of the message as its fields, which protobuf's encoding allows: protobuf
+    itself would copy them three times.
+    """
+    from tritonclient.grpc import service_pb2
+    from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
+
+    request = service_pb2.ModelInferRequest(model_name=model, id=request_id)
+    contents: list[bytes | memoryview] = []
+    for name, array in inputs.items():
+        tensor = request.inputs.add(name=name, shape=array.shape, datatype=np_to_triton_dtype(array.dtype))
+        if name in (regions or {}):
+            tensor.parameters["shared_memory_region"].string_param = (regions or {})[name]
+            tensor.parameters["shared_memory_byte_size"].int64_param = array.nbytes
+        elif array.dtype == np.object_:
+            contents.append(serialize_byte_tensor(array).item() if array.size else b"")
+        else:
+            contents.append(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    request.outputs.extend(service_pb2.ModelInferRequest.InferRequestedOutputTensor(name=name) for name in outputs)
+    fields = [part for content in contents for part in (_field_head(_RAW_INPUT_CONTENTS, len(content)), content)]
+    return b"".join([request.SerializeToString(), *fields])
 
 
 class _Token:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 from benchmarks import perf_analyzer
+from benchmarks.serving import ServerCount
 
 from clipship.core.tensors import ENCODED
 from clipship.serving.bench.run import Point, opened
@@ -23,6 +25,14 @@ def test_its_csv_is_read_in_our_units() -> None:
     report = perf_analyzer.report_from_csv(CSV)
     assert report.images_per_s == 1234.5
     assert report.latencies_ms == {"p50": 8.0, "p90": 9.0, "p95": 9.5, "p99": 12.0}
+
+
+def test_the_servers_count_is_taken_between_two_moments_of_a_running_load() -> None:
+    count = ServerCount(None, "classify")  # type: ignore[arg-type]
+    count._seen = [(0.0, 5), (1.0, 5), (2.0, 13), (3.0, 13), (4.0, 37), (5.0, 61), (6.0, 69), (7.0, 69)]
+    assert count.images_per_s() == (69 - 37) / (6.0 - 4.0)
+    count._seen = count._seen[:5]
+    assert math.isnan(count.images_per_s())
 
 
 @pytest.mark.triton

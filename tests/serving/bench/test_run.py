@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2
 
 from clipship.core.bundle import Bundle
 from clipship.core.cli import main
@@ -21,11 +22,15 @@ from clipship.serving.bench.paths import Samples
 from clipship.serving.bench.pictures import SIZE_PX, files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table, throughput_table, write_report
 from clipship.serving.bench.run import Bench, Plan, Point, Reading, Row, opened
-from clipship.serving.bench.wire import encoded_request
+from clipship.serving.bench.wire import Wire, encoded_request
+from clipship.serving.connection import Connection
 from clipship.serving.errors import ModelsMissing, RequestRejected, ServerUnreachable, ServingError
+from clipship.serving.options import ServerOptions
 from clipship.serving.server import Server, start_server
 from tests.serving.bundles import SPEC, jpeg_bytes, write_bundle
+from tests.serving.grpc_servers import Triton, serving
 from tests.serving.processes import clipship
+from tests.serving.test_server import write_certificates
 
 FILES = [jpeg_bytes(seed) for seed in range(6)]
 QUICK: dict[str, Any] = {"seconds": 0.2, "rounds": 2}
@@ -84,14 +89,19 @@ def test_each_step_of_the_ensemble_has_its_share(rows: list[Row]) -> None:
 
 @pytest.mark.triton
 def test_no_shared_memory_is_left_behind(bench: Bench, server: Server) -> None:
-    before = set(Path("/dev/shm").iterdir())
+    def held() -> dict[str, int]:
+        status = bench.wire.transport.call("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest())
+        return {name: region.byte_size for name, region in status.regions.items()}
+
+    before = held()
     pixels = bench.samples.pixel_batches(2)
     with bench.wire.shared(pixels) as names:
-        assert all(Path("/dev/shm", name).stat().st_size >= pixels[0].nbytes for name in names)
-    assert not {path.name for path in set(Path("/dev/shm").iterdir()) - before} & set(names)
+        assert held() == {**before, **dict.fromkeys(names, pixels[0].nbytes)}
+        assert not any(Path("/dev/shm", name).exists() for name in names), "a killed bench would leave it"
+    assert held() == before
     with pytest.raises(RequestRejected), bench.wire.shared(pixels[:1]) as (name,):
         raise RequestRejected("in the block")
-    assert not Path("/dev/shm", name).exists()
+    assert name not in held()
 
 
 @pytest.mark.triton
@@ -176,6 +186,73 @@ def test_bad_input_is_one_line(
     assert message in output.err
     assert output.err.count("\n") == 1
     assert output.out == ""
+
+
+@pytest.mark.triton
+def test_a_server_behind_mutual_tls_is_measured_with_the_options_of_classify(
+    bundle: Bundle, repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The engine's client and the prepared requests both have to show the certificate."""
+    files = write_certificates(tmp_path)
+    options = ServerOptions(tls_cert=files["server_cert"], tls_key=files["server_key"], tls_ca=files["ca"])
+    quick = ["--concurrency", "1", "--batch", "2", "--mode", "pixels", "encoded", "--seconds", "0.1", "--rounds", "1"]
+    trusted = ["--tls-ca", str(files["ca"])]
+    known = [*trusted, "--tls-cert", str(files["client_cert"]), "--tls-key", str(files["client_key"])]
+    with start_server(repository, options=options) as running:
+        command = ["bench", "serve", "--url", running.endpoints.url, *quick, "--json"]
+        assert main([*command, *known]) == 0
+        rows = json.loads(capsys.readouterr().out)["rows"]
+        assert [(row["where"], row["mode"]) for row in rows] == [
+            (where, mode) for mode in ("pixels", "encoded") for where in ("server", "client")
+        ]
+        assert all(row["images_per_s"] > 0 for row in rows)
+        assert main([*command, *trusted]) == 1
+        assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_token_and_headers_go_with_every_request(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("s3cret")
+    triton = Triton()
+    with serving(triton) as url:
+        wire = Wire(Connection(urls=(url,), token_file=tmp_path / "token", headers={"x-team": "birds"}))
+        measure(wire.sender([encoded_request(FILES[:1])]), concurrency=2, batch=1, seconds=0.1, warm_up_s=0)
+        wire.close()
+    assert len(triton.metadata) > 3
+    assert {(each["authorization"], each["x-team"]) for each in triton.metadata} == {("Bearer s3cret", "birds")}
+
+
+def test_a_token_that_is_gone_ends_the_load_and_not_only_its_thread(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("s3cret")
+    wire = Wire(Connection(urls=("127.0.0.1:9",), token_file=token))
+    token.unlink()
+    with pytest.raises(UsageError, match="the token cannot be read"):
+        measure(wire.sender([b""]), concurrency=2, batch=1, seconds=60, warm_up_s=0)
+    wire.close()
+
+
+def test_several_servers_are_refused() -> None:
+    with pytest.raises(UsageError, match="give one server"):
+        Wire("127.0.0.1:1,127.0.0.1:2")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--header", "SECRET"), "--header: give 'NAME: VALUE'"),
+        (("--tls-cert", __file__), "go together"),
+        (("--tls-ca", "/no/such.pem"), "no such file"),
+        (("--url", "a.example:1", "--token-file", __file__), "plain text"),
+    ],
+)
+def test_options_that_lead_nowhere_are_one_line(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", "--url", "127.0.0.1:9", *options]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "SECRET" not in error
 
 
 def test_nobody_at_the_address_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:

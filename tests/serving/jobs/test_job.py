@@ -6,26 +6,29 @@ import json
 import os
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipship.core.bundle import Bundle
+from clipship.core.bundle import Bundle, EncoderForm, write_manifest
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.images import pixels_from_bytes
 from clipship.serving.client import Classifier
 from clipship.serving.jobs.inputs import Item
 from clipship.serving.jobs.job import Job, Tally
 from clipship.serving.jobs.results import names_in
 from clipship.serving.local import LocalTransport
 from clipship.serving.server import Server
-from tests.serving.bundles import EMBED_DIM, jpeg_bytes, write_bundle
+from tests.serving.bundles import EMBED_DIM, image_encoder_model, jpeg_bytes, reference_answers, write_bundle
 from tests.serving.jobs.folders import assert_complete, manifest_of, many_images, write_tar
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT
+from tests.serving.publish.vocabularies import write_variant
 
 
 @dataclass(frozen=True)
@@ -152,7 +155,9 @@ def test_results_on_stdout_are_one_line_an_image(clipship: Run, bundle: Bundle, 
         (["--out", "a.txt"], "give a name that ends in .parquet, .jsonl, .csv"),
         (["--url", "a:1"], "--bundle runs in this process"),
         (["--header", "a: b"], "--bundle runs in this process"),
-        (["--vocabulary", "birds"], "a bundle has one vocabulary"),
+        (["--vocabulary", "birds"], "give NAME=BUNDLE"),
+        (["--vocabulary", "birds=gone"], "gone: no such folder"),
+        (["--precision", "int8"], "no int8 form of the image encoder: give one of fp32"),
         (["--image-column", "x", "--out", "new", "--shard-size", "0"], "shard size 0"),
     ],
 )
@@ -164,6 +169,49 @@ def test_options_that_do_not_fit(
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert message in done.stderr
     assert list(tmp_path.glob("*.csv")) == []
+
+
+def test_the_precision_is_the_servers_own(clipship: Run, photos: Path) -> None:
+    done = clipship("classify", photos / "05.jpg", "--url", "127.0.0.1:1", "--precision", "int8")
+    assert (done.returncode, "give it to clipship repository, or give --bundle" in done.stderr) == (2, True)
+
+
+def test_a_form_of_the_encoder_in_this_process(clipship: Run, photos: Path, tmp_path: Path) -> None:
+    """The int8 form here has other weights, so that one sees which has run; a job does not go on with another."""
+    bundle = write_bundle(tmp_path / "bundle")
+    portable = EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18)
+    int8 = replace(portable, file="image_encoder.int8.onnx", precision="int8")
+    (bundle.path / int8.file).write_bytes(image_encoder_model(seed=7))
+    write_manifest(bundle.path, replace(bundle.manifest, image_encoders=(portable, int8)))
+    command = ["classify", photos, "--bundle", bundle.path, "--embeddings"]
+    runs = (("default", (), 0), ("fp32", ("--precision", "fp32"), 0), ("int8", ("--precision", "int8"), 7))
+    for name, more, seed in runs:
+        done = clipship(*command, "--out", tmp_path / name, *more)
+        assert done.returncode == 0, done.stderr
+        paths, found = zip(*((row["path"], row["embedding"]) for row in rows_of(tmp_path / name)), strict=True)
+        pixels = np.stack([pixels_from_bytes(Path(path).read_bytes(), bundle.image_spec) for path in paths])
+        np.testing.assert_allclose(found, reference_answers(pixels, image_encoder_model(seed=seed), k=1)[0], atol=1e-5)
+    other = clipship(*command, "--out", tmp_path / "int8")
+    assert (other.returncode, "precision was int8, is None" in other.stderr) == (2, True)
+
+
+def test_a_further_vocabulary_in_this_process(clipship: Run, bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    birds = write_variant(tmp_path / "birds", 1)
+    rows = []
+    for more in ((), ("--vocabulary", f"birds={birds.path}")):
+        done = clipship("classify", photos, "--bundle", bundle.path, *more, "--json")
+        assert done.returncode == 0, done.stderr
+        rows.append([json.loads(line)["labels"] for line in done.stdout.splitlines()])
+    assert len(rows[1]) == 30
+    assert {label for labels in rows[0] for label in labels} <= set(bundle.vocabulary.names)
+    assert {label for labels in rows[1] for label in labels} <= set(birds.vocabulary.names)
+    assert rows[0] != rows[1]
+    command = ["classify", photos, "--bundle", bundle.path, "--out", tmp_path / "out", "--json"]
+    done = clipship(*command, "--vocabulary", f"birds={birds.path}")
+    told = (json.loads(done.stdout)["vocabulary_digest"], manifest_of(tmp_path / "out")["vocabulary_digest"])
+    assert told == (birds.vocabulary.digest, birds.vocabulary.digest)
+    other = clipship(*command)
+    assert (other.returncode, "vocabulary was birds, is None" in other.stderr) == (2, True)
 
 
 def test_a_header_that_is_none_is_not_repeated(clipship: Run, photos: Path) -> None:

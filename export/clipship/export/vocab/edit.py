@@ -9,7 +9,6 @@ Shape legend: C classes, N golden images, D features, k best classes.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -24,8 +23,8 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures, read_bundle, refuse_foreign_folder, write_manifest_content
-from clipship.core.errors import BundleError, CheckFailed, DataError, UsageError
-from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.errors import BundleError, CheckFailed, DataError
+from clipship.core.files import locked_folder, replace_folder, write_json_atomic
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.vocab.encode import BATCH_SIZE, WordEncoder, encode_words, remove_work_folders
 from clipship.export.vocab.names import (
@@ -264,23 +263,8 @@ def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
     if not final.exists():
         yield read_bundle(path), final
         return
-    descriptor = _lock(final)
-    try:
+    with locked_folder(final, "another clipship vocab is at work on it: wait until it is done"):
         yield read_bundle(path.resolve()), final
-    finally:
-        os.close(descriptor)
-
-
-def _lock(folder: Path) -> int:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.path.samestat(os.fstat(descriptor), folder.stat()):  # replaced between opening and locking it
-            raise BlockingIOError
-    except BlockingIOError as error:
-        os.close(descriptor)
-        raise UsageError(f"{folder}: another clipship vocab is at work on it: wait until it is done") from error
-    return descriptor
 
 
 def _written(bundle: Bundle, edit: _Edit, final: Path) -> Change:

@@ -10,6 +10,7 @@ import click
 
 from clipship.core.cli import emit, existing_folder, json_option
 from clipship.core.several import SeveralValues
+from clipship.serving.connection_cli import connection_from_options, connection_options
 
 
 @click.group()
@@ -22,6 +23,7 @@ def bench() -> None:
 
 @bench.command(cls=SeveralValues)
 @click.option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
+@connection_options
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
@@ -74,6 +76,7 @@ def serve(
     client: bool,
     out: Path | None,
     as_json: bool,
+    **connection: Any,
 ) -> None:
     """Measure a running server of clipship's models: images a second and latencies, and where the time goes.
 
@@ -87,7 +90,7 @@ def serve(
 
     read = read_bundle(existing_folder(bundle, "the bundle that is served")) if bundle else None
     files = files_from_folder(images) if images else made_up_files()
-    with opened(url, files, read) as ready:
+    with opened(connection_from_options((url,), **connection), files, read) as ready:
         largest = ready.facts.max_batch_size
         sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
         numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}

@@ -19,7 +19,8 @@ from clipship.core.cpu import available_cores
 from clipship.core.images import ImageSpec, pixels_from_bytes
 from clipship.core.tensors import image_tensor
 from clipship.serving.bench.load import Done, Load, Send, counted
-from clipship.serving.bench.wire import Mode, Wire, encoded_request, outputs_of, pixels_request, shm_request
+from clipship.serving.bench.wire import Mode, Wire, encoded_request, outputs_of, pixels_request
+from clipship.serving.connection import Connection
 from clipship.serving.names import CLASSIFY
 from clipship.serving.transport import Transport
 
@@ -64,7 +65,7 @@ def prepared(wire: Wire, samples: Samples, mode: Mode, batch: int) -> Iterator[l
     else:
         batches = samples.pixel_batches(batch)
         with wire.shared(batches) as regions:
-            yield [shm_request(pixels, region) for pixels, region in zip(batches, regions, strict=True)]
+            yield [pixels_request(pixels, region) for pixels, region in zip(batches, regions, strict=True)]
 
 
 class InProcess:
@@ -111,7 +112,7 @@ class InProcess:
 
 
 def measure_client(
-    url: str, samples: Samples, mode: Mode, *, concurrency: int, batch: int, seconds: float, warm_up_s: float
+    server: Connection, samples: Samples, mode: Mode, *, concurrency: int, batch: int, seconds: float, warm_up_s: float
 ) -> Load:
     """The rate of our own client, fed with images that need no decoding: arrays of the right size, or files' bytes.
 
@@ -126,7 +127,7 @@ def measure_client(
     images = itertools.cycle(samples.files if mode == "encoded" else list(samples.pixels))
     settings: dict[str, Any] = {"decode": "server" if mode == "encoded" else "client", "window": concurrency}
     times: list[float] = []
-    with Classifier(url, batch_size=batch, **settings) as classifier:
+    with Classifier(server, batch_size=batch, **settings) as classifier:
         results = classifier.classify_iter(images)
         begin_s = end_s = 0.0
         for result in results:

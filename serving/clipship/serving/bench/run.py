@@ -18,6 +18,7 @@ from clipship.serving.bench.paths import InProcess, Samples, measure_client, pre
 from clipship.serving.bench.steps import Breakdown, breakdown
 from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
 from clipship.serving.client import ModelFacts, read_facts
+from clipship.serving.connection import Connection
 from clipship.serving.local import LocalTransport
 from clipship.serving.names import ENCODER, PRECISION, RUNTIME
 from clipship.serving.transport import parameters_of
@@ -122,19 +123,24 @@ class Bench:
     """A server, and where a bundle is given the engine without it, ready to be measured.
 
     Args:
-        url: HOST:PORT of Triton's gRPC endpoint.
+        server: HOST:PORT of Triton's gRPC endpoint, or a connection for TLS, a token and headers.
         bundle: what the server was made of; its engine runs in this process with as many threads as there are cores.
 
     Raises:
         ServerUnreachable: nobody answers.
         ModelsMissing: the server does not have our models.
-        UsageError: the bundle is not the one that is served, or has no encoder for this process.
+        UsageError: the bundle is not the one that is served, or has no encoder for this process; several servers.
     """
 
     def __init__(
-        self, url: str, files: Sequence[bytes], *, bundle: Bundle | None = None, timeout_s: float = 120.0
+        self,
+        server: str | Connection,
+        files: Sequence[bytes],
+        *,
+        bundle: Bundle | None = None,
+        timeout_s: float = 120.0,
     ) -> None:
-        self.wire = Wire(url, timeout_s=timeout_s)
+        self.wire = Wire(server, timeout_s=timeout_s)
         transport = self.wire.transport
         try:
             self.facts: ModelFacts = read_facts(transport)
@@ -208,7 +214,7 @@ class Bench:
         times: dict[str, Any] = {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
         if point.where == "client":
             numbers = {"concurrency": point.concurrency, "batch": point.batch, **times}
-            load = measure_client(self.wire.url, self.samples, point.mode, **numbers)
+            load = measure_client(self.wire.connection, self.samples, point.mode, **numbers)
             return Reading(images_per_s=load.images_per_s, latencies_ms={}, steps=None)
         if point.where == "in process":
             assert self.in_process is not None
@@ -231,9 +237,9 @@ class Bench:
 
 
 @contextmanager
-def opened(url: str, files: Sequence[bytes], bundle: Bundle | None = None) -> Iterator[Bench]:
+def opened(server: str | Connection, files: Sequence[bytes], bundle: Bundle | None = None) -> Iterator[Bench]:
     """A :class:`Bench` that is closed at the end of the block."""
-    bench = Bench(url, files, bundle=bundle)
+    bench = Bench(server, files, bundle=bundle)
     try:
         yield bench
     finally:

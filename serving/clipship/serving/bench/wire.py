@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import itertools
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from multiprocessing.shared_memory import SharedMemory
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.errors import UsageError
 from clipship.core.tensors import ENCODED, ERROR, image_tensor, indices_tensor, labels_tensor, scores_tensor
 from clipship.serving.bench.load import Done, Send
-from clipship.serving.connection import Connection
+from clipship.serving.connection import Connection, connection_from_text
 from clipship.serving.errors import RequestRejected, ServingError
 from clipship.serving.names import CLASSIFY, CLASSIFY_ENCODED
-from clipship.serving.transport import MODEL_INFER, TritonTransport, open_channel, serving_error
+from clipship.serving.shared_memory import registered, unregister
+from clipship.serving.transport import TritonTransport, request_bytes, serving_error
 
 Mode = Literal["pixels", "encoded", "shm"]
 """How images travel: uint8 pixels, files' bytes, or uint8 pixels in memory that the server shares."""
@@ -45,58 +45,36 @@ def outputs_of(mode: Mode) -> tuple[str, ...]:
     return (*names, ERROR.name) if mode == "encoded" else names
 
 
-def pixels_request(pixels: NDArray[np.uint8]) -> bytes:
-    """A request to ``classify`` with ``pixels`` uint8 [N, H, W, 3] inside."""
-    message = _request("pixels", image_tensor(pixels.shape[1]).name, "UINT8", pixels.shape)
-    message.raw_input_contents.append(pixels.tobytes())
-    return _bytes_of(message)
+def pixels_request(pixels: NDArray[np.uint8], region: str | None = None) -> bytes:
+    """A request to ``classify`` with ``pixels`` uint8 [N, H, W, 3] inside, or in the registered ``region``."""
+    name = image_tensor(pixels.shape[1]).name
+    regions = {} if region is None else {name: region}
+    return request_bytes(CLASSIFY, {name: pixels}, outputs_of("pixels"), regions=regions)
 
 
 def encoded_request(files: Sequence[bytes]) -> bytes:
     """A request to ``classify_encoded`` with N files inside."""
-    from tritonclient.utils import serialize_byte_tensor
-
-    message = _request("encoded", ENCODED.name, "BYTES", (len(files), 1))
-    message.raw_input_contents.append(serialize_byte_tensor(np.array(files, dtype=np.object_)).item())
-    return _bytes_of(message)
-
-
-def shm_request(pixels: NDArray[np.uint8], region: str) -> bytes:
-    """A request to ``classify`` whose pixels uint8 [N, H, W, 3] lie in the registered ``region``."""
-    message = _request("shm", image_tensor(pixels.shape[1]).name, "UINT8", pixels.shape)
-    message.inputs[0].parameters["shared_memory_region"].string_param = region
-    message.inputs[0].parameters["shared_memory_byte_size"].int64_param = pixels.nbytes
-    return _bytes_of(message)
-
-
-def _request(mode: Mode, name: str, datatype: str, shape: Sequence[int]) -> Any:
-    from tritonclient.grpc import service_pb2
-
-    message = service_pb2.ModelInferRequest(model_name=model_of(mode))
-    message.inputs.add(name=name, datatype=datatype, shape=shape)
-    for output in outputs_of(mode):
-        message.outputs.add(name=output)
-    return message
-
-
-def _bytes_of(message: Any) -> bytes:
-    serialised: bytes = message.SerializeToString()
-    return serialised
+    array = np.array(files, dtype=np.object_).reshape(-1, 1)
+    return request_bytes(CLASSIFY_ENCODED, {ENCODED.name: array}, outputs_of("encoded"))
 
 
 class Wire:
-    """The Triton at ``url`` (HOST:PORT), and a gRPC connection to it for prepared requests."""
+    """A gRPC connection for prepared requests to the Triton of ``server`` (HOST:PORT, or a connection to one).
 
-    def __init__(self, url: str, *, timeout_s: float = 120.0) -> None:
-        self.transport = TritonTransport(url)
+    Raises:
+        UsageError: ``server`` is several servers.
+    """
+
+    def __init__(self, server: str | Connection, *, timeout_s: float = 120.0) -> None:
+        self.connection = connection_from_text(server) if isinstance(server, str) else server
+        if len(self.connection.addresses) != 1:
+            raise UsageError(f"{', '.join(self.connection.addresses)}: give one server, its rate is what is measured")
+        self.transport = TritonTransport(self.connection.urls[0], self.connection)
         self.url = self.transport.url
-        self._channel = open_channel(self.url, Connection(urls=(url,)))
-        self._infer = self._channel.unary_unary(MODEL_INFER)  # without serialisers: bytes there, bytes back
         self._timeout_s = timeout_s
 
     def close(self) -> None:
-        """End the connections."""
-        self._channel.close()
+        """End the connection."""
         self.transport.close()
 
     def sender(self, requests: Sequence[bytes]) -> Send:
@@ -104,7 +82,11 @@ class Wire:
         turn = itertools.cycle(requests)
 
         def send(done: Done) -> None:
-            future = self._infer.future(next(turn), timeout=self._timeout_s)
+            try:
+                future = self.transport.send(next(turn), timeout_s=self._timeout_s)
+            except ValueError as error:  # a closed channel, a token that is gone; gRPC's thread would lose it
+                done(error)
+                return
             future.add_done_callback(lambda call: done(self._error_of(call)))
 
         return send
@@ -120,9 +102,10 @@ class Wire:
         from tritonclient.utils import deserialize_bytes_tensor
 
         try:
-            reply = service_pb2.ModelInferResponse.FromString(self._infer(request, timeout=self._timeout_s))
+            answer = self.transport.send(request, timeout_s=self._timeout_s).result()
         except grpc.RpcError as error:
             raise serving_error(error, self.url) from error
+        reply = service_pb2.ModelInferResponse.FromString(answer)
         for output, raw in zip(reply.outputs, reply.raw_output_contents, strict=True):
             if output.shape[0] != batch:
                 raise RequestRejected(f"{self.url}: {output.name} has {output.shape[0]} rows for {batch} images")
@@ -153,38 +136,25 @@ class Wire:
 
     @contextmanager
     def _region(self, array: NDArray[np.uint8]) -> Iterator[str]:
-        from tritonclient.grpc import service_pb2
-
-        name = f"clipship_bench_{uuid.uuid4().hex}"
-        memory = SharedMemory(name, create=True, size=array.nbytes)
-        region = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=f"/{name}", byte_size=array.nbytes)
         try:
-            np.copyto(np.ndarray(array.shape, array.dtype, buffer=memory.buf), array)
-            try:
-                self.transport.call("SystemSharedMemoryRegister", region)
-            except RequestRejected as error:
-                raise ServingError(
-                    f"{self.url}: the server cannot open this process's shared memory: "
-                    f"run it on this machine outside containers, or give --mode pixels ({error})"
-                ) from error
-            try:
-                yield name
-            finally:
-                self._unregister(name)
+            slot = registered(self.transport, array.nbytes)
+        except RequestRejected as error:
+            raise ServingError(
+                f"{self.url}: the server cannot open this process's shared memory: "
+                f"run it on this machine outside containers, or give --mode pixels ({error})"
+            ) from error
+        try:
+            slot.hold(array)
+            yield slot.name
         finally:
-            memory.close()
-            memory.unlink()
+            self._unregister(slot.name)
 
     def _unregister(self, name: str) -> None:
         """Triton holds on to a region for a moment after the answer that used it."""
-        from tritonclient.grpc import service_pb2
-
         deadline_s = time.monotonic() + _UNREGISTER_S
         while True:
             try:
-                self.transport.call(
-                    "SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest(name=name)
-                )
+                unregister(self.transport, name)
                 return
             except RequestRejected:
                 if time.monotonic() > deadline_s:

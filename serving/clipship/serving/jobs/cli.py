@@ -14,10 +14,11 @@ import click
 from clipship.core.cli import emit, json_option, option_group
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import log
+from clipship.serving.connection_cli import connection_from_options, connection_options
 
 if TYPE_CHECKING:
+    from clipship.core.bundle import Precision
     from clipship.serving.client import Classifier, Result, Retry
-    from clipship.serving.connection import Connection
     from clipship.serving.jobs.inputs import Inputs, Item
     from clipship.serving.jobs.job import Job, Summary, Write
     from clipship.serving.jobs.results import Header, Sink
@@ -37,15 +38,17 @@ _server_options = option_group(
         help="Triton's gRPC endpoint, HOST:PORT; may be repeated. [default: 127.0.0.1:8001]",
     ),
     click.option("--bundle", type=_PATH, help="Classify with this bundle in this process, without a server."),
-    click.option("--vocabulary", help="A further vocabulary that the server has, by its name."),
-    click.option("--token-file", type=_PATH, help="A file with the bearer token to send."),
     click.option(
-        "--header", "headers", multiple=True, help="'NAME: VALUE' to send with every request; may be repeated."
+        "--precision",
+        type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+        help="With --bundle: of the image encoder, one that the bundle was packed with. [default: fp32]",
     ),
-    click.option("--tls", is_flag=True, help="Encrypt; implied by the three files below."),
-    click.option("--tls-ca", type=_PATH, help="The authorities (PEM) to check the server's certificate against."),
-    click.option("--tls-cert", type=_PATH, help="This client's certificate (PEM), with --tls-key."),
-    click.option("--tls-key", type=_PATH, help="This client's private key (PEM)."),
+    click.option(
+        "--vocabulary",
+        metavar="NAME[=BUNDLE]",
+        help="A further vocabulary that the server has, by its name; with --bundle, and the bundle that it is of.",
+    ),
+    connection_options,
     click.option("--compression", type=click.Choice(["none", "gzip", "deflate"]), default="none", show_default=True),
     click.option("--shared-memory", is_flag=True, help="Hand pixels to a server on this machine in shared memory."),
     click.option(
@@ -155,7 +158,8 @@ def classify(
         "lists": list(map(text_of_path, lists)),
         "image_column": image_column,
         "watch": watch,
-        "vocabulary": options["vocabulary"],
+        "vocabulary": _vocabulary_name(options["vocabulary"]),
+        "precision": options["precision"],
         "resample": options["resample"],
     }
     retry = Retry(deadline_s=options.pop("retry_s"))
@@ -187,6 +191,7 @@ def _classifier(
     *,
     urls: tuple[str, ...],
     bundle: Path | None,
+    precision: Precision | None,
     vocabulary: str | None,
     decode: Literal["auto", "client", "server"],
     resample: Literal["exact", "fast"],
@@ -204,17 +209,21 @@ def _classifier(
         raise UsageError(
             "--bundle runs in this process: it goes with none of --url, --tls and what else leads to a server"
         )
-    if bundle is not None and vocabulary is not None:
+    if bundle is None and precision is not None:
         raise UsageError(
-            f"--vocabulary {vocabulary}: a bundle has one vocabulary, its own; further ones are a server's"
+            f"--precision {precision}: a server has its repository's: give it to clipship repository, or give --bundle"
         )
-    server = _connection(urls, **connection) if bundle is None else _local(bundle, output.top_k)
+    server = (
+        connection_from_options(urls or ("127.0.0.1:8001",), **connection)
+        if bundle is None
+        else _local(bundle, precision=precision, vocabulary=vocabulary, top_k=output.top_k)
+    )
     with Classifier(
         server,
         decode=decode,
         resample=resample,
         embeddings=output.embeddings,
-        vocabulary=vocabulary,
+        vocabulary=vocabulary if bundle is None else _vocabulary_name(vocabulary),
         timeout_s=timeout_s,
         window=window,
         batch_size=batch_size,
@@ -224,47 +233,21 @@ def _classifier(
         yield classifier
 
 
-def _connection(
-    urls: tuple[str, ...],
-    *,
-    token_file: Path | None,
-    headers: tuple[str, ...],
-    tls: bool,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    compression: Literal["none", "gzip", "deflate"],
-    shared_memory: bool,
-) -> Connection:
-    from clipship.serving.connection import Connection
-
-    return Connection(
-        urls=urls or ("127.0.0.1:8001",),
-        token_file=token_file,
-        headers=dict(_header(text) for text in headers),
-        tls=tls,
-        ca_file=tls_ca,
-        certificate_file=tls_cert,
-        key_file=tls_key,
-        compression=compression,
-        shared_memory=shared_memory,
-    )
+def _vocabulary_name(given: str | None) -> str | None:
+    """NAME of NAME[=BUNDLE]."""
+    return given.partition("=")[0] if given else None
 
 
-def _header(text: str) -> tuple[str, str]:
-    name, colon, value = text.partition(":")
-    if not colon:
-        raise UsageError("--header: give 'NAME: VALUE'")  # what was given may be a secret
-    return name.strip().lower(), value.strip()
-
-
-def _local(bundle: Path, top_k: int | None) -> LocalTransport:
+def _local(bundle: Path, *, vocabulary: str | None, **given: Any) -> LocalTransport:
+    """``bundle``, and ``vocabulary`` (NAME=BUNDLE), in this process; of ``given``, what is None has its default."""
     from clipship.core.bundle import read_bundle
     from clipship.core.cli import existing_folder
+    from clipship.serving.cli import named_bundle
     from clipship.serving.local import LocalTransport
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
-    return LocalTransport(opened) if top_k is None else LocalTransport(opened, top_k=top_k)
+    others = {name: read_bundle(path) for name, path in map(named_bundle, [vocabulary] if vocabulary else [])}
+    return LocalTransport(opened, others=others, **{name: value for name, value in given.items() if value is not None})
 
 
 def _run(job: Job, source: Inputs | Watch, output: _Output) -> Summary:

@@ -14,7 +14,6 @@ is then the one that a job without a kill would have left.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import re
 from collections import Counter
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError, UsageError
-from clipship.core.files import read_record, sha256_of, write_json_atomic
+from clipship.core.files import locked_folder, read_record, sha256_of, write_json_atomic
 from clipship.serving.client import Result
 from clipship.serving.jobs.inputs import Item, Place
 from clipship.serving.jobs.results import Header, Sink, names_in, results_file
@@ -225,7 +224,7 @@ def results_folder(
         raise UsageError(f"shard size {shard_size}: give a positive number of rows")
     folder.mkdir(parents=True, exist_ok=True)
     told = {**settings, "bundle_digest": header.bundle_digest, "vocabulary_digest": header.vocabulary_digest}
-    with _locked(folder):
+    with locked_folder(folder, "another process writes its results there: wait for it, or stop it"):
         progress = _read_progress(folder, told, restart=restart)
         results = ResultsFolder(
             folder, settings=told, header=header, progress=progress, shard_size=shard_size, check=check
@@ -236,20 +235,6 @@ def results_folder(
             yield results
         finally:
             results.drop_shard()
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of ``folder``; the kernel ends the lock with this process, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process writes its results there: wait for it, or stop it") from error
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Progress:
