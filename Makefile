@@ -17,7 +17,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt deploy/system-packages.sh
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-demo: install  ## the whole line on the built-in world: train, pack, serve, classify
+demo: install  ## the whole line on the built-in world: synthesize, train, pack, serve, classify
 	$(BIN)/python examples/demo.py --out runs/demo
 
 test: install check  ## everything that runs in a quarter of an hour on two cores
@@ -49,6 +49,8 @@ format: install
 
 benchmarks: install  ## the figures of the docs
 	$(BIN)/python benchmarks/accuracy.py --out runs/accuracy --jobs 2
+	$(BIN)/python -m benchmarks.synthetic --out runs/synthetic --jobs 2
+	$(BIN)/python benchmarks/generation.py --out runs/generation
 	$(BIN)/python benchmarks/memory.py --out runs/memory
 	$(BIN)/python benchmarks/feature_cache.py --out runs/feature-cache
 	$(BIN)/python benchmarks/encoder.py --out runs/encoder

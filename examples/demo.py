@@ -1,4 +1,4 @@
-"""The whole line on the built-in world: train, export, serve, classify, and one table at the end.
+"""The whole line on the built-in world: synthesize, train, export, serve, classify, and one table at the end.
 
     python examples/demo.py --out runs/demo
 
@@ -35,6 +35,8 @@ from clipship.core.errors import BundleError, CheckFailed
 DATASET = "prints"
 RECIPES = ("zero-shot-tiny", "coop-tiny", "sync-clip-tiny")
 SERVED = "sync-clip-tiny"
+CANDIDATES, KEPT = 16, 8
+"""Synthetic images a class that are made, and those that CLIP scores best."""
 LEAST_AGREEMENT = 0.999
 ROUNDS = 5
 
@@ -51,6 +53,11 @@ class Places:
     def data(self) -> Path:
         """The data set."""
         return self.root / "world" / DATASET
+
+    @property
+    def synthetic(self) -> Path:
+        """The images of the text-to-image pipeline, where training looks for them."""
+        return self.data / "synthetic"
 
     @property
     def bundle(self) -> Path:
@@ -88,6 +95,18 @@ def run(*arguments: str | Path, quiet: bool = False) -> str:
     if code != 0:
         raise SystemExit(code)
     return text
+
+
+def synthesized(places: Places) -> str:
+    """Make images of all class names with the built-in pipeline, unless an earlier run did; a line about them."""
+    is_new = not places.synthetic.exists()
+    started_s = time.monotonic()
+    numbers = ("--candidates", str(CANDIDATES), "--keep", str(KEPT))
+    where = ("--classes", places.data, "--out", places.synthetic)
+    made = json.loads(run("synthesize", "tiny", *where, *numbers, "--json", quiet=True))
+    rate = made["candidates"] / (time.monotonic() - started_s)
+    line = f"{made['candidates']} made of {made['classes']} class names by text-to-image, {made['kept']} kept"
+    return f"{line}; {rate:.1f} images/s" if is_new else f"{line}; by an earlier run"
 
 
 def scores_of(places: Places, recipe: str) -> dict[str, Any]:
@@ -208,7 +227,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     places = Places(Path(os.path.relpath(parser.parse_args().out)))
     started_s = time.monotonic()
-    run("world", "--only", DATASET, "--out", places.root / "world")
+    run("world", "--only", DATASET, "--out", places.root / "world", "--no-synthetic")
+    synthetic = synthesized(places)
     scores = {recipe: scores_of(places, recipe) for recipe in RECIPES}
     bundle = packed(places)
     paths = test_paths(places)
@@ -218,6 +238,7 @@ def main() -> None:
     agreement = float(np.mean([a == b for a, b in zip(labels, pytorch_labels(places, bundle, paths), strict=True)]))
     console.print(accuracy_table(scores))
     rows = {
+        "synthetic images": synthetic,
         "served top-1 equal to PyTorch's": f"{100 * agreement:.2f} % of {len(paths)} test images",
         "in process": f"{spread(local)} images/s from JPEG files to labels, median of {ROUNDS}",
         "through Triton over gRPC": f"{spread(served)} images/s",

@@ -22,7 +22,7 @@ from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe
 
 NAMES = ("star", "ring", "fish")
-PROMPTED = ("vpt-shallow", "vpt-deep", "ivlp", "maple", "promptsrc", "sync-clip")
+PROMPTED = ("vpt-shallow", "vpt-deep", "ivlp", "ivlp-synthetic", "maple", "promptsrc", "sync-clip")
 
 
 def _method(clip: Clip, recipe: str) -> Method:

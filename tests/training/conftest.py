@@ -114,6 +114,30 @@ def synthetic(tmp_path_factory: pytest.TempPathFactory) -> SyntheticSet:
     return SyntheticSet.load(folder)
 
 
+KEPT, LOW, REFUSED = None, "not among the best scores", "not an image of anything"
+UNEVEN: dict[str, list[tuple[int, float | None, str | None]]] = {
+    "red": [(0, None, REFUSED), (1, 0.1, LOW), (2, 0.7, KEPT), (3, 0.9, KEPT)],
+    "green": [(1, 0.6, KEPT)],
+    "white": [(0, 0.5, KEPT), (1, 0.1, LOW), (4, 0.6, KEPT), (5, 0.8, KEPT)],
+    "black": [(0, None, REFUSED)],
+}
+"""Seed, score and reason of the synthetic images of a class."""
+
+
+@pytest.fixture(scope="session")
+def uneven(tmp_path_factory: pytest.TempPathFactory) -> SyntheticSet:
+    """A set with another number of images for every class, for two of them none."""
+    folder = tmp_path_factory.mktemp("synthetic") / "uneven"
+    with write_synthetic_set(
+        folder, generator={"kind": "test"}, template="a photo of a {}.", class_names=list(COLOURS), images_per_class=3
+    ) as writer:
+        for name, images in UNEVEN.items():
+            for seed, score, reason in images:
+                picture = coloured(COLOURS[name], 2000 + seed)
+                writer.add(picture, class_name=name, prompt=name, seed=seed, score=score, reason=reason)
+    return SyntheticSet.load(folder)
+
+
 @pytest.fixture(scope="session")
 def published_data() -> Path:
     """The published CoOp splits and few-shot lists; tests that need them skip where they are not."""

@@ -1,6 +1,7 @@
 """Crops, the image cache and the batches of an epoch."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -76,7 +77,7 @@ def test_evaluation_pixels_are_the_clients(dataset: Dataset) -> None:
 
 def _epoch(dataset: Dataset, synthetic: SyntheticSet | None, epoch: int, config: TrainConfig = CONFIG) -> Epoch:
     base = [item for item in few_shot(dataset, 2, 1)[0] if item.label < dataset.num_base]
-    paths = batches.synthetic_paths(synthetic, dataset.class_names) if synthetic else ()
+    paths = batches.synthetic_paths(synthetic, dataset.class_names, config) if synthetic else ()
     return Epoch(base, paths, num_base=dataset.num_base, config=config, size_px=32, cache=ImageCache(), epoch=epoch)
 
 
@@ -119,6 +120,74 @@ def test_a_batch_larger_than_the_data_is_one_step(dataset: Dataset) -> None:
     assert len(_epoch(dataset, None, 1, config)[0].labels) == 6
 
 
-def test_synthetic_sets_must_cover_every_class(synthetic: SyntheticSet) -> None:
-    with pytest.raises(DataError, match="no images of 1 classes, the first is 'violet'"):
-        batches.synthetic_paths(synthetic, ["red", "violet"])
+def test_a_class_without_synthetic_images_has_no_partners(dataset: Dataset, uneven: SyntheticSet) -> None:
+    config = replace(CONFIG, batch_size=6)
+    for number in range(1, 6):
+        batch = _epoch(dataset, uneven, number, config)[0]
+        assert batch.seen is not None
+        assert batch.seen_rows is not None
+        assert batch.unseen_labels is not None
+        real, synthetic = batch.files[:6], batch.files[6:]
+        with_images = [row for row, label in enumerate(batch.labels.tolist()) if label != 2]
+        assert batch.seen_rows.tolist() == with_images
+        assert (len(batch.seen), batch.seen_share) == (4, 4 / 6)
+        partners = [Path(synthetic[place]).parent.name for place in range(4)]
+        assert partners == [Path(real[row]).parent.name for row in with_images]
+        assert batch.unseen_labels.tolist() == [3] * 6, "the other new class has none"
+
+
+def test_partners_stay_with_their_images_in_the_parts_of_a_batch(dataset: Dataset, uneven: SyntheticSet) -> None:
+    batch = _epoch(dataset, uneven, 1, replace(CONFIG, batch_size=6))[0]
+    assert batch.seen is not None
+    parts = [batch.part(number, 4) for number in range(4)]  # 1, 2, 1 and 2 real images
+    assert [len(part) for part in parts] == [1, 2, 1, 2]
+    assert torch.equal(torch.cat([part.seen for part in parts if part.seen is not None]), batch.seen)
+    assert torch.equal(torch.cat([part.seen_labels for part in parts if part.seen is not None]), batch.seen_labels)
+    shares = [len(part) / 6 * part.seen_weight / len(part.seen) for part in parts if part.seen is not None]
+    assert shares == pytest.approx([1 / 4] * len(shares)), "each of the four partners counts the same"
+    halves = batch.part(0, 2)
+    again = [halves.part(number, 3) for number in range(3)]
+    known = torch.cat([part.seen_labels for part in again if part.seen is not None])
+    assert torch.equal(known, halves.seen_labels)
+
+
+def test_where_every_class_has_images_nothing_is_said_about_rows(dataset: Dataset, synthetic: SyntheticSet) -> None:
+    batch = _epoch(dataset, synthetic, 1)[0]
+    assert batch.seen_rows is None
+    assert (batch.seen_share, batch.seen_weight, batch.part(0, 2).seen_weight) == (1.0, 1.0, 1.0)
+
+
+NAMES = ("red", "green", "blue_sky", "white", "black")
+
+
+def _seeds(synthetic: SyntheticSet, **changes: object) -> list[list[int]]:
+    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
+    return [[int(path.stem) for path in paths] for paths in batches.synthetic_paths(synthetic, NAMES, config)]
+
+
+def test_synthetic_images_are_the_best_or_the_first(uneven: SyntheticSet) -> None:
+    """Seeds of every class; red 0 was refused before it had a score."""
+    assert _seeds(uneven) == [[3, 2], [1], [], [5, 4, 0], []]
+    assert _seeds(uneven, synthetic_shots=2) == [[3, 2], [1], [], [5, 4], []]
+    assert _seeds(uneven, synthetic_filter=False) == [[1, 2, 3], [1], [], [0, 1, 4, 5], []]
+    assert _seeds(uneven, synthetic_filter=False, synthetic_shots=1) == [[1], [1], [], [0], []]
+
+
+def test_images_that_were_deleted_are_not_learned_from(uneven: SyntheticSet) -> None:
+    gone = next(image.path for image in uneven.images if (image.class_name, image.seed) == ("white", 1))
+    content = gone.read_bytes()
+    gone.unlink()
+    try:
+        assert _seeds(uneven, synthetic_filter=False)[3] == [0, 4, 5]
+    finally:
+        gone.write_bytes(content)
+
+
+def test_a_set_that_has_nothing_to_give_is_refused(synthetic: SyntheticSet) -> None:
+    assert batches.synthetic_paths(synthetic, ["violet", "red"], CONFIG)[0] == ()
+    with pytest.raises(
+        DataError, match=r"no image of any of the 2 classes, the first is 'violet'.*--synthetic-shots 0"
+    ):
+        batches.synthetic_paths(synthetic, ["violet", "mauve"], CONFIG)
+    with pytest.raises(DataError, match=r"4 synthetic images a class are asked for, and no class of .* more than 3"):
+        batches.synthetic_paths(synthetic, NAMES, replace(CONFIG, synthetic_shots=4))

@@ -8,7 +8,8 @@ import pytest
 
 from clipship.core import cli as command_line
 from clipship.training import cli
-from clipship.training.synthetic import SyntheticSet
+from clipship.training.recipes import RECIPES
+from clipship.training.synthetic import SyntheticSet, write_synthetic_set
 from clipship.training.world import datasets
 
 from .conftest import write_model
@@ -54,6 +55,26 @@ def test_sync_clip_takes_its_synthetic_set(
     assert "prompts in" in err
 
 
+def test_train_takes_so_many_synthetic_images(
+    capsys: pytest.CaptureFixture[str], data_folder: Path, model_folder: Path, uneven: SyntheticSet,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+) -> None:  # fmt: skip
+    small = replace(RECIPES["ivlp-synthetic-tiny"](""), text_depth=2, image_depth=3, shots=2, epochs=1)
+    monkeypatch.setitem(RECIPES, "small", lambda dataset: replace(small, base_model=str(model_folder)))
+    train = ("train", "small", "--data", data_folder, "--synthetic", uneven.folder, "--out", tmp_path / "run")
+    code, _, err = _run(capsys, *train, "--synthetic-shots", 9)
+    assert (code, "has more than 3" in err) == (2, True)
+    assert _run(capsys, *train, "--synthetic-shots", 2, "--no-synthetic-filter")[0] == 0
+    config = json.loads((tmp_path / "run/checkpoint.json").read_text())["config"]
+    assert (config["synthetic_shots"], config["synthetic_filter"]) == (2, False)
+    without = (*train[:4], "--synthetic", tmp_path / "absent", "--out", tmp_path / "without", "--synthetic-shots", 0)
+    assert _run(capsys, *without)[0] == 0, "no images are asked for, so no set is needed"
+    code, _, err = _run(capsys, "train", "coop-tiny", *train[2:4], "--out", tmp_path / "x", "--synthetic-shots", 1,
+                        "--shots", 2, "--base-model", model_folder)  # fmt: skip
+    assert (code, err.count("\n")) == (2, 1)
+    assert "recipe coop-tiny does not learn from synthetic images" in err
+
+
 def test_the_world_is_written_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -62,6 +83,9 @@ def test_the_world_is_written_once(
     write_model(tmp_path / "models" / "clipship-tiny")
     monkeypatch.setattr("clipship.training.clip._MODELS", tmp_path / "models")
     world = ("world", "--out", tmp_path / "world", "--only", "neon", "--json")
+    code, out, _ = _run(capsys, *world, "--no-synthetic")
+    assert (code, json.loads(out)["datasets"][0]["synthetic"]) == (0, None)
+    assert not (tmp_path / "world/neon/synthetic").exists()
     code, out, _ = _run(capsys, *world)
     assert code == 0
     written = json.loads(out)["datasets"][0]
@@ -77,6 +101,13 @@ def test_the_world_is_written_once(
     assert code == 0
     assert "another seed" in err
     assert SyntheticSet.load(synthetic.folder).generator["seed"] == 5
+    with write_synthetic_set(
+        synthetic.folder, generator={"kind": "other"}, template="{}", class_names=["red"], images_per_class=1
+    ):
+        pass
+    code, _, err = _run(capsys, *world, "--synthetic-seed", 7)
+    assert (code, "was not drawn by the renderer: it is kept" in err) == (0, True)
+    assert SyntheticSet.load(synthetic.folder).generator == {"kind": "other"}
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from clipship.training.compare import ranks, workers
 from clipship.training.compare.plan import Request, Run, plan_of
 from clipship.training.compare.results import Result
 from clipship.training.config import TrainConfig
+from clipship.training.synthetic import SyntheticSet
 
 from .conftest import write_data, write_model
 
@@ -34,13 +36,18 @@ def small_coop(model: Path) -> TrainConfig:
     return replace(config, epochs=2, batch_size=5, feature_views=1)
 
 
+def small_synthetic(model: Path) -> TrainConfig:
+    config = replace(small_zero_shot(model), recipe="small-synthetic", method="ivlp-synthetic", epochs=1, batch_size=6)
+    return replace(config, text_depth=2, image_tokens=2, image_depth=2, synthetic_weight=0.25)
+
+
 def add_recipe(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
     monkeypatch.setitem(recipes.RECIPES, config.recipe, lambda dataset: config)
 
 
 @pytest.fixture(autouse=True)
 def _recipes(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for make in (small_zero_shot, small_coop):
+    for make in (small_zero_shot, small_coop, small_synthetic):
         add_recipe(monkeypatch, make(model_folder))
     monkeypatch.setitem(command_line.VERBS, "compare", VERB)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
@@ -52,6 +59,14 @@ def _recipes(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def paints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = write_data(tmp_path_factory.mktemp("data") / "paints")
     (folder / "split_zhou_Colours.json").rename(folder / "split_zhou_Paints.json")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def brushes(tmp_path_factory: pytest.TempPathFactory, uneven: SyntheticSet) -> Path:
+    """A data set with synthetic images beside it, a different number of every class."""
+    folder = write_data(tmp_path_factory.mktemp("data") / "brushes")
+    shutil.copytree(uneven.folder, folder / "made")
     return folder
 
 
@@ -110,6 +125,64 @@ def test_few_shot_learns_all_classes_with_every_number_of_images(
     assert [(one["shots"], one["config"]["classes"]) for one in runs] == [(1, "all"), (2, "all"), (4, "all")]
     assert all(one["scores"]["Colours"]["protocol"] == "all classes" for one in runs)
     assert (tmp_path / "out/plots/accuracy-against-shots.svg").exists()
+
+
+def test_accuracy_against_the_number_of_synthetic_images_with_and_without_the_filter(
+    capsys: pytest.CaptureFixture[str], brushes: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = (
+        "small-coop",
+        "small-synthetic",
+        "--data",
+        brushes,
+        "--synthetic-name",
+        "made",
+        "--seeds",
+        1,
+        "--out",
+        out,
+    )
+    code, text, err = compare(capsys, *command, "--synthetic-shots", 0, 2, 3, "--synthetic-filter", "both")
+    assert code == 0, err
+    runs = json.loads((out / "results.json").read_text())["runs"]
+    found = [(one["recipe"], one["synthetic_shots"], one["synthetic_filter"]) for one in runs]
+    counts = [(0, True), (2, True), (3, True), (2, False), (3, False)]  # without images there is nothing to filter
+    assert found == [("small-coop", None, True), *(("small-synthetic", *count) for count in counts)]
+    assert [path.name for path in sorted((out / "runs/Colours").iterdir())] == [
+        "small-coop-4shots-seed1",
+        *(f"small-synthetic-4shots-{count}synthetic-seed1" for count in ("0", "2")),
+        "small-synthetic-4shots-2synthetic-unfiltered-seed1",
+        "small-synthetic-4shots-3synthetic-seed1",
+        "small-synthetic-4shots-3synthetic-unfiltered-seed1",
+    ]
+    assert "| data set | recipe | 0 | 2 | 3 |" in text
+    assert "| Colours | small-synthetic, no filter |" in text
+    assert "4 real images a class, 0, 2, 3 synthetic ones: those with CLIP's best scores or the first" in text
+    assert (out / "plots/accuracy-against-synthetic.svg").exists()
+    assert "Accuracy against synthetic images a class" in (out / "report.html").read_text()
+    before = times(out)
+    code, _, err = compare(capsys, *command, "--synthetic-shots", 3, 0)
+    assert (code, "3 of them are there already" in err) == (0, True), "a part of it is there"
+    assert times(out) == before
+
+
+def test_a_comparison_that_asks_for_no_number_is_the_one_it_was(
+    capsys: pytest.CaptureFixture[str], brushes: Path, tmp_path: Path
+) -> None:
+    """Folders, identities and results of versions that had no choice of synthetic images are found again."""
+    out = tmp_path / "out"
+    command = ("small-synthetic", "--data", brushes, "--synthetic-name", "made", "--seeds", 1, "--out", out)
+    assert compare(capsys, *command)[0] == 0
+    path = out / "runs/Colours/small-synthetic-4shots-seed1/result.json"
+    old = json.loads(path.read_text())
+    for content in (old, old["config"]):
+        del content["synthetic_shots"], content["synthetic_filter"]
+    path.write_text(json.dumps(old))
+    before = times(out)
+    code, _, err = compare(capsys, *command)
+    assert (code, "1 of them are there already" in err) == (0, True)
+    assert times(out) == before
 
 
 def test_cross_dataset_learns_from_the_first_and_classifies_all(
@@ -210,6 +283,18 @@ def test_other_settings_in_the_same_folder_are_refused(
         (("small-coop", "--data", "{data}", "--shots", "7"), "7 are asked for"),
         (("small-coop", "--data", "{data}", "--protocol", "cross-dataset"), "give two data sets or more"),
         (("coop-cross", "--data", "{data}", "--shots", "4"), "coop-cross learns from all classes"),
+        (
+            ("small-synthetic", "--data", "{synthetic}", "--synthetic-shots", "4"),
+            "no class of {synthetic}/made has more",
+        ),
+        (("small-synthetic", "--data", "{data}", "--synthetic-shots", "4"), "with clipship synthesize"),
+        (("small-synthetic", "--data", "{data}", "--synthetic-shots", "4", "4"), "--synthetic-shots 4 is given twice"),
+        (("small-coop", "--data", "{data}", "--synthetic-shots", "4"), "none of the recipes learns from synthetic"),
+        (("small-synthetic", "--data", "{data}", "--synthetic-filter", "both"), "give them with --synthetic-shots"),
+        (
+            ("small-synthetic", "--data", "{data}", "--synthetic-shots", "4", "--protocol", "few-shot"),
+            "--synthetic-shots is for base-to-new, not for few-shot",
+        ),
         (("ship-coop", "--data", "{data}", "--shots", "4", "--protocol", "few-shot"), "in few-shot all have some"),
         (("ship-coop-cross", "--data", "{data}"), "clipship train with --generator"),
         (("small-coop", "--data", "{data}", "--device", "abacus"), "give cpu, cuda or cuda:N"),
@@ -219,16 +304,18 @@ def test_other_settings_in_the_same_folder_are_refused(
 def test_errors_are_one_line_and_nothing_is_begun(
     capsys: pytest.CaptureFixture[str],
     data_folder: Path,
+    brushes: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     arguments: tuple[str, ...],
     message: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    given = [argument.format(data=data_folder) for argument in arguments]
+    given = [argument.format(data=data_folder, synthetic=brushes) for argument in arguments]
+    given += ["--synthetic-name", "made"] if brushes in map(Path, given) else []
     code, text, err = compare(capsys, *given, "--out", "out")
     assert (code, text, err.count("\n")) == (2, "", 1)
-    assert message in err
+    assert message.format(synthetic=brushes) in err
     assert not (tmp_path / "out").exists()
 
 
@@ -349,6 +436,7 @@ from dataclasses import replace
 from clipship.core import cli
 from clipship.training import recipes
 from clipship.training.config import TrainConfig
+from clipship.training.synthetic import SyntheticSet
 config = TrainConfig(recipe="small", method="coop", base_model=sys.argv[1], shots=4, epochs=40, batch_size=5)
 recipes.RECIPES["small"] = lambda dataset: config
 cli.VERBS["compare"] = ("clipship.training.compare.cli:compare", "")

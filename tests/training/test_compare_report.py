@@ -141,6 +141,81 @@ def test_few_shot_counts_are_columns() -> None:
     assert set(plots_of(summary)) == {"accuracy-against-shots", "losses", "reliability"}
 
 
+def over_synthetic(names: tuple[str, ...] = ("EuroSAT", "Mine")) -> Summary:
+    """Accuracy rises with the images, more with the filter; CoOp learns from none."""
+    results = [result("coop", name, 1, {name: scores(50.0, 40.0)}) for name in names]
+    for name in names:
+        for count, filtered in ((0, True), (1, True), (16, True), (1, False), (16, False)):
+            measured = {name: scores(60.0, 40.0 + count + 2 * filtered)}
+            one = result("sync-clip", name, 1, measured)
+            results.append(replace(one, synthetic_shots=count, synthetic_filter=filtered))
+    recipes = ("coop", "sync-clip")
+    return Summary(protocol="base-to-new", recipes=recipes, datasets=names, results=tuple(results))
+
+
+def test_numbers_of_synthetic_images_are_columns_and_the_filter_a_row() -> None:
+    summary = over_synthetic()
+    tables = tables_of(summary)
+    titles = ("New classes", "Harmonic mean of base and new classes", "New classes among all names")
+    assert [table.title.removesuffix(" against synthetic images a class") for table in tables[:3]] == [*titles]
+    assert tables[0].header == ("data set", "recipe", "0", "1", "16")
+    assert tables[0].rows[:3] == (
+        ("EuroSAT", "coop", "40.00", "–", "–"),
+        ("EuroSAT", "sync-clip", "42.00", "43.00", "58.00"),
+        ("EuroSAT", "sync-clip, no filter", "42.00", "41.00", "56.00"),
+    )
+    assert tables[0].rows[-1] == ("average", "sync-clip, no filter", "42.00", "41.00", "56.00")
+    whole = next(table for table in tables if table.title == "Base to new")
+    assert [row[1] for row in whole.rows[:6]] == [
+        "coop",
+        "sync-clip, 0 synthetic",
+        *("sync-clip, 1 synthetic", "sync-clip, 1 synthetic, no filter"),
+        *("sync-clip, 16 synthetic", "sync-clip, 16 synthetic, no filter"),
+    ]
+    assert "16 real images a class, 0, 1, 16 synthetic ones: those with CLIP's best scores or the first" in how_made(
+        summary
+    )
+
+
+def test_published_numbers_are_not_beside_other_numbers_of_synthetic_images() -> None:
+    ours = over_synthetic(("EuroSAT",))
+    renamed = tuple(replace(one, recipe="promptsrc") if one.recipe == "sync-clip" else one for one in ours.results)
+    table = tables_of(replace(ours, recipes=("coop", "promptsrc"), results=renamed))[4]
+    assert table.rows[0][-1].startswith("92.19"), "CoOp's"
+    assert {row[-1] for row in table.rows[1:]} == {"–"}
+
+
+def test_curves_of_synthetic_images_take_the_place_of_the_bars() -> None:
+    summary = over_synthetic()
+    plots = plots_of(summary)
+    assert set(plots) == {"accuracy-against-synthetic", "losses", "reliability"}
+    assert plots == plots_of(summary)
+    ElementTree.fromstring(standalone(plots["accuracy-against-synthetic"]))
+    level, filtered, unfiltered = summary.curves()
+    assert (level.label, level.level, [*level.points]) == ("coop", True, [0])
+    assert (filtered.label, filtered.filtered, [*filtered.points]) == ("sync-clip", True, [0, 1, 16])
+    assert (unfiltered.label, unfiltered.filtered) == ("sync-clip, no filter", False)
+    assert unfiltered.points[0] == filtered.points[0], "without images there is nothing to filter"
+    rows = json_of(summary, {})["rows"]
+    one = next(row for row in rows if (row["synthetic_shots"], row["synthetic_filter"]) == (16, False))
+    assert one["stats"]["new"]["mean"] == 56.0
+
+
+def test_the_curve_without_filter_alone_begins_at_no_images_too() -> None:
+    summary = over_synthetic()
+    left = tuple(one for one in summary.results if one.synthetic_shots == 0 or not one.synthetic_filter)
+    (curve,) = replace(summary, recipes=("sync-clip",), results=left).curves()
+    assert (curve.label, [*curve.points]) == ("sync-clip, no filter", [0, 1, 16])
+
+
+def test_a_comparison_of_no_synthetic_images_alone_has_one_point() -> None:
+    summary = over_synthetic()
+    none = replace(summary, results=tuple(one for one in summary.results if not one.synthetic_shots))
+    assert [(curve.label, [*curve.points]) for curve in none.curves()] == [("coop", [0]), ("sync-clip", [0])]
+    assert "accuracy-against-synthetic" in plots_of(none)
+    assert "16 real images a class, 0 synthetic ones. Learned" in how_made(none)
+
+
 def test_published_averages_and_harmonic_means_follow_from_the_rows() -> None:
     for family, rows in published.BASE_TO_NEW.items():
         base, new, mean, _ = published.AVERAGES[family]

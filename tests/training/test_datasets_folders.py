@@ -79,6 +79,7 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
 def test_synthetic_images_beside_the_classes_are_no_class(tmp_path: Path, synthetic: SyntheticSet) -> None:
     _tree(tmp_path, "a", "b")
     shutil.copytree(synthetic.folder, tmp_path / "synthetic")
+    write_jpegs(tmp_path, "begun/images/red/1.jpg", "begun/unfinished.json")
     assert load_dataset(tmp_path).class_names == ("a", "b")
 
 

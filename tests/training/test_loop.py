@@ -114,6 +114,7 @@ class _Stop(Exception):
     ("method", "changes"),
     [
         ("sync-clip", {}),
+        ("ivlp-synthetic", {"synthetic_shots": 2, "synthetic_filter": False}),
         ("coop", {"feature_views": 2, "optimizer": "adamw", "schedule": "step-cosine", "warmup_epochs": 0}),
         ("coop", {"average_mean": 2.0, "average_std": 1.0, "momentum": 0.0, "accumulate": 2}),
     ],
@@ -253,18 +254,21 @@ def test_tensorboard_gets_every_step(clip: Clip, dataset: Dataset, tmp_path: Pat
 
 
 def test_two_processes_learn_what_one_does(
-    clip: Clip, dataset: Dataset, data_folder: Path, synthetic: SyntheticSet, tmp_path: Path
+    clip: Clip, dataset: Dataset, data_folder: Path, uneven: SyntheticSet, tmp_path: Path
 ) -> None:
-    config = _config(clip, "coop", epochs=2)
-    alone = _train(config, dataset, None, tmp_path / "alone", clip=clip)
+    """With parts of a batch whose images have unequal numbers of synthetic partners."""
+    config = _config(clip, "ivlp-synthetic", epochs=2, batch_size=6, accumulate=2)
+    alone = _train(config, dataset, uneven, tmp_path / "alone", clip=clip)
     script = tmp_path / "run.py"
     script.write_text(_KILLED)
-    arguments = [json.dumps(config.to_json()), str(data_folder), str(synthetic.folder), str(tmp_path / "two")]
+    arguments = [json.dumps(config.to_json()), str(data_folder), str(uneven.folder), str(tmp_path / "two")]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29561", str(script)]
     subprocess.run([*launch, *arguments], check=True, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     two = load_checkpoint(tmp_path / "two")
-    torch.testing.assert_close(two.learned["context"], alone.learned["context"], rtol=1e-4, atol=1e-5)
-    assert two.losses[-1]["total"] == pytest.approx(alone.losses[-1]["total"], rel=1e-4)
+    for name in ("context", "image_context"):
+        torch.testing.assert_close(two.learned[name], alone.learned[name], rtol=1e-4, atol=1e-5)
+    for part in ("real", "synthetic", "total"):
+        assert two.losses[-1][part] == pytest.approx(alone.losses[-1][part], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +353,73 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_its_files(
 def test_sync_clip_without_synthetic_images_is_refused(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="give a synthetic set"):
         _train(_config(clip), dataset, None, tmp_path / "run", clip=clip)
+
+
+@pytest.mark.parametrize("method", ["sync-clip", "ivlp-synthetic"])
+def test_classes_without_synthetic_images_learn_from_real_ones_and_are_told_once(
+    clip: Clip, dataset: Dataset, uneven: SyntheticSet, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    config = _config(clip, method, epochs=4, batch_size=6, learning_rate=0.1)
+    checkpoint = _train(config, dataset, uneven, tmp_path / "run", clip=clip)
+    err = capsys.readouterr().err
+    assert err.count("no synthetic image of 2 of 5 classes, the first is 'blue_sky'") == 1
+    assert "fewer than" not in err
+    assert checkpoint.losses[-1]["total"] < checkpoint.losses[0]["total"]
+    assert all(epoch["synthetic"] > 0 for epoch in checkpoint.losses)
+    assert method_from_checkpoint(load_checkpoint(tmp_path / "run"), clip).name == method
+
+
+def test_so_many_synthetic_images_and_no_more_are_learned_from(
+    clip: Clip, dataset: Dataset, uneven: SyntheticSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    seen: set[str] = set()
+    step = loop._Run._step
+
+    def watched(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
+        seen.update("/".join(Path(file).parts[-2:]) for file in batch.files if Path(file).suffix == ".jpg")
+        return step(self, batch, rate, at)
+
+    monkeypatch.setattr(loop._Run, "_step", watched)
+    _train(_config(clip, epochs=6, synthetic_shots=2), dataset, uneven, tmp_path / "best", clip=clip)
+    assert seen == {"red/3.jpg", "red/2.jpg", "green/1.jpg", "white/5.jpg", "white/4.jpg"}
+    assert "fewer than 2 synthetic images of 1 of 5 classes" in capsys.readouterr().err
+    seen.clear()
+    first = _config(clip, epochs=6, synthetic_shots=2, synthetic_filter=False)
+    _train(first, dataset, uneven, tmp_path / "first", clip=clip)
+    assert seen == {"red/1.jpg", "red/2.jpg", "green/1.jpg", "white/0.jpg", "white/1.jpg"}
+
+
+def test_no_synthetic_images_are_the_real_loss_alone_and_need_no_set(
+    clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
+    """The three ways of learning from no synthetic image begin with equal prompts and end with equal ones."""
+    runs = {
+        name: _train(_config(clip, name, **changes), dataset, None, tmp_path / name, clip=clip)
+        for name, changes in {
+            "sync-clip": {"synthetic_shots": 0},
+            "ivlp-synthetic": {"synthetic_shots": 0},
+            "ivlp": {},
+        }.items()
+    }
+    want = runs["ivlp"]
+    for name in ("sync-clip", "ivlp-synthetic"):
+        assert [one["real"] for one in runs[name].losses] == pytest.approx([one["real"] for one in want.losses])
+        assert {one["synthetic"] for one in runs[name].losses} == {0.0}
+        torch.testing.assert_close(runs[name].learned["context"], want.learned["context"], rtol=1e-5, atol=1e-6)
+    real_path = runs["sync-clip"].learned["real_tokens"]
+    torch.testing.assert_close(real_path, want.learned["image_context"], rtol=1e-5, atol=1e-6)
+
+
+def test_synthetic_images_that_a_recipe_does_not_learn_from_are_refused(
+    clip: Clip, dataset: Dataset, synthetic: SyntheticSet, tmp_path: Path
+) -> None:
+    for changes in ({"synthetic_shots": 4}, {"synthetic_filter": False}):
+        with pytest.raises(RecipeError, match="does not learn from synthetic images: leave out --synthetic-shots"):
+            _train(_config(clip, "coop", **changes), dataset, synthetic, tmp_path / "run", clip=clip)
+    with pytest.raises(DataError, match=r"no class of .* has more than 3"):
+        _train(_config(clip, synthetic_shots=4), dataset, synthetic, tmp_path / "run", clip=clip)
+    assert not (tmp_path / "run").exists()
 
 
 def test_too_few_shots_are_refused_before_anything_is_written(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:

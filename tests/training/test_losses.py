@@ -40,10 +40,14 @@ def _classification(features: Array, classes: Array, labels: list[int], scale: f
     return _cross_entropy(_logits(features, classes, scale), labels)
 
 
-def _alignment(synthetic: Array, real: Array, labels: list[int], margin: float = 0.0) -> float:
+def _alignment(
+    synthetic: Array, real: Array, labels: list[int], margin: float = 0.0, rows: list[int] | None = None
+) -> float:
     total = 0.0
-    for i, label in enumerate(labels):
-        own = float(np.abs(synthetic[i] - real[i]).sum()) / synthetic.shape[1]
+    rows = list(range(len(labels))) if rows is None else rows
+    for i, row in enumerate(rows):
+        label = labels[row]
+        own = float(np.abs(synthetic[i] - real[row]).sum()) / synthetic.shape[1]
         others = [
             float(np.abs(synthetic[i] - real[j]).sum()) / synthetic.shape[1]
             for j in range(len(labels))
@@ -51,7 +55,7 @@ def _alignment(synthetic: Array, real: Array, labels: list[int], margin: float =
         ]
         hinge = max(0.0, own - min(others) + margin) if others else 0.0
         total += hinge + own
-    return total / len(labels)
+    return total / len(rows)
 
 
 def _cosine_distance(learned: Array, frozen: Array) -> float:
@@ -89,6 +93,9 @@ def test_each_loss_is_its_formula() -> None:
     y = torch.tensor(labels)
     assert float(losses.alignment_loss(a, b, y)) == _near(_alignment(synthetic, real, labels))
     assert float(losses.alignment_loss(a, b, y, margin=0.4)) == _near(_alignment(synthetic, real, labels, 0.4))
+    for rows in ([1, 2, 5], [4]):
+        got = losses.alignment_loss(a[: len(rows)], b, y, rows=torch.tensor(rows))
+        assert float(got) == _near(_alignment(synthetic[: len(rows)], real, labels, rows=rows))
     want = _classification(real, classes, labels, 100.0)
     assert float(losses.classification_loss(b, c, y, 100.0)) == _near(want)
     logits, frozen = draw.normal(size=(6, 5)) * 4, draw.normal(size=(6, 5)) * 4
@@ -306,3 +313,61 @@ def test_sync_clips_total(exact: Clip) -> None:
     }
     total = want["real"] + 0.3 * want["synthetic"] + 0.7 * want["align"]
     assert _values(parts) == {"total": _near(total), **{part: _near(value) for part, value in want.items()}}
+
+
+SYNTHETIC_METHODS: dict[str, dict[str, object]] = {
+    "sync-clip": {"domain_tokens": 2, "synthetic_weight": 0.3, "align_weight": 0.7},
+    "ivlp-synthetic": {"synthetic_weight": 0.3},
+}
+UNSEEN_LABELS = [3, 4, 4, 3]
+
+
+def _synthetic_method(clip: Clip, name: str) -> Method:
+    return _method(clip, name, text_depth=2, image_tokens=4, image_depth=3, **SYNTHETIC_METHODS[name])
+
+
+def _synthetic_batch(rows: list[int], unseen: bool) -> Batch:
+    """A batch whose real images in ``rows`` have synthetic partners."""
+    return Batch(
+        pixels=_pixels(1), labels=torch.tensor(LABELS), files=(), seen_share=len(rows) / 4,
+        seen=_pixels(2)[rows] if rows else None, seen_rows=torch.tensor(rows) if 0 < len(rows) < 4 else None,
+        unseen=_pixels(3) if unseen else None, unseen_labels=torch.tensor(UNSEEN_LABELS) if unseen else None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("unseen", [True, False])
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [2], []])
+@pytest.mark.parametrize("name", sorted(SYNTHETIC_METHODS))
+def test_totals_with_as_many_synthetic_images_as_there_are(
+    exact: Clip, name: str, rows: list[int], unseen: bool
+) -> None:
+    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, unseen)
+    own = method.synthetic_image_prompts() if isinstance(method, SyncClip) else method.image_prompts()
+    with torch.no_grad():
+        real = _array(prompts.image_features(exact, batch.pixels, method.image_prompts()))  # type: ignore[arg-type]
+        pairs = _array(prompts.image_features(exact, _pixels(2), own))[rows]
+        others = _array(prompts.image_features(exact, _pixels(3), own))[: 4 * unseen]
+    classes, scale = _array(method.class_features(NAMES)), exact.logit_scale
+    labels = [LABELS[row] for row in rows]
+    want = {"real": _classification(real, classes[:3], LABELS, scale), "synthetic": 0.0}
+    if name == "sync-clip":  # a mean for each of the two kinds of classes
+        want["synthetic"] += _classification(pairs, classes, labels, scale) if rows else 0.0
+        want["synthetic"] += _classification(others, classes, UNSEEN_LABELS, scale) if unseen else 0.0
+        want["align"] = _alignment(pairs, real, LABELS, rows=rows) if rows else 0.0
+    elif rows or unseen:  # one mean over all
+        both = np.concatenate([pairs, others])
+        want["synthetic"] = _classification(both, classes, [*labels, *UNSEEN_LABELS][: len(both)], scale)
+    total = want["real"] + 0.3 * want["synthetic"] + 0.7 * want.get("align", 0.0)
+    expected = {"total": _near(total), **{part: _near(value) for part, value in want.items()}}
+    assert _values(method.loss(batch)) == expected
+
+
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [2]])
+@pytest.mark.parametrize("name", sorted(SYNTHETIC_METHODS))
+def test_parts_of_a_batch_have_the_synthetic_loss_of_the_whole(exact: Clip, name: str, rows: list[int]) -> None:
+    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, unseen=True)
+    want = float(method.loss(batch)["synthetic"])
+    for count in (2, 3, 4):
+        parts = [batch.part(number, count) for number in range(count)]
+        got = sum(float(method.loss(part)["synthetic"]) * len(part) / 4 for part in parts)
+        assert got == _near(want), f"{count} parts"

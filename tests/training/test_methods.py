@@ -21,6 +21,7 @@ SETTINGS: dict[str, dict[str, object]] = {
     "kgcoop": {"text_consistency": 8.0},
     "vpt": {"image_tokens": 4, "image_depth": 3},
     "ivlp": {"text_depth": 2, "image_tokens": 4, "image_depth": 3},
+    "ivlp-synthetic": {"text_depth": 2, "image_tokens": 4, "image_depth": 3, "synthetic_weight": 0.25},
     "maple": {"text_tokens": 2, "text_depth": 2},
     "promptsrc": {
         **{"text_depth": 2, "image_tokens": 4, "image_depth": 3},
@@ -63,6 +64,7 @@ PUBLISHED_COUNTS = {
     "vpt-deep": 12 * 8 * 768,
     "ivlp": 9 * 4 * (512 + 768),
     "ivlp-maple": 12 * 2 * (512 + 768),
+    "ivlp-synthetic": 9 * 4 * (512 + 768),
     "maple": 9 * 2 * 512 + 9 * (512 * 768 + 768),  # published as 3.55 M
     "maple-cross": 3 * 2 * 512 + 3 * (512 * 768 + 768),
     "promptsrc": 9 * 4 * (512 + 768),
@@ -209,13 +211,13 @@ def test_prompts_are_drawn_in_one_order(clip: Clip) -> None:
     assert torch.equal(_method(clip, "ivlp", seed=3).learned()["image_context"], real)
 
 
-@pytest.mark.parametrize("name", ["vpt", "ivlp", "promptsrc", "sync-clip"])
+@pytest.mark.parametrize("name", ["vpt", "ivlp", "ivlp-synthetic", "promptsrc", "sync-clip"])
 def test_deep_prompts_need_the_layers(clip: Clip, name: str) -> None:
     with pytest.raises(RecipeError, match=r"prompts in 9 layers, but the image tower of .* has 3"):
         _method(clip, name, image_depth=9)
 
 
-@pytest.mark.parametrize("name", ["vpt", "ivlp", "promptsrc", "sync-clip"])
+@pytest.mark.parametrize("name", ["vpt", "ivlp", "ivlp-synthetic", "promptsrc", "sync-clip"])
 def test_image_prompts_are_not_left_out_in_silence(clip: Clip, name: str) -> None:
     with pytest.raises(RecipeError, match=f"{name} learns image prompts: set image_tokens and image_depth"):
         _method(clip, name, image_depth=0, image_tokens=0, domain_tokens=0)

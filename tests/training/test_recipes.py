@@ -125,6 +125,15 @@ def test_prompt_ensembles_are_the_published_ones() -> None:
     assert all(form.count("{}") == 1 for form in (*ensemble, *sixty))
 
 
+def test_the_baseline_has_the_settings_of_sync_clip_without_its_own_parts() -> None:
+    for end in ("", "-tiny"):
+        baseline, sync = config_from_recipe(f"ivlp-synthetic{end}"), config_from_recipe(f"sync-clip{end}")
+        assert (baseline.domain_tokens, baseline.align_weight) == (0, 0.0)
+        assert baseline.synthetic_weight == 0.2 / 0.8
+        own = ("recipe", "method", "domain_tokens", "align_weight", "synthetic_weight")
+        assert replace(baseline, **{name: getattr(sync, name) for name in own}) == sync
+
+
 def test_settings_that_the_authors_vary_by_data_set() -> None:
     assert [config_from_recipe("coop", name).epochs for name in ("ImageNet", "EuroSAT")] == [50, 200]
     averages = [config_from_recipe("promptsrc-few-shot", name) for name in ("OxfordFlowers", "Food101")]
@@ -186,6 +195,7 @@ def test_unknown_recipes_get_the_near_names() -> None:
         ({"domain_tokens": 5}, "domain_tokens=5: must be in 0..image_tokens"),
         ({"image_depth": 0}, "image_depth=0, image_tokens=4: must be both 0 or both at least 1"),
         ({"align_weight": -0.5}, "align_weight=-0.5: must be at least 0"),
+        ({"synthetic_shots": -1}, "synthetic_shots=-1: must be at least 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan"),
     ],
 )
@@ -200,6 +210,7 @@ CHANGED = {
     "schedule": "constant",
     "classes": "all",
     "generator": TrainConfig(recipe="other", method="ship", base_model="small"),
+    "synthetic_shots": 4,
 }
 
 
@@ -235,3 +246,17 @@ def test_settings_with_odd_fields_are_refused() -> None:
     del content["seed"]
     with pytest.raises(RecipeError, match="seed missing or unknown"):
         TrainConfig.from_json(content)
+
+
+def test_settings_of_older_checkpoints_have_what_was_then_and_their_digest() -> None:
+    config = config_from_recipe("sync-clip-tiny")
+    generated = config_from_recipe("ship-coop-tiny")
+    old = generated.to_json()
+    for content in (old, old["generator"]):
+        del content["synthetic_shots"], content["synthetic_filter"]
+    assert TrainConfig.from_json(old) == generated
+    # as the versions before these settings had them: runs of theirs are found finished, and gone on with
+    assert config.digest == "65c5db52ef5db1475594551d91a179d8a0cb7de0e2263394ed773754f07b1a60"
+    assert generated.digest == "99c036b514231a5c8b6f3ce5e8b74edb0aba76483b7092d0eca3fd51bd09c6bc"
+    assert replace(config, synthetic_shots=16).digest != config.digest
+    assert replace(config, synthetic_filter=False).digest != config.digest

@@ -39,7 +39,7 @@ def edit_manifest(folder: Path, **changes: object) -> None:
 def test_folder_format(small: Path) -> None:
     manifest = json.loads((small / "manifest.json").read_text())
     assert manifest["format"] == "clipship-synthetic-set"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["class_names"] == list(CLASSES)
     assert manifest["images_per_class"] == 2
     table = pq.read_table(small / "images.parquet")
@@ -51,7 +51,16 @@ def test_folder_format(small: Path) -> None:
         "score": "float",
         "kept": "bool",
         "reason": "string",
+        "negative_prompt": "string",
+        "pipeline": "string",
+        "revision": "string",
+        "scheduler": "string",
+        "steps": "int32",
+        "guidance": "double",
+        "source": "string",
+        "batch": "int64",
     }
+    assert table.column("pipeline").null_count == table.num_rows, "the renderer is no pipeline"
     assert table.column("path")[0].as_py() == "images/red_star/1000000.jpg"
     assert table.column("prompt")[0].as_py() == "a photo of a red star."
     assert not list(small.parent.glob(".*")), "a temporary folder was left behind"
@@ -127,10 +136,10 @@ def test_a_deleted_candidate_is_fine_unless_it_was_kept(small: Path) -> None:
 def test_folders_that_are_no_set_are_refused(small: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"has no manifest\.json"):
         SyntheticSet.load(tmp_path / "nothing")
-    edit_manifest(small, format_version=2)
-    with pytest.raises(DataError, match="version 2 is not"):
+    edit_manifest(small, format_version=3)
+    with pytest.raises(DataError, match="version 3 is not 'clipship-synthetic-set' version 1 or 2"):
         SyntheticSet.load(small)
-    edit_manifest(small, format_version=1, format="other")
+    edit_manifest(small, format_version=2, format="other")
     with pytest.raises(DataError, match="clipship-synthetic-set"):
         SyntheticSet.load(small)
     with pytest.raises(DataError, match="is not a synthetic set"):
@@ -138,6 +147,29 @@ def test_folders_that_are_no_set_are_refused(small: Path, tmp_path: Path) -> Non
     (small / "manifest.json").write_text("{")
     with pytest.raises(DataError, match="not JSON"):
         SyntheticSet.load(small)
+
+
+def test_sets_of_version_1_are_read(small: Path) -> None:
+    loaded = SyntheticSet.load(small)
+    path = small / "images.parquet"
+    pq.write_table(pq.read_table(path).select(list(range(7))), path)
+    with pytest.raises(DataError, match="lacks the columns batch, guidance, negative_prompt"):
+        SyntheticSet.load(small)
+    edit_manifest(small, format_version=1)
+    assert SyntheticSet.load(small) == loaded
+
+
+def test_a_class_may_have_no_image(tmp_path: Path) -> None:
+    write_images(tmp_path / "set", ["dog", "cat"], [("dog", 1)])
+    loaded = SyntheticSet.load(tmp_path / "set")
+    assert len(loaded.kept("dog")) == 1
+    assert loaded.kept("cat") == []
+
+
+def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "unfinished.json").write_text("{}")
+    with pytest.raises(DataError, match="is not finished; the same clipship synthesize again goes on where it stopped"):
+        SyntheticSet.load(tmp_path)
 
 
 def test_damaged_tables_are_refused(small: Path) -> None:

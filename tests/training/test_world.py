@@ -43,6 +43,7 @@ from clipship.training.world.datasets import (
     write_world,
 )
 from clipship.training.world.render import render_scene
+from clipship.training.world.runs import round_to_half
 from clipship.training.world.scenes import Scene, Thing, facts_of, is_held_out, sample_scene
 from clipship.training.world.stencils import background_tile, shape_mask, texture_tile
 from clipship.training.world.stream import LONE_PLAIN_STEPS, LONE_STEPS, WORD_AXES, batches, fits_matrix, make_batch
@@ -431,7 +432,7 @@ def test_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
                 if stop == 4 and name == "resumed":
                     run.restore()
                 stopped_after(run, stop)
-            pretraining.round_to_half(run.model)
+            round_to_half(run.model)
             pretraining.write_model(tmp_path / name, run.model, run.tokens)
     finally:
         torch.use_deterministic_algorithms(False)

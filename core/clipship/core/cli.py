@@ -20,7 +20,8 @@ from clipship.core.errors import ClipshipError, MissingExtraError, UsageError, n
 VERBS: dict[str, tuple[str, str]] = {
     "doctor": ("clipship.core.doctor:doctor", "What this machine has, what is missing and how to get it."),
     "world": ("clipship.training.cli:world", "Write the built-in data sets."),
-    "recipes": ("clipship.training.cli:recipes", "List the training recipes."),
+    "synthesize": ("clipship.training.synthesis.cli:synthesize", "Make images of classes: text-to-image, filtered."),
+    "recipes": ("clipship.training.cli:recipes", "List the recipes of synthesis and of training."),
     "train": ("clipship.training.cli:train", "Learn prompts: recipe + data -> checkpoint."),
     "evaluate": ("clipship.training.cli:evaluate", "Base, new, harmonic mean and open-vocabulary accuracy."),
     "compare": ("clipship.training.compare.cli:compare", "Methods x data sets x seeds: table, plots, one HTML page."),

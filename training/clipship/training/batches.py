@@ -33,19 +33,49 @@ _ASPECT = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
 
 
-def synthetic_paths(synthetic: SyntheticSet, class_names: Sequence[str]) -> tuple[tuple[Path, ...], ...]:
-    """The kept images of each class, in the order of ``class_names``.
+def synthetic_paths(
+    synthetic: SyntheticSet, class_names: Sequence[str], config: TrainConfig
+) -> tuple[tuple[Path, ...], ...]:
+    """The synthetic images that each class learns from, in the order of ``class_names``; a class may have none.
+
+    They are what ``config`` asks for: the kept ones with the best scores, or the first by seed.
 
     Raises:
-        DataError: a class has none.
+        DataError: no class has any, or none has as many as are asked for.
     """
-    missing = [name for name in class_names if name not in synthetic.class_names or not synthetic.kept(name)]
-    if missing:
+    every = _kept_images if config.synthetic_filter else _made_images
+    found = every(synthetic)
+    most = max((len(found.get(name, ())) for name in class_names), default=0)
+    if not most:
         raise DataError(
-            f"the synthetic set has no images of {len(missing)} classes, the first is {missing[0]!r}: "
-            "write it for all class names of the data set, base and new"
+            f"{synthetic.folder} has no image of any of the {len(class_names)} classes, the first is "
+            f"{class_names[0]!r}: write it for the class names of the data set, or take --synthetic-shots 0"
         )
-    return tuple(tuple(image.path for image in synthetic.kept(name)) for name in class_names)
+    if config.synthetic_shots is not None and config.synthetic_shots > most:
+        raise DataError(
+            f"{config.synthetic_shots} synthetic images a class are asked for, and no class of {synthetic.folder} has "
+            f"more than {most}: ask for fewer, or synthesize more"
+        )
+    return tuple(found.get(name, ())[: config.synthetic_shots] for name in class_names)
+
+
+def _kept_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
+    """Of every class the images that the filter kept, best score first."""
+    return {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
+
+
+def _made_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
+    """Of every class the images in the order of their seeds, whatever their score.
+
+    What was refused before it had a score (no image of the class at all, as the safety checker says) is left out, and
+    what was deleted.
+    """
+    found: dict[str, list[Path]] = {}
+    for image in sorted(synthetic.images, key=lambda image: image.seed):
+        usable = image.kept or image.score is not None
+        if usable and image.path.is_file():
+            found.setdefault(image.class_name, []).append(image.path)
+    return {name: tuple(paths) for name, paths in found.items()}
 
 
 def decoded(path: Path) -> Image.Image:
@@ -154,7 +184,10 @@ class Draw:
 
     positions: tuple[int, ...]
     """Of real images in the few-shot list."""
+    rows: tuple[int, ...]
+    """Which of them have a synthetic partner."""
     seen: tuple[Path, ...]
+    """The partners."""
     unseen: tuple[Path, ...]
     unseen_labels: tuple[int, ...]
 
@@ -162,7 +195,8 @@ class Draw:
 class Epoch(torch.utils.data.Dataset[Batch]):
     """The batches of one epoch. Every draw is keyed by seed, epoch and position, so any step can be made again.
 
-    With synthetic images each real one comes with a synthetic one of its class, and with one of a random new class.
+    With synthetic images each real one comes with a synthetic one of its class, if there is any, and with one of a
+    random new class of those that have some.
     ``features`` [N, D], those of the few-shot images in this epoch, take the place of uint8 pixels [B, H, W, 3].
     """
 
@@ -181,7 +215,7 @@ class Epoch(torch.utils.data.Dataset[Batch]):
     ) -> None:
         self._items = items
         self._synthetic = synthetic
-        self._num_base = num_base
+        self._new = [label for label in range(num_base, len(synthetic)) if synthetic[label]]
         self._config = config
         self._size_px = size_px
         self._cache = cache
@@ -205,6 +239,8 @@ class Epoch(torch.utils.data.Dataset[Batch]):
             features=None if self._features is None else self._features[list(draw.positions)],
             pixels=self._real_pixels(draw.positions) if self._features is None and items else None,
             seen=self._synthetic_pixels(draw.seen, f"{step} seen") if draw.seen else None,
+            seen_rows=torch.tensor(draw.rows) if 0 < len(draw.rows) < len(items) else None,
+            seen_share=len(draw.rows) / len(items) if draw.seen else 0.0,
             unseen=self._synthetic_pixels(draw.unseen, f"{step} unseen") if draw.unseen else None,
             unseen_labels=torch.tensor(draw.unseen_labels) if draw.unseen else None,
         )
@@ -214,13 +250,14 @@ class Epoch(torch.utils.data.Dataset[Batch]):
         size = self._config.batch_size
         positions = tuple(self._order[step * size : (step + 1) * size])
         if not self._synthetic:
-            return Draw(positions=positions, seen=(), unseen=(), unseen_labels=())
+            return Draw(positions=positions, rows=(), seen=(), unseen=(), unseen_labels=())
         generator = random.Random(f"{self._key} step {step}")
-        seen = tuple(generator.choice(self._synthetic[self._items[position].label]) for position in positions)
-        new = range(self._num_base, len(self._synthetic))
-        labels = tuple(generator.choice(new) for _ in positions) if new else ()
+        partners = [self._synthetic[self._items[position].label] for position in positions]
+        rows = tuple(row for row, images in enumerate(partners) if images)
+        seen = tuple(generator.choice(partners[row]) for row in rows)
+        labels = tuple(generator.choice(self._new) for _ in positions) if self._new else ()
         unseen = tuple(generator.choice(self._synthetic[label]) for label in labels)
-        return Draw(positions=positions, seen=seen, unseen=unseen, unseen_labels=labels)
+        return Draw(positions=positions, rows=rows, seen=seen, unseen=unseen, unseen_labels=labels)
 
     def _real_pixels(self, positions: Sequence[int]) -> torch.Tensor:
         return torch.stack(

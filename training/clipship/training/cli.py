@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -42,12 +42,14 @@ def needs_training() -> Iterator[None]:
 @click.command()
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the data sets.")
 @click.option("--only", multiple=True, metavar="NAME", help="Only this data set (may be given several times).")
+@click.option("--synthetic/--no-synthetic", default=True, show_default=True, help="Whether to draw synthetic images.")
 @click.option("--synthetic-seed", default=0, show_default=True, help="Seed of the synthetic images.")
 @json_option
-def world(out: Path, only: tuple[str, ...], synthetic_seed: int, as_json: bool) -> None:
+def world(out: Path, only: tuple[str, ...], synthetic: bool, synthetic_seed: int, as_json: bool) -> None:
     """Write the built-in data sets in the CoOp layout, each with a synthetic set beside its images.
 
-    What is there already is kept. Variants with test images only are written when --only names them.
+    What is there already is kept. Variants with test images only are written when --only names them. The synthetic
+    images come from the renderer; with --no-synthetic they are left to clipship synthesize.
 
     Example: clipship world --out world
     """
@@ -63,19 +65,23 @@ def world(out: Path, only: tuple[str, ...], synthetic_seed: int, as_json: bool) 
     total = sum(one.classes * sum(map(one.per_class, SPLITS)) for one in absent)
     with progress("drawing", total) as report:
         folders = write_world(out, names=only or None, progress=lambda done, _, name: report(done, name))
-    written = [_describe(folder, _write_synthetic(folder, synthetic_seed)) for folder in folders]
+    written = [_describe(folder, _written(folder, synthetic_seed if synthetic else None)) for folder in folders]
     lines = (f"{one['path']}: {one['classes']} classes, {one['images']} images" for one in written)
     emit({"datasets": written}, "\n".join(lines), as_json=as_json)
 
 
-def _write_synthetic(folder: Path, seed: int) -> Dataset:
-    """Write the synthetic set of the data set in ``folder`` unless one of that seed is there, or it has only tests."""
+def _written(folder: Path, seed: int | None) -> Dataset:
+    """The data set in ``folder``, its synthetic set written with ``seed``, if there is one.
+
+    One of that seed that is there already is kept, and one that something else made; data sets with only tests have
+    none.
+    """
     from clipship.training.clip import TINY, load_clip
     from clipship.training.data import load_dataset
     from clipship.training.world.synthesis import clip_scorer, write_world_synthetic_set
 
     dataset = load_dataset(folder)
-    if not dataset.train or _has_synthetic(folder / SYNTHETIC, seed):
+    if seed is None or not dataset.train or _has_synthetic(folder / SYNTHETIC, seed):
         return dataset
     clip = load_clip(TINY)
     with progress(f"synthetic {dataset.record.name}", len(dataset.class_names)) as report:
@@ -85,7 +91,7 @@ def _write_synthetic(folder: Path, seed: int) -> Dataset:
             template=dataset.record.template,
             candidates_per_class=_CANDIDATES,
             keep_per_class=_KEPT,
-            scorer=clip_scorer(clip.model, clip.tokenizer, clip.preprocess),
+            scorer=clip_scorer(clip),
             seed=seed,
             progress=lambda done, _, name: report(done, name),
         )
@@ -93,11 +99,21 @@ def _write_synthetic(folder: Path, seed: int) -> Dataset:
 
 
 def _has_synthetic(folder: Path, seed: int) -> bool:
+    """Whether there is a set that is to be kept.
+
+    Raises:
+        DataError: something else is there, or a set that is not whole.
+    """
     from clipship.training.synthetic import SyntheticSet
+    from clipship.training.world.datasets import WORLD_FORMAT
 
     if not folder.exists():
         return False
-    if SyntheticSet.load(folder).generator.get("seed") == seed:
+    generator = SyntheticSet.load(folder).generator
+    if generator.get("kind") != WORLD_FORMAT:
+        log(f"{folder} was not drawn by the renderer: it is kept")
+        return True
+    if generator.get("seed") == seed:
         return True
     log(f"{folder} was made with another seed: it is written again")
     return False
@@ -108,7 +124,7 @@ def _describe(folder: Path, dataset: Dataset) -> dict[str, Any]:
     return {
         "name": dataset.record.name,
         "path": str(folder),
-        "synthetic": str(folder / SYNTHETIC) if dataset.train else None,
+        "synthetic": str(folder / SYNTHETIC) if (folder / SYNTHETIC).is_dir() else None,
         "classes": len(dataset.class_names),
         "images": images,
     }
@@ -117,15 +133,23 @@ def _describe(folder: Path, dataset: Dataset) -> dict[str, Any]:
 @click.command()
 @json_option
 def recipes(as_json: bool) -> None:
-    """List the training recipes.
+    """List the recipes of synthesis and of training.
 
     Example: clipship recipes
     """
     with needs_training():
         from clipship.training.recipes import RECIPES
-    listed = {name: (recipe.__doc__ or "").strip().splitlines()[0] for name, recipe in RECIPES.items()}
-    width = max(map(len, listed))
-    emit({"recipes": listed}, "\n".join(f"{name:<{width}}  {line}" for name, line in listed.items()), as_json=as_json)
+        from clipship.training.synthesis.recipes import SYNTHESIS_RECIPES
+    listed = {name: _first_line(recipe) for name, recipe in RECIPES.items()}
+    synthesis = {name: _first_line(recipe) for name, recipe in SYNTHESIS_RECIPES.items()}
+    width = max(map(len, (*listed, *synthesis)))
+    lines = ["clipship train:", *(f"  {name:<{width}}  {line}" for name, line in listed.items())]
+    lines += ["clipship synthesize:", *(f"  {name:<{width}}  {line}" for name, line in synthesis.items())]
+    emit({"recipes": listed, "synthesis": synthesis}, "\n".join(lines), as_json=as_json)
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().splitlines()[0]
 
 
 @click.command()
@@ -133,6 +157,12 @@ def recipes(as_json: bool) -> None:
 @click.option("--data", required=True, help="A data set: a folder, or a CSV or Parquet list of images.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the checkpoint.")
 @click.option("--synthetic", help="Folder of a synthetic set; default: DATA/synthetic.")
+@click.option("--synthetic-shots", type=click.IntRange(min=0), help="Synthetic images a class; default: all kept ones.")
+@click.option(
+    "--synthetic-filter/--no-synthetic-filter",
+    default=None,
+    help="Synthetic images by CLIP's score, or by seed; default: by score.",
+)
 @click.option("--generator", help="Checkpoint of a feature generator, instead of the one the recipe learns first.")
 @click.option("--seed", default=1, show_default=True, help="Of the few-shot sample, prompts, order and crops.")
 @click.option("--shots", type=click.IntRange(min=0), help="Real images a class, 0: all; default: the recipe's.")
@@ -206,7 +236,7 @@ def feature_cache() -> Path:
 
 
 def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
-    """The synthetic set in ``folder``, if the recipe learns from one.
+    """The synthetic set in ``folder``, if a run with these settings learns from one.
 
     Raises:
         DataError: it does, and there is none.
@@ -214,12 +244,12 @@ def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
     from clipship.training.methods import method_named
     from clipship.training.synthetic import SyntheticSet
 
-    if not method_named(config.method).needs_synthetic:
+    if not method_named(config.method).needs_synthetic or config.synthetic_shots == 0:
         return None
     if not folder.is_dir():
         raise DataError(
             f"recipe {config.recipe} learns from synthetic images and {folder} is not there: "
-            "give a synthetic set with --synthetic DIR"
+            "give a synthetic set with --synthetic DIR, or make one with clipship synthesize"
         )
     return SyntheticSet.load(folder)
 

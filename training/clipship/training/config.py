@@ -84,6 +84,10 @@ class TrainConfig:
     """w: the weight of the synthetic images' classification loss."""
     align_weight: float = 0.0
     """lambda: the weight of the cross-domain alignment."""
+    synthetic_shots: int | None = None
+    """Synthetic images a class, where a class has as many; None: all that the set kept; 0: none."""
+    synthetic_filter: bool = True
+    """Whether they are those with CLIP's best scores, or the first by seed, whatever their score."""
     redraw_synthetic: bool = False
     """Whether synthetic images get a new crop each time; the published method draws it once."""
     text_consistency: float = 0.0
@@ -149,6 +153,8 @@ class TrainConfig:
             *("image_tokens", "image_depth", "synthetic_weight", "align_weight", "feature_views", "generated_shots"),
             *("text_consistency", "image_consistency", "logit_consistency", "cache_alpha", "cache_beta", "kl_weight"),
         )
+        synthetic_shots = 0 if self.synthetic_shots is None else self.synthetic_shots
+        self._require(synthetic_shots >= 0, "at least 0", "synthetic_shots")
         for name in at_least_1:
             self._require(getattr(self, name) >= 1, "at least 1", name)
         for name in at_least_0:
@@ -173,8 +179,12 @@ class TrainConfig:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all settings: equal digests mean equal runs on equal data."""
-        return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
+        """SHA-256 of all settings: equal digests mean equal runs on equal data.
+
+        Settings that checkpoints have not always had count only where they differ from what they were before, so that a
+        run of an older version can still be found finished, or gone on with.
+        """
+        return hashlib.sha256(json.dumps(_without_defaults(self.to_json()), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
@@ -184,12 +194,13 @@ class TrainConfig:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> TrainConfig:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :meth:`to_json`; settings that were added later may be missing, as in older checkpoints.
 
         Raises:
             RecipeError: a field is missing or unknown, or as the constructor.
         """
         names = {field.name for field in fields(cls)}
+        content = {**_ADDED_LATER, **content}
         if set(content) != names:
             odd = ", ".join(sorted(set(content) ^ names))
             raise RecipeError(f"not the settings of a run: {odd} missing or unknown: train again with this version")
@@ -198,5 +209,14 @@ class TrainConfig:
         return cls(**{**content, **lists, "generator": generator})
 
 
+_ADDED_LATER: dict[str, Any] = {"synthetic_shots": None, "synthetic_filter": True}
+"""Settings that older checkpoints lack, with what they were then."""
 _LISTS = ("templates", "reference_templates")
 _CHOICES = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "classes": CLASSES}
+
+
+def _without_defaults(content: dict[str, Any]) -> dict[str, Any]:
+    """``content`` without the settings of :data:`_ADDED_LATER` that are as they were before there was a choice."""
+    kept = {name: value for name, value in content.items() if name not in _ADDED_LATER or value != _ADDED_LATER[name]}
+    generator = content["generator"]
+    return {**kept, "generator": None if generator is None else _without_defaults(generator)}

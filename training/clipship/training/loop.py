@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,7 +108,9 @@ def train(
     learn_generator = _learner_of_generators(dataset, out / GENERATOR, clip, options, processes)
     data.use(clip, generation_for(config, data.task, clip, generator, learn_generator))
     method = build_method(clip, config, data.task)
-    paths = synthetic_paths(_needed(synthetic, config), dataset.class_names) if method.needs_synthetic else ()
+    paths = _synthetic_images(method, synthetic)
+    if processes.is_main:
+        _tell_missing(method.config, paths, dataset.class_names)
     losses: Losses = []
     if method.learned():
         run = _Run(method, data, paths, processes, options, out)
@@ -159,12 +161,36 @@ def _selection(method: Method) -> str:
     return f"{rule}; {method.selection}" if method.selection else rule
 
 
-def _needed(synthetic: SyntheticSet | None, config: TrainConfig) -> SyntheticSet:
+def _synthetic_images(method: Method, synthetic: SyntheticSet | None) -> tuple[tuple[Path, ...], ...]:
+    """The synthetic images of every class; () where the run has none.
+
+    Raises:
+        RecipeError: the method needs a set and there is none, or it needs none and images are asked for.
+        DataError: no class has any, or as many as are asked for.
+    """
+    config = method.config
+    if not method.needs_synthetic and (config.synthetic_shots is not None or not config.synthetic_filter):
+        raise RecipeError(
+            f"recipe {config.recipe} does not learn from synthetic images: leave out --synthetic-shots and "
+            "--no-synthetic-filter, or take a recipe that does, such as sync-clip"
+        )
+    if not method.needs_synthetic or config.synthetic_shots == 0:
+        return ()
     if synthetic is None:
         raise RecipeError(
             f"recipe {config.recipe} learns from synthetic images: give a synthetic set (--synthetic DIR)"
         )
-    return synthetic
+    return synthetic_paths(synthetic, method.task.class_names, config)
+
+
+def _tell_missing(config: TrainConfig, synthetic: Sequence[Sequence[Path]], class_names: Sequence[str]) -> None:
+    """Say how many classes have no synthetic image, or fewer than are asked for."""
+    missing = [name for name, paths in zip(class_names, synthetic, strict=False) if not paths]
+    fewer = sum(0 < len(paths) < (config.synthetic_shots or 0) for paths in synthetic)
+    if missing:
+        log(f"no synthetic image of {len(missing)} of {len(class_names)} classes, the first is {missing[0]!r}")
+    if fewer:
+        log(f"fewer than {config.synthetic_shots} synthetic images of {fewer} of {len(class_names)} classes")
 
 
 def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: bool) -> Checkpoint | None:

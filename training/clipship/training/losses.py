@@ -1,4 +1,4 @@
-"""Losses, each a function of features or logits. B images of a batch, C classes, D joint dimensions.
+"""Losses, each a function of features or logits. B images of a batch, S synthetic ones, C classes, D joint dimensions.
 
 float16 and bfloat16 are raised to float32 first; float64 stays as it is.
 """
@@ -27,19 +27,22 @@ def classification_loss(features: Tensor, class_features: Tensor, labels: Tensor
     return cross_entropy(logit_scale * cosine, labels)
 
 
-def alignment_loss(synthetic: Tensor, real: Tensor, labels: Tensor, margin: float = 0.0) -> Tensor:
+def alignment_loss(
+    synthetic: Tensor, real: Tensor, labels: Tensor, margin: float = 0.0, *, rows: Tensor | None = None
+) -> Tensor:
     """Pull each synthetic feature to the real one of its pair, and closer to it than to real ones of other classes.
 
-    Features [B, D] are as they leave the encoder, not normalised; pair i has class ``labels[i]`` on both sides. With
-    d_ij the mean absolute difference over D of synthetic i and real j, the loss is the mean over i of
-    ``max(0, d_ii - min over j of another class of d_ij + margin) + d_ii``; where the batch holds one class only, the
+    Features, real [B, D] and synthetic [S, D], are as they leave the encoder, not normalised. Synthetic i is the
+    partner of real ``rows[i]`` (``rows`` int64 [S]; None: of real i, S = B) and of its class, ``labels`` [B]. With d_ij
+    the mean absolute difference over D of synthetic i and real j, the loss is the mean over the S pairs (i, p) of
+    ``max(0, d_ip - min over j of another class of d_ij + margin) + d_ip``; where the batch holds one class only, the
     first term is 0. The cross-domain alignment of SYNC-CLIP (arXiv 2312.03805).
     """
-    distance_BB = (raised(synthetic)[:, None] - raised(real)[None]).abs().mean(dim=-1)
-    same_BB = labels[:, None] == labels[None]
-    nearest_other_B = distance_BB.masked_fill(same_BB, torch.inf).amin(dim=1)
-    paired_B = distance_BB.diagonal()
-    return (functional.relu(paired_B - nearest_other_B + margin) + paired_B).mean()
+    distance_SB = (raised(synthetic)[:, None] - raised(real)[None]).abs().mean(dim=-1)
+    labels_S = labels if rows is None else labels[rows]
+    nearest_other_S = distance_SB.masked_fill(labels_S[:, None] == labels[None], torch.inf).amin(dim=1)
+    paired_S = distance_SB.diagonal() if rows is None else distance_SB.gather(1, rows[:, None])[:, 0]
+    return (functional.relu(paired_S - nearest_other_S + margin) + paired_S).mean()
 
 
 def cosine_distance(learned: Tensor, frozen: Tensor) -> Tensor:

@@ -261,6 +261,21 @@ def sync_clip_cross(dataset: str) -> TrainConfig:
     return replace(sync_clip(dataset), recipe="sync-clip-cross", classes="all", epochs=5, text_depth=3, image_depth=3)
 
 
+def ivlp_synthetic(dataset: str) -> TrainConfig:
+    """IVLP on real and synthetic images, one path for both: SYNC-CLIP's settings without its own tokens and alignment.
+
+    w = 0.25 is the 0.8 to 0.2 by which DISEF and DataDream weigh real and synthetic images.
+    """
+    return replace(
+        sync_clip(dataset),
+        recipe="ivlp-synthetic",
+        method="ivlp-synthetic",
+        domain_tokens=0,
+        synthetic_weight=0.25,
+        align_weight=0.0,
+    )
+
+
 def clip_adapter(dataset: str) -> TrainConfig:
     """CLIP-Adapter: reduction 4, ratio 0.2, and CoOp's training: its authors' trainer is run with CoOp's commands."""
     return replace(coop(dataset), recipe="clip-adapter", method="clip-adapter")
@@ -448,6 +463,11 @@ def sync_clip_tiny(dataset: str) -> TrainConfig:
     return replace(_tiny(sync_clip(dataset)), synthetic_weight=0.5, align_weight=0.05)
 
 
+def ivlp_synthetic_tiny(dataset: str) -> TrainConfig:
+    """IVLP on real and synthetic images on the built-in model, prompts in every layer of its towers."""
+    return _tiny(ivlp_synthetic(dataset))
+
+
 def clip_adapter_tiny(dataset: str) -> TrainConfig:
     """CLIP-Adapter on the built-in model."""
     return _tiny(clip_adapter(dataset))
@@ -551,6 +571,7 @@ RECIPES: dict[str, Recipe] = {
     "sync-clip": sync_clip,
     "sync-clip-published": sync_clip_published,
     "sync-clip-cross": sync_clip_cross,
+    "ivlp-synthetic": ivlp_synthetic,
     "clip-adapter": clip_adapter,
     "tip-adapter": tip_adapter,
     "tip-adapter-f": tip_adapter_f,
@@ -573,6 +594,7 @@ RECIPES: dict[str, Recipe] = {
     "maple-tiny": maple_tiny,
     "promptsrc-tiny": promptsrc_tiny,
     "sync-clip-tiny": sync_clip_tiny,
+    "ivlp-synthetic-tiny": ivlp_synthetic_tiny,
     "clip-adapter-tiny": clip_adapter_tiny,
     "tip-adapter-tiny": tip_adapter_tiny,
     "tip-adapter-f-tiny": tip_adapter_f_tiny,

@@ -3,13 +3,15 @@
 ::
 
     DIR/manifest.json               what made the images, the template, the class names
-    DIR/images.parquet              one row per candidate: path, class_name, prompt, seed, score, kept, reason
-    DIR/images/<class>/<seed>.jpg   the candidates; those that were not kept may be deleted
+    DIR/images.parquet              one row per candidate, with the columns of `SCHEMA`
+    DIR/images/<class>/<seed>.jpg   the candidates (or .webp); those that were not kept may be deleted
+    DIR/sheets/<class>.jpg          a contact sheet of each class, where one was made
 
-A set is written into a temporary folder and renamed when it is complete, so a folder that exists is a whole set.
+The manifest is the last file to appear, so a folder that has one is a whole set. Format version 2 added the columns
+from `negative_prompt` on; version 1 is read, and lacks them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -20,13 +22,17 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from clipship.core.errors import DataError, near
-from clipship.core.files import read_record, replace_folder, write_json_atomic
+from clipship.core.files import read_record, replace_file, replace_folder, write_json_atomic
 
 FORMAT = "clipship-synthetic-set"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 TABLE_FILE = "images.parquet"
+UNFINISHED_FILE = "unfinished.json"
+"""Stands in a folder that `clipship synthesize` has begun and not finished, in the place of the manifest."""
 IMAGE_FOLDER = "images"
+SHEET_FOLDER = "sheets"
 JPEG_QUALITY = 92
 SCHEMA = pa.schema(
     [
@@ -37,8 +43,17 @@ SCHEMA = pa.schema(
         pa.field("score", pa.float32()),
         pa.field("kept", pa.bool_(), nullable=False),
         pa.field("reason", pa.string()),
+        pa.field("negative_prompt", pa.string()),
+        pa.field("pipeline", pa.string()),
+        pa.field("revision", pa.string()),
+        pa.field("scheduler", pa.string()),
+        pa.field("steps", pa.int32()),
+        pa.field("guidance", pa.float64()),
+        pa.field("source", pa.string()),
+        pa.field("batch", pa.int64()),
     ]
 )
+_VERSION_1 = SCHEMA.names[: SCHEMA.names.index("negative_prompt")]
 _MANIFEST_KEYS = {"format", "format_version", "generator", "template", "class_names", "images_per_class"}
 
 
@@ -51,9 +66,17 @@ class SyntheticImage:
         class_name: what it should show.
         prompt: the text it was made from.
         seed: the seed it was made with.
-        score: CLIP cosine of image and prompt; None when it was not scored.
+        score: CLIP cosine of the image and what it should show; None when it was not scored.
         kept: whether it belongs to the set.
         reason: why it was not kept; None when it was.
+        negative_prompt: what it was to be unlike; None when there was none, as below.
+        pipeline: the folder or hub id of the text-to-image pipeline.
+        revision: the hub's commit, or the SHA-256 of a local pipeline's files.
+        scheduler: class of the scheduler.
+        steps: denoising steps.
+        guidance: classifier-free guidance scale.
+        source: the real image it was made from, by image-to-image.
+        batch: number of the batch it was made in; the images of one batch share it.
     """
 
     path: Path
@@ -63,6 +86,14 @@ class SyntheticImage:
     score: float | None
     kept: bool
     reason: str | None
+    negative_prompt: str | None = None
+    pipeline: str | None = None
+    revision: str | None = None
+    scheduler: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    source: str | None = None
+    batch: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +105,8 @@ class SyntheticSet:
         generator: what made the images, as written by whatever made them.
         template: the text whose `{}` took the class names.
         class_names: the classes, in order.
-        images_per_class: how many images of a class were to be kept.
-        images: all candidates, in the order they were made.
+        images_per_class: how many images of a class were to be kept; there may be fewer, or none.
+        images: all candidates, class by class.
     """
 
     folder: Path
@@ -90,10 +121,11 @@ class SyntheticSet:
         """Read a set and check that it is whole.
 
         Raises:
-            DataError: there is no set, it is of another format version, or files of kept images are missing.
+            DataError: there is no set or an unfinished one, it is of another format version, or files of kept images
+                are missing.
         """
-        manifest = _read_manifest(folder)
-        images = tuple(_read_images(folder, set(manifest["class_names"])))
+        manifest = read_manifest(folder)
+        images = tuple(_read_images(folder, manifest))
         _check_files(folder, images)
         return cls(
             folder=folder,
@@ -170,14 +202,41 @@ def write_synthetic_set(
         DataError: `out` is something else than a synthetic set, or two classes would share a folder.
     """
     _check_replaceable(out)
-    _check_class_folders(class_names)
+    check_class_folders(class_names)
     with replace_folder(out) as folder:
         writer = SyntheticSetWriter(folder=folder, class_names=tuple(class_names))
         yield writer
-        pq.write_table(pa.Table.from_pylist(writer.rows, schema=SCHEMA), folder / TABLE_FILE)
-        manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "generator": generator, "template": template}
-        manifest |= {"class_names": list(class_names), "images_per_class": images_per_class}
-        write_json_atomic(folder / MANIFEST_FILE, manifest)
+        complete(
+            folder,
+            writer.rows,
+            generator=generator,
+            template=template,
+            class_names=class_names,
+            images_per_class=images_per_class,
+        )
+
+
+def complete(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    generator: dict[str, Any],
+    template: str,
+    class_names: Sequence[str],
+    images_per_class: int,
+) -> None:
+    """Write the table of `rows` and then the manifest, which make the images in `folder` a whole set.
+
+    Args:
+        folder: where the images lie.
+        rows: one for each candidate, with the columns of `SCHEMA`; columns that are left out are null.
+        generator: as for `write_synthetic_set`, like the rest.
+    """
+    with replace_file(folder / TABLE_FILE) as temporary:
+        pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary)
+    manifest = {"format": FORMAT, "format_version": FORMAT_VERSION, "generator": generator, "template": template}
+    manifest |= {"class_names": list(class_names), "images_per_class": images_per_class}
+    write_json_atomic(folder / MANIFEST_FILE, manifest)
 
 
 def folder_of(class_name: str) -> str:
@@ -189,12 +248,17 @@ def _check_replaceable(out: Path) -> None:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
-        _read_manifest(out)
+        read_manifest(out)
     except DataError as error:
         raise DataError(f"{out} exists and is not a synthetic set ({error}); choose another folder") from error
 
 
-def _check_class_folders(class_names: Sequence[str]) -> None:
+def check_class_folders(class_names: Sequence[str]) -> None:
+    """Refuse names that would share a folder.
+
+    Raises:
+        DataError: two classes have the same folder name, or one name occurs twice.
+    """
     taken: dict[str, str] = {}
     for name in class_names:
         other = taken.setdefault(folder_of(name), name)
@@ -202,19 +266,28 @@ def _check_class_folders(class_names: Sequence[str]) -> None:
             raise DataError(f"the classes {other!r} and {name!r} would share {folder_of(name)!r}; rename one")
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return what the manifest of a set says.
+
+    Raises:
+        DataError: there is none or an unfinished set, it is not JSON, of another format, or lacks something.
+    """
     path = folder / MANIFEST_FILE
+    if not path.is_file() and (folder / UNFINISHED_FILE).is_file():
+        raise DataError(f"{folder} is not finished; the same clipship synthesize again goes on where it stopped")
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_FILE}; give the folder that holds manifest.json and images.parquet")
     manifest = read_record(
-        path, record_format=FORMAT, version=FORMAT_VERSION, error=DataError, advice="write the set again"
+        path, record_format=FORMAT, version=READ_VERSIONS, error=DataError, advice="write the set again"
     )
     if missing := sorted(_MANIFEST_KEYS - set(manifest)):
         raise DataError(f"{path} lacks {', '.join(missing)}; write the set again")
     return manifest
 
 
-def _read_images(folder: Path, class_names: set[str]) -> Iterator[SyntheticImage]:
+def _read_images(folder: Path, manifest: Mapping[str, Any]) -> Iterator[SyntheticImage]:
+    class_names = set(manifest["class_names"])
+    columns = _VERSION_1 if manifest["format_version"] == 1 else SCHEMA.names
     path = folder / TABLE_FILE
     if not path.is_file():
         raise DataError(f"{path} is missing; write the set again")
@@ -222,9 +295,9 @@ def _read_images(folder: Path, class_names: set[str]) -> Iterator[SyntheticImage
         table = pq.read_table(path)
     except pa.ArrowInvalid as error:
         raise DataError(f"{path} is not a Parquet file ({error}); write the set again") from error
-    if missing := sorted(set(SCHEMA.names) - set(table.column_names)):
+    if missing := sorted(set(columns) - set(table.column_names)):
         raise DataError(f"{path} lacks the columns {', '.join(missing)}; write the set again")
-    for row in table.select(SCHEMA.names).to_pylist():
+    for row in table.select(columns).to_pylist():
         if row["class_name"] not in class_names:
             raise DataError(f"{path}: the class {row['class_name']!r} is not in {MANIFEST_FILE}; write the set again")
         yield SyntheticImage(**row | {"path": _inside(folder, row["path"])})

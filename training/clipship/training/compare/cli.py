@@ -54,6 +54,20 @@ if TYPE_CHECKING:
 @click.option(
     "--synthetic-name", default="synthetic", show_default=True, help="Folder of synthetic images in each DIR."
 )
+@click.option(
+    "--synthetic-shots",
+    multiple=True,
+    type=click.IntRange(min=0),
+    metavar="INT...",
+    help="Synthetic images a class, such as 0 1 2 4 8 16; default: all kept ones.",
+)
+@click.option(
+    "--synthetic-filter",
+    type=click.Choice(["on", "off", "both"]),
+    default="on",
+    show_default=True,
+    help="Those with CLIP's best scores, the first by seed, or each in turn.",
+)
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--device", help="A torch device; default: the GPUs if there are any.")
 @click.option(

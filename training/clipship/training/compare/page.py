@@ -11,6 +11,7 @@ from clipship.training.compare.plots import inlined
 TITLES = {
     "base-new": "Base and new accuracy",
     "accuracy-against-shots": "Accuracy against shots",
+    "accuracy-against-synthetic": "Accuracy against synthetic images a class",
     "cross-dataset": "From one data set to others",
     "losses": "Loss of each epoch, mean and spread over seeds",
     "reliability": "Reliability: how often a confidence is right",

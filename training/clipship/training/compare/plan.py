@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from clipship.core.errors import RecipeError, UsageError
 from clipship.core.files import sha256_of, sha256_of_text
@@ -19,8 +19,28 @@ if TYPE_CHECKING:
 PROTOCOLS = ("base-to-new", "few-shot", "cross-dataset")
 FEW_SHOTS = (1, 2, 4, 8, 16)
 """The papers' numbers of images a class."""
+FILTERS = {"on": (True,), "off": (False,), "both": (True, False)}
+"""Values of --synthetic-filter: whether synthetic images are those with the best scores, or the first by seed."""
 RUNS = "runs"
 FEATURES = "features"
+
+
+class Synthetic(NamedTuple):
+    """Which synthetic images a run learns from."""
+
+    shots: int | None = None
+    """How many a class; None: what its recipe says, or none where it learns from none."""
+    filtered: bool = True
+    """Whether they are those with the best scores."""
+
+    def __str__(self) -> str:
+        if self.shots is None:
+            return ""
+        return f"{self.shots} synthetic{'' if self.filtered else ', no filter'}"
+
+
+OWN = Synthetic()
+"""No choice between synthetic images."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +48,8 @@ class Request:
     """What was asked for on the command line.
 
     Raises:
-        UsageError: the same recipe, data set or seed twice, several shots where one is taken, or too few data sets.
+        UsageError: the same recipe, data set or seed twice, several shots where one is taken, too few data sets, or
+            numbers of synthetic images in a protocol that has no curve of them.
     """
 
     recipes: tuple[str, ...]
@@ -40,9 +61,19 @@ class Request:
     """Empty: the recipe's own, or 1 2 4 8 16 for few-shot."""
     synthetic: str = "synthetic"
     """Name of the folder with synthetic images, below the data set's."""
+    synthetic_shots: tuple[int, ...] = ()
+    """Synthetic images a class; empty: the recipe's own."""
+    synthetic_filter: str = "on"
+    """One of :data:`FILTERS`."""
 
     def __post_init__(self) -> None:
-        for name, values in (("RECIPE", self.recipes), ("--seeds", self.seeds), ("--shots", self.shots)):
+        given = {
+            "RECIPE": self.recipes,
+            "--seeds": self.seeds,
+            "--shots": self.shots,
+            "--synthetic-shots": self.synthetic_shots,
+        }
+        for name, values in given.items():
             repeated = [value for value, count in Counter(values).items() if count > 1]
             if repeated:
                 raise UsageError(f"{name} {repeated[0]} is given twice: give each once")
@@ -50,6 +81,13 @@ class Request:
             raise UsageError(f"--shots has {len(self.shots)} values: give one, or take --protocol few-shot")
         if self.protocol == "cross-dataset" and len(self.data) < 2:
             raise UsageError("cross-dataset takes the source first and then its targets: give two data sets or more")
+        if self.synthetic_shots and self.protocol != "base-to-new":
+            raise UsageError(f"--synthetic-shots is for base-to-new, not for {self.protocol}: leave one of the two out")
+        if self.synthetic_filter != "on" and not self.synthetic_shots:
+            raise UsageError(
+                f"--synthetic-filter {self.synthetic_filter} compares equal numbers of images: give them with "
+                "--synthetic-shots, such as 0 1 2 4 8 16"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,11 +105,6 @@ class Run:
     identity: str
     """SHA-256 over the settings, the data sets' names and lists of images: equal identities mean equal runs."""
 
-    @property
-    def name(self) -> str:
-        """For people."""
-        return f"{self.dataset} {self.config.recipe} {self.config.shots} shots seed {self.config.seed}"
-
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
@@ -88,7 +121,8 @@ def plan_of(request: Request) -> Plan:
 
     Raises:
         UsageError: two data sets of one name, or ``out`` holds something else.
-        DataError: a data set that cannot be read, too few images for the shots, or no synthetic ones for a recipe.
+        DataError: a data set that cannot be read, too few images for the shots, or none or too few synthetic ones for a
+            recipe.
         RecipeError: an unknown recipe, or one that has no settings for a data set or the protocol.
     """
     from clipship.training.data import load_dataset
@@ -105,8 +139,13 @@ def plan_of(request: Request) -> Plan:
         _run(request, loaded, path, config)
         for path in learned_from
         for recipe in request.recipes
-        for config in _configs(request, recipe, loaded[path])
+        for config in _configs(request, recipe, loaded[path], path / request.synthetic)
     )
+    if request.synthetic_shots and all(run.config.synthetic_shots is None for run in runs):
+        raise UsageError(
+            f"none of the recipes learns from synthetic images ({', '.join(request.recipes)}): leave --synthetic-shots "
+            "out, or add one that does, such as sync-clip-tiny"
+        )
     return Plan(request=request, datasets=tuple(names), runs=runs)
 
 
@@ -117,20 +156,50 @@ def _check_out(out: Path) -> None:
         raise UsageError(f"{out} holds other files and no comparison: give a new folder with --out")
 
 
-def _configs(request: Request, recipe: str, dataset: Dataset) -> list[TrainConfig]:
-    """The settings of ``recipe`` with every seed and number of shots."""
+def _configs(request: Request, recipe: str, dataset: Dataset, synthetic: Path) -> list[TrainConfig]:
+    """The settings of ``recipe`` with every seed, number of shots and choice of synthetic images."""
     from clipship.training.few_shot import FewShot
-    from clipship.training.methods import method_named
     from clipship.training.recipes import config_from_recipe
 
     config = config_from_recipe(recipe, dataset.record.name)
-    method_named(config.method)
+    choices = _synthetic_choices(request, config)
     _check_classes(config, request.protocol)
     every_class = {} if request.protocol == "base-to-new" else {"classes": "all"}
     shots = request.shots or (FEW_SHOTS if request.protocol == "few-shot" else (config.shots,))
-    configs = [_varied(config, seed=seed, shots=count, **every_class) for count in shots for seed in request.seeds]
+    configs = [
+        replace(_varied(config, seed=seed, shots=count, **every_class), **choice)
+        for count in shots
+        for choice in choices
+        for seed in request.seeds
+    ]
     FewShot(dataset, max(configs, key=lambda one: one.shots), cache=None)  # says now that there are too few images
+    for choice in choices:
+        _check_synthetic(replace(configs[0], **choice), dataset, synthetic)
     return configs
+
+
+def _synthetic_choices(request: Request, config: TrainConfig) -> list[dict[str, Any]]:
+    """The settings that choose synthetic images; where none are asked for there is nothing to filter."""
+    from clipship.training.methods import method_named
+
+    if not method_named(config.method).needs_synthetic or not request.synthetic_shots:
+        return [{}]
+    choices = [
+        {"synthetic_shots": count, "synthetic_filter": filtered or count == 0}
+        for filtered in FILTERS[request.synthetic_filter]
+        for count in request.synthetic_shots
+    ]
+    return [choice for number, choice in enumerate(choices) if choice not in choices[:number]]
+
+
+def _check_synthetic(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
+    """Say now that there are too few synthetic images."""
+    from clipship.training.batches import synthetic_paths
+    from clipship.training.cli import synthetic_set_for
+
+    images = synthetic_set_for(config, folder)
+    if images is not None:
+        synthetic_paths(images, dataset.class_names, config)
 
 
 def _check_classes(config: TrainConfig, protocol: str) -> None:
@@ -168,9 +237,15 @@ def _run(request: Request, loaded: dict[Path, Dataset], data: Path, config: Trai
         data=data,
         targets=targets,
         synthetic=synthetic,
-        folder=request.out / RUNS / name / f"{config.recipe}-{config.shots}shots-seed{config.seed}",
+        folder=request.out / RUNS / name / _folder_of(config),
         identity=_identity(config, [loaded[path] for path in targets], synthetic),
     )
+
+
+def _folder_of(config: TrainConfig) -> str:
+    chosen = "" if config.synthetic_shots is None else f"-{config.synthetic_shots}synthetic"
+    chosen += "" if config.synthetic_filter else "-unfiltered"
+    return f"{config.recipe}-{config.shots}shots{chosen}-seed{config.seed}"
 
 
 def _identity(config: TrainConfig, datasets: Sequence[Dataset], synthetic: Path) -> str:

@@ -11,8 +11,9 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from clipship.training.compare.plan import OWN, Synthetic
 from clipship.training.compare.results import Result
-from clipship.training.compare.summary import AVERAGE, Stat, Summary
+from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, variant_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,8 +52,9 @@ Draw = Callable[["Figure"], None]
 
 def plots_of(summary: Summary) -> dict[str, str]:
     """The figures that the comparison has numbers for: SVG by name."""
+    over_synthetic = ("accuracy-against-synthetic", synthetic_curves)
     own: dict[str, tuple[str, Callable[[Summary], str]]] = {
-        "base-to-new": ("base-new", base_new_bars),
+        "base-to-new": over_synthetic if summary.is_over_synthetic else ("base-new", base_new_bars),
         "few-shot": ("accuracy-against-shots", shots_curves),
         "cross-dataset": ("cross-dataset", cross_bars),
     }
@@ -66,8 +68,7 @@ def plots_of(summary: Summary) -> dict[str, str]:
 
 def base_new_bars(summary: Summary) -> str:
     """Base (full) and new (pale) accuracy of every recipe, a group of bars for each data set and for the average."""
-    names = [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
-    return _bars(summary, names, ("base", "new"), "accuracy % (full: base, pale: new)")
+    return _bars(summary, _with_average(summary), ("base", "new"), "accuracy % (full: base, pale: new)")
 
 
 def cross_bars(summary: Summary) -> str:
@@ -78,7 +79,7 @@ def cross_bars(summary: Summary) -> str:
 def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: str) -> str:
     from matplotlib.figure import Figure
 
-    runs = [(recipe, shots) for recipe in summary.recipes for shots in summary.shots(recipe)]
+    runs = [(recipe, shots) for recipe, shots, _ in summary.variants()]
     width = 0.8 / (len(runs) * len(keys))
     with _styled():
         figure = Figure(figsize=(max(6.0, 1.2 + 0.32 * len(names) * len(runs) * len(keys)), 3.6), layout="constrained")
@@ -96,9 +97,10 @@ def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: st
         return _svg(figure)
 
 
-def _row(summary: Summary, name: str, recipe: str, shots: int) -> Mapping[str, Stat | None]:
-    row = summary.average(recipe, shots) if name == AVERAGE else summary.row(name, recipe, shots)
-    return row.stats
+def _row(summary: Summary, name: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> Mapping[str, Stat | None]:
+    if name == AVERAGE:
+        return summary.average(recipe, shots, synthetic=synthetic).stats
+    return summary.row(name, recipe, shots, synthetic).stats
 
 
 def _bar(
@@ -120,23 +122,56 @@ def _bar(
 
 def shots_curves(summary: Summary) -> str:
     """Accuracy over all classes against the number of real images, a panel for each data set and for the average."""
-    names = [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
+    return _curves(summary, {name: (name, "all") for name in _with_average(summary)}, "real images a class")
 
-    def draw(axes: Axes, name: str) -> None:
-        for number, recipe in enumerate(summary.recipes):
-            found = [(shots, _row(summary, name, recipe, shots)["all"]) for shots in summary.shots(recipe)]
-            known = [(shots, stat) for shots, stat in found if stat is not None]
-            spreads = [stat.spread or 0.0 for _, stat in known]
-            means = [stat.mean for _, stat in known]
-            _line(axes, [shots for shots, _ in known], means, spreads, number, recipe)
-        ticks = sorted({one.shots for one in summary.results})
-        axes.set_xscale("log", base=2)
+
+def synthetic_curves(summary: Summary) -> str:
+    """Harmonic means against the number of synthetic images, with CLIP's filter (full) and without it (dashed).
+
+    Two panels for each data set and for the average: each half among its own names, and among all names.
+    """
+    titles = {"harmonic_mean": "H", "open_harmonic_mean": "H among all names"}
+    panels = {f"{name}: {title}": (name, key) for name in _with_average(summary) for key, title in titles.items()}
+    return _curves(summary, panels, "synthetic images a class")
+
+
+def _with_average(summary: Summary) -> list[str]:
+    return [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
+
+
+def _curves(summary: Summary, panels: Mapping[str, tuple[str, str]], label: str) -> str:
+    """The comparison's curves; ``panels`` are a data set and the name of an accuracy by title."""
+    curves = summary.curves()
+    ticks = sorted({number for curve in curves for number in curve.points})
+
+    def draw(axes: Axes, title: str) -> None:
+        for curve in curves:
+            _curve(axes, summary, curve, *panels[title])
+        if ticks[0]:
+            axes.set_xscale("log", base=2)
+        else:
+            axes.set_xscale(
+                "symlog", base=2, linthresh=1, linscale=0.5
+            )  # linear up to 1: a logarithm has no place for 0
         axes.set_xticks(ticks, list(map(str, ticks)))
         axes.minorticks_off()
-        axes.set_xlabel("real images a class")
+        axes.set_xlabel(label)
         axes.set_ylabel("accuracy %")
 
-    return _panels(names, draw)
+    return _panels(list(panels), draw)
+
+
+def _curve(axes: Axes, summary: Summary, curve: Curve, dataset: str, key: str) -> None:
+    """One line; a recipe that learns from none of the images is a dotted one at its accuracy."""
+    found = [(count, _row(summary, dataset, *variant)[key]) for count, variant in curve.points.items()]
+    known = [(count, stat) for count, stat in found if stat is not None]
+    number, means = summary.recipes.index(curve.recipe), [stat.mean for _, stat in known]
+    if curve.level:
+        for mean in means:
+            axes.axhline(mean, color=_colour(number), linewidth=1.2, linestyle=":", label=curve.label)
+        return
+    spreads = [stat.spread or 0.0 for _, stat in known]
+    _line(axes, [count for count, _ in known], means, spreads, number, curve.label, dashed=not curve.filtered)
 
 
 def loss_curves(summary: Summary) -> str:
@@ -147,8 +182,7 @@ def loss_curves(summary: Summary) -> str:
 
     def draw(axes: Axes, name: str) -> None:
         for number, recipe in enumerate(summary.recipes):
-            runs = [one for one in summary.results if (one.dataset, one.recipe) == (name, recipe) and one.losses]
-            runs = [one for one in runs if one.shots == max(run.shots for run in runs)]
+            runs = _with_most_images(summary, name, recipe)
             if runs:
                 epochs, means, spreads = losses_over_seeds(runs)
                 _line(axes, epochs, means, spreads, number, recipe, marker="" if len(epochs) > 1 else None)
@@ -157,6 +191,14 @@ def loss_curves(summary: Summary) -> str:
         axes.set_ylabel("loss")
 
     return _panels(names, draw)
+
+
+def _with_most_images(summary: Summary, dataset: str, recipe: str) -> list[Result]:
+    """The runs of ``recipe`` whose losses are shown: those with most real and then most synthetic images."""
+    runs = [one for one in summary.results if (one.dataset, one.recipe) == (dataset, recipe) and one.losses]
+    known = {variant_of(one) for one in runs}
+    most = [variant for variant in summary.variants() if variant in known and variant.synthetic.filtered][-1:]
+    return [one for one in runs if variant_of(one) in most]
 
 
 def losses_over_seeds(runs: Sequence[Result]) -> tuple[list[float], list[float], list[float]]:
@@ -224,10 +266,12 @@ def _line(
     number: int,
     label: str,
     marker: str | None = None,
+    dashed: bool = False,
 ) -> None:
     """A line through the means, and a band as wide as the spread on both sides."""
     mark = MARKERS[number % len(MARKERS)] if marker is None else marker
-    axes.plot(places, means, color=_colour(number), marker=mark, markersize=4, linewidth=1.4, label=label)
+    style: dict[str, Any] = {"linestyle": "--", "markerfacecolor": "none"} if dashed else {}
+    axes.plot(places, means, color=_colour(number), marker=mark, markersize=4, linewidth=1.4, label=label, **style)
     if any(spreads):
         low, high = ([mean + sign * spread for mean, spread in zip(means, spreads, strict=True)] for sign in (-1, 1))
         axes.fill_between(places, low, high, color=_colour(number), alpha=0.18, linewidth=0)

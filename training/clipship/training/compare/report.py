@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from clipship.core.tables import Table
 from clipship.training.compare import published
 from clipship.training.compare.published import Published
-from clipship.training.compare.summary import AVERAGE, Row, Stat, Summary
+from clipship.training.compare.summary import AVERAGE, Curve, Row, Stat, Summary, label_of
 
 FORMAT = "clipship-comparison"
 FORMAT_VERSION = 1
@@ -41,7 +41,8 @@ def tables_of(summary: Summary) -> list[Table]:
     elif summary.protocol == "cross-dataset":
         tables = [_cross_table(summary)]
     else:
-        tables = [_base_to_new_table(summary), *_generalised_tables(summary)]
+        curves = _synthetic_tables(summary) if summary.is_over_synthetic else []
+        tables = [*curves, _base_to_new_table(summary), *_generalised_tables(summary)]
     return [*tables, _effort_table(summary), *_failures(summary)]
 
 
@@ -59,21 +60,13 @@ def _name_of(summary: Summary, row: Row) -> str:
     return f"{row.dataset}, {row.shots} shots" if is_mixed else row.dataset
 
 
-def _blocks(summary: Summary, datasets: Sequence[str]) -> list[Row]:
-    """The rows of every data set, then the averages."""
-    runs = [(recipe, shots) for recipe in summary.recipes for shots in summary.shots(recipe)]
-    each = [summary.row(name, recipe, shots) for name in datasets for recipe, shots in runs]
-    averages = [summary.average(recipe, shots, datasets) for recipe, shots in runs if len(datasets) > 1]
-    return [*each, *averages]
-
-
 def _base_to_new_table(summary: Summary) -> Table:
     keys = ("base", "new", "harmonic_mean", "open_base", "open_new", "open_harmonic_mean")
     notes, rows, known = _Notes(), [], False
-    for row in _blocks(summary, summary.datasets):
+    for row in summary.rows_of(summary.datasets, summary.datasets):
         found = _published_base_to_new(row, summary.datasets)
         known |= found is not None
-        rows.append((_name_of(summary, row), row.recipe, *_cells(row, *keys), notes.cell(found)))
+        rows.append((_name_of(summary, row), row.label, *_cells(row, *keys), notes.cell(found)))
     header = ("data set", "recipe", "base", "new", "H", "open base", "open new", "open H", "published base / new / H")
     width = len(header) if known else len(header) - 1
     return Table(
@@ -85,7 +78,7 @@ def _base_to_new_table(summary: Summary) -> Table:
 
 
 def _published_base_to_new(row: Row, datasets: Sequence[str]) -> Published | None:
-    if row.shots != published.SHOTS:
+    if row.shots != published.SHOTS or row.synthetic_shots is not None:
         return None
     if row.dataset == AVERAGE:
         return published.average_base_and_new(row.recipe, datasets)
@@ -98,29 +91,54 @@ def _generalised_tables(summary: Summary) -> list[Table]:
     if not datasets:
         return []
     notes, rows = _Notes(), []
-    for row in _blocks(summary, datasets):
+    for row in summary.rows_of(datasets, datasets):
         cells = _cells(row, "unseen", "seen", "generalised_harmonic_mean")
-        found = published.generalised(row.recipe, row.dataset)
-        rows.append((_name_of(summary, row), row.recipe, *cells, notes.cell(found)))
+        found = None if row.synthetic_shots is not None else published.generalised(row.recipe, row.dataset)
+        rows.append((_name_of(summary, row), row.label, *cells, notes.cell(found)))
     header = ("data set", "recipe", "U", "S", "H", "published U / S / H")
     title = "Generalised zero-shot (mean over classes)"
     return [Table(title=title, header=header, rows=tuple(rows), notes=tuple(notes.sources))]
 
 
 def _few_shot_table(summary: Summary) -> Table:
-    shots = sorted({count for recipe in summary.recipes for count in summary.shots(recipe)})
-    rows = [
-        (name, recipe, *(_cell(summary.row(name, recipe, count).stats["all"]) for count in shots))
-        for name in summary.datasets
-        for recipe in summary.recipes
+    return _curve_table(
+        summary, "all", "Accuracy over all classes against shots", lambda count: f"{count} shot{'s' * (count > 1)}"
+    )
+
+
+def _synthetic_tables(summary: Summary) -> list[Table]:
+    """What the new classes and both halves reach with so many synthetic images a class."""
+    titles = {
+        "new": "New classes",
+        "harmonic_mean": "Harmonic mean of base and new classes",
+        "open_new": "New classes among all names",
+        "open_harmonic_mean": "Harmonic mean among all names",
+    }
+    return [
+        _curve_table(summary, key, f"{title} against synthetic images a class", str) for key, title in titles.items()
     ]
-    if len(summary.datasets) > 1:
-        rows += [
-            (AVERAGE, recipe, *(_cell(summary.average(recipe, count).stats["all"]) for count in shots))
-            for recipe in summary.recipes
-        ]
-    header = ("data set", "recipe", *(f"{count} shot{'s' * (count > 1)}" for count in shots))
-    return Table(title="Accuracy over all classes against shots", header=header, rows=tuple(rows))
+
+
+def _curve_table(summary: Summary, key: str, title: str, column: Callable[[int], str]) -> Table:
+    """The curves of the comparison, a column for each number of images."""
+    curves = summary.curves()
+    counts = sorted({count for curve in curves for count in curve.points})
+    each = [(name, curve) for name in summary.datasets for curve in curves]
+    each += [(AVERAGE, curve) for curve in curves if len(summary.datasets) > 1]
+    rows = [
+        (name, curve.label, *(_curve_cell(summary, name, curve, key, count) for count in counts))
+        for name, curve in each
+    ]
+    return Table(title=title, header=("data set", "recipe", *map(column, counts)), rows=tuple(rows))
+
+
+def _curve_cell(summary: Summary, dataset: str, curve: Curve, key: str, count: int) -> str:
+    if count not in curve.points:
+        return NOTHING
+    recipe, shots, synthetic = curve.points[count]
+    if dataset == AVERAGE:
+        return _cell(summary.average(recipe, shots, synthetic=synthetic).stats[key])
+    return _cell(summary.row(dataset, recipe, shots, synthetic).stats[key])
 
 
 def _cross_table(summary: Summary) -> Table:
@@ -180,7 +198,9 @@ def _mean_ece(results: Sequence[Any], name: str) -> str:
 
 def _failures(summary: Summary) -> list[Table]:
     rows = tuple(
-        (one.dataset, one.recipe, f"{one.shots}", f"{one.seed}", one.error) for one in summary.results if one.error
+        (one.dataset, label_of(one.recipe, one.synthetic), f"{one.shots}", f"{one.seed}", one.error)
+        for one in summary.results
+        if one.error
     )
     header = ("data set", "recipe", "shots", "seed", "why")
     return [Table(title="Runs that failed", header=header, rows=rows)] if rows else []
@@ -202,10 +222,21 @@ def how_made(summary: Summary) -> str:
     spread = "the mean ± the sample standard deviation over" if len(seeds) > 1 else "of"
     return (
         f"Top-1 accuracy in percent, {spread} {'seeds' if len(seeds) > 1 else 'seed'} {_listed(seeds)}; "
-        f"{_listed(shots)} real images a class. {HOW[summary.protocol]} "
+        f"{_listed(shots)} real images a class{_synthetic_images(summary)}. {HOW[summary.protocol]} "
         "Averages over data sets are taken for each seed first. "
         "Nothing is selected on test images."
     )
+
+
+def _synthetic_images(summary: Summary) -> str:
+    if not summary.is_over_synthetic:
+        return ""
+    chosen = {one.synthetic for one in summary.results if one.synthetic.shots is not None}
+    filters = {one.filtered for one in chosen if one.shots}
+    how = {True: "those with CLIP's best scores", False: "the first by seed (no filter)"}
+    told = " or ".join(text for filtered, text in how.items() if filtered in filters)
+    counts = _listed(sorted({one.shots for one in chosen if one.shots is not None}))
+    return f", {counts} synthetic ones" + (f": {told}" if told else "")
 
 
 def _listed(numbers: Sequence[int]) -> str:

@@ -9,11 +9,13 @@ from typing import Any
 
 from clipship.core.errors import CheckpointError, UsageError
 from clipship.core.files import read_record, write_json_atomic
-from clipship.training.compare.plan import Run
+from clipship.training.compare.plan import Run, Synthetic
 
 FORMAT = "clipship-comparison-run"
 FORMAT_VERSION = 1
 RESULT = "result.json"
+_ADDED_LATER = {"synthetic_shots", "synthetic_filter"}
+"""Fields that the results of older versions lack."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +29,10 @@ class Result:
     """What it learned from."""
     seed: int
     shots: int
+    synthetic_shots: int | None = None
+    """Synthetic images a class, if a number was asked for."""
+    synthetic_filter: bool = True
+    """Whether they are those with the best scores."""
     identity: str
     """As :class:`~clipship.training.compare.plan.Run` has it."""
     error: str = ""
@@ -45,6 +51,17 @@ class Result:
     config: Mapping[str, Any] = field(default_factory=dict)
     """All settings."""
     versions: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def synthetic(self) -> Synthetic:
+        """Which synthetic images it learned from."""
+        return Synthetic(shots=self.synthetic_shots, filtered=self.synthetic_filter)
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        chosen = f", {self.synthetic}," if f"{self.synthetic}" else ""
+        return f"{self.dataset} {self.recipe} {self.shots} shots{chosen} seed {self.seed}"
 
     @classmethod
     def failed(cls, run: Run, error: str) -> Result:
@@ -66,6 +83,8 @@ def _names_of(run: Run) -> dict[str, Any]:
         "dataset": run.dataset,
         "seed": config.seed,
         "shots": config.shots,
+        "synthetic_shots": config.synthetic_shots,
+        "synthetic_filter": config.synthetic_filter,
         "identity": run.identity,
     }
 
@@ -114,7 +133,7 @@ def read_result(path: Path) -> Result:
     advice = "delete the file, and the run is done again"
     content = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=CheckpointError, advice=advice)
     given = {name: value for name, value in content.items() if name not in ("format", "format_version")}
-    odd = sorted(set(given) ^ {one.name for one in fields(Result)})
+    odd = sorted((set(given) ^ {one.name for one in fields(Result)}) - _ADDED_LATER)
     if odd:
         raise CheckpointError(f"{path}: {odd[0]} is missing or unknown: {advice}")
     return Result(**given)

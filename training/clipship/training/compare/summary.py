@@ -9,8 +9,9 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+from clipship.training.compare.plan import OWN, Synthetic
 from clipship.training.compare.results import Result
 from clipship.training.evaluate import harmonic_mean
 
@@ -25,6 +26,19 @@ HARMONIC = {
 
 Numbers = Mapping[str, float | None]
 """One seed's, by name."""
+
+
+class Variant(NamedTuple):
+    """What the seeds of one row have in common, beside the data set."""
+
+    recipe: str
+    shots: int
+    synthetic: Synthetic = OWN
+
+
+def variant_of(result: Result) -> Variant:
+    """The variant that a run is of."""
+    return Variant(result.recipe, result.shots, result.synthetic)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +61,39 @@ class Row:
     dataset: str
     recipe: str
     shots: int
+    synthetic_shots: int | None = None
+    synthetic_filter: bool = True
     stats: Mapping[str, Stat | None]
     """By name, those of :data:`ACCURACIES` and :data:`HARMONIC`."""
+
+    @property
+    def label(self) -> str:
+        """The recipe, and the synthetic images it had."""
+        return label_of(self.recipe, Synthetic(shots=self.synthetic_shots, filtered=self.synthetic_filter))
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the unrounded numbers."""
         return asdict(self)
 
 
-def row_of(dataset: str, recipe: str, shots: int, seeds: Sequence[Numbers]) -> Row:
+def label_of(recipe: str, synthetic: Synthetic) -> str:
+    """The recipe, and the synthetic images it had."""
+    return recipe if synthetic.shots is None else f"{recipe}, {synthetic}"
+
+
+def row_of(dataset: str, recipe: str, shots: int, seeds: Sequence[Numbers], synthetic: Synthetic = OWN) -> Row:
     """The means over ``seeds``; a number that one seed lacks has none."""
     stats = {name: _stat([one.get(name) for one in seeds]) for name in ACCURACIES}
     for name, (first, second) in HARMONIC.items():
         stats[name] = _harmonic_stat(stats[first], stats[second], seeds, name)
-    return Row(dataset=dataset, recipe=recipe, shots=shots, stats=stats)
+    return Row(
+        dataset=dataset,
+        recipe=recipe,
+        shots=shots,
+        synthetic_shots=synthetic.shots,
+        synthetic_filter=synthetic.filtered,
+        stats=stats,
+    )
 
 
 def _stat(values: Sequence[float | None]) -> Stat | None:
@@ -82,12 +115,12 @@ def _harmonic_stat(first: Stat | None, second: Stat | None, seeds: Sequence[Numb
     )
 
 
-def scores_of(results: Iterable[Result], recipe: str, shots: int, target: str, source: str) -> dict[int, Numbers]:
+def scores_of(results: Iterable[Result], wanted: Variant, target: str, source: str) -> dict[int, Numbers]:
     """By seed: the scores on ``target`` of the runs that learned from ``source``."""
     return {
         one.seed: one.scores[target]
         for one in results
-        if (one.recipe, one.shots, one.dataset) == (recipe, shots, source) and target in one.scores
+        if (variant_of(one), one.dataset) == (wanted, source) and target in one.scores
     }
 
 
@@ -105,6 +138,19 @@ def _mean_over(datasets: Sequence[Numbers]) -> Numbers:
 def _known(value: float | None) -> float:
     assert value is not None
     return value
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curve:
+    """What a recipe reaches with more and more images: a line of a figure, a row of a table."""
+
+    recipe: str
+    label: str
+    points: Mapping[int, Variant]
+    """By number of images a class, real or synthetic ones."""
+    filtered: bool = True
+    level: bool = False
+    """Whether the recipe learns from none of the images, so that its one point stands for all numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,24 +177,78 @@ class Summary:
         """The numbers of images a class that ``recipe`` was run with."""
         return sorted({one.shots for one in self.results if one.recipe == recipe})
 
-    def row(self, dataset: str, recipe: str, shots: int) -> Row:
-        """The means over the seeds on one data set."""
-        return row_of(dataset, recipe, shots, [*self._scores(dataset, recipe, shots).values()])
+    def variants(self) -> list[Variant]:
+        """All variants that were run, recipe by recipe."""
+        found = {variant_of(one) for one in self.results if one.recipe in self.recipes}
+        return sorted(found, key=lambda one: (self.recipes.index(one.recipe), one.shots, _place(one.synthetic)))
 
-    def average(self, recipe: str, shots: int, datasets: Sequence[str] | None = None) -> Row:
+    def row(self, dataset: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> Row:
+        """The means over the seeds on one data set."""
+        seeds = self._scores(dataset, Variant(recipe, shots, synthetic))
+        return row_of(dataset, recipe, shots, [*seeds.values()], synthetic)
+
+    def average(
+        self, recipe: str, shots: int, datasets: Sequence[str] | None = None, synthetic: Synthetic = OWN
+    ) -> Row:
         """The means over the seeds of the averages over ``datasets`` (default: all targets)."""
         names = self.targets if datasets is None else datasets
-        return row_of(AVERAGE, recipe, shots, averaged([self._scores(name, recipe, shots) for name in names]))
+        each = [self._scores(name, Variant(recipe, shots, synthetic)) for name in names]
+        return row_of(AVERAGE, recipe, shots, averaged(each), synthetic)
+
+    def rows_of(self, datasets: Sequence[str], averaged_over: Sequence[str]) -> list[Row]:
+        """The rows of every variant on each of ``datasets``, then the averages over several."""
+        each = [self.row(name, *variant) for name in datasets for variant in self.variants()]
+        if len(averaged_over) < 2:
+            return each
+        return [
+            *each,
+            *(self.average(recipe, shots, averaged_over, chosen) for recipe, shots, chosen in self.variants()),
+        ]
 
     def rows(self) -> list[Row]:
         """Every row, averages last."""
-        runs = [(recipe, shots) for recipe in self.recipes for shots in self.shots(recipe)]
-        each = [self.row(name, recipe, shots) for name in self.datasets for recipe, shots in runs]
-        return [*each, *(self.average(recipe, shots) for recipe, shots in runs if len(self.targets) > 1)]
+        return self.rows_of(self.datasets, self.targets)
+
+    @property
+    def is_over_synthetic(self) -> bool:
+        """Whether the runs differ in their synthetic images."""
+        return any(one.synthetic_shots is not None for one in self.results)
+
+    def curves(self) -> list[Curve]:
+        """Accuracy against the number of images a class: synthetic ones where the runs differ in these, else real."""
+        if not self.is_over_synthetic:
+            each = {recipe: [one for one in self.variants() if one.recipe == recipe] for recipe in self.recipes}
+            return [
+                Curve(recipe=recipe, label=recipe, points={one.shots: one for one in variants})
+                for recipe, variants in each.items()
+            ]
+        return [curve for recipe in self.recipes for curve in self._synthetic_curves(recipe)]
+
+    def _synthetic_curves(self, recipe: str) -> list[Curve]:
+        """With the filter and without it; both begin at the run without synthetic images."""
+        variants = [one for one in self.variants() if one.recipe == recipe]
+        if variants and all(one.synthetic.shots is None for one in variants):
+            return [Curve(recipe=recipe, label=recipe, points=dict.fromkeys([0], variants[0]), level=True)]
+        curves = []
+        filters = {one.synthetic.filtered for one in variants if one.synthetic.shots} or {True}
+        for filtered in sorted(filters, reverse=True):
+            points = {
+                one.synthetic.shots: one
+                for one in variants
+                if one.synthetic.shots is not None and (one.synthetic.filtered == filtered or not one.synthetic.shots)
+            }
+            label = recipe if filtered else f"{recipe}, no filter"
+            curves.append(Curve(recipe=recipe, label=label, points=points, filtered=filtered))
+        return curves
 
     def has(self, name: str, dataset: str) -> bool:
         """Whether any run measured ``name`` on ``dataset``."""
         return any(one.scores.get(dataset, {}).get(name) is not None for one in self.results)
 
-    def _scores(self, dataset: str, recipe: str, shots: int) -> dict[int, Numbers]:
-        return scores_of(self.results, recipe, shots, dataset, self.source or dataset)
+    def _scores(self, dataset: str, variant: Variant) -> dict[int, Numbers]:
+        return scores_of(self.results, variant, dataset, self.source or dataset)
+
+
+def _place(synthetic: Synthetic) -> tuple[int, bool]:
+    """Fewer images first; with the filter before without."""
+    return -1 if synthetic.shots is None else synthetic.shots, not synthetic.filtered

@@ -136,11 +136,10 @@ def do_runs(runs: Sequence[Run], *, jobs: int, device: str | None, loader_worker
         for done, result in enumerate(results, start=1):
             left_s = (time.monotonic() - started_s) / done * (len(runs) - done)
             left = f", about {left_s / 60:.0f} min left" if left_s >= 60 else ""
-            name = f"{result.dataset} {result.recipe} {result.shots} shots seed {result.seed}"
             told = f"failed: {result.error}" if result.error else f"{result.seconds:.1f} s"
-            log(f"{name}: {told} ({done} of {len(runs)}{left})")
+            log(f"{result.name}: {told} ({done} of {len(runs)}{left})")
             if report is not None:
-                report(done, name)
+                report(done, result.name)
             yield result
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipship.core.errors import DataError
 from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, dataset_from_rows, folders_in, images_in
-from clipship.training.synthetic import TABLE_FILE
+from clipship.training.synthetic import TABLE_FILE, UNFINISHED_FILE
 
 SPLIT_SEED = 1
 """Of the split that data without one get; part of what a run has learned from, so never to change."""
@@ -34,8 +34,9 @@ def read_tree(folder: Path, record: DatasetRecord) -> Dataset:
 
 
 def _class_folders(folder: Path) -> list[str]:
-    """Without the synthetic images that clipship writes beside a data set."""
-    return [name for name in folders_in(folder) if not (folder / name / TABLE_FILE).is_file()]
+    """Without the synthetic images that clipship writes beside a data set, or is writing."""
+    signs = (TABLE_FILE, UNFINISHED_FILE)
+    return [name for name in folders_in(folder) if not any((folder / name / sign).is_file() for sign in signs)]
 
 
 def _check_splits(folder: Path, names: Iterable[str]) -> None:

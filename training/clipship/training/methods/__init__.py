@@ -10,6 +10,7 @@ from clipship.training.methods.clip_adapter import ClipAdapter
 from clipship.training.methods.cocoop import CoCoOp
 from clipship.training.methods.coop import CoOp
 from clipship.training.methods.ivlp import Ivlp
+from clipship.training.methods.ivlp_synthetic import IvlpSynthetic
 from clipship.training.methods.kgcoop import KgCoOp
 from clipship.training.methods.linear_probe import LinearProbe
 from clipship.training.methods.maple import Maple
@@ -22,7 +23,7 @@ from clipship.training.methods.zero_shot import ZeroShot
 
 _METHODS: tuple[type[Method], ...] = (
     *(ZeroShot, CoOp, CoCoOp, KgCoOp),
-    *(Vpt, Ivlp, Maple, PromptSrc, SyncClip),
+    *(Vpt, Ivlp, IvlpSynthetic, Maple, PromptSrc, SyncClip),
     *(ClipAdapter, TipAdapter, TipAdapterF, LinearProbe, ShipGenerator),
 )
 METHODS: dict[str, type[Method]] = {method.name: method for method in _METHODS}

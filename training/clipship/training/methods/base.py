@@ -1,14 +1,14 @@
 """What every method is: a few learned tensors, features for images and for classes, and a loss.
 
 Shapes: N images, C classes, L tokens, H = W pixels, D joint dimensions, B images of a batch, G generated features, J
-prompted layers, M tokens a layer.
+prompted layers, M tokens a layer, S of the real images with a synthetic partner.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,11 @@ class Batch:
     features: Tensor | None = None
     """Unit features [B, D] of the frozen image tower."""
     seen: Tensor | None = None
-    """Synthetic images of the very classes in ``labels``, in the same order."""
+    """Synthetic images of the very classes in ``labels``, in the same order; [S, 3, H, W], None where S is 0."""
+    seen_rows: Tensor | None = None
+    """int64 [S], ascending: which real images they are the partners of; None: of all (S = B)."""
+    seen_share: float = 1.0
+    """S / B of the whole batch; its parts keep it."""
     unseen: Tensor | None = None
     """Synthetic images of classes that have no real ones."""
     unseen_labels: Tensor | None = None
@@ -69,20 +73,48 @@ class Batch:
     def __len__(self) -> int:
         return max(len(self.labels), 0 if self.generated_labels is None else len(self.generated_labels))
 
+    @property
+    def synthetic(self) -> Tensor | None:
+        """``seen``, then ``unseen``; None where there is neither."""
+        images = [one for one in (self.seen, self.unseen) if one is not None]
+        return torch.cat(images) if images else None
+
+    @property
+    def seen_labels(self) -> Tensor:
+        """int64 [S]: the classes of ``seen``."""
+        return self.labels if self.seen_rows is None else self.labels[self.seen_rows]
+
+    @property
+    def seen_weight(self) -> float:
+        """What a mean over ``seen`` is multiplied by.
+
+        The parts of a batch are weighted by their real images. Where these have unequal numbers of synthetic partners,
+        this makes the weighted sum over the parts the mean over all S partners; for a whole batch it is 1.
+        """
+        assert self.seen is not None
+        return len(self.seen) / (len(self.labels) * self.seen_share)
+
     def part(self, number: int, count: int) -> Batch:
         """Part ``number`` (from 0) of ``count`` nearly equal ones: an image stays with its synthetic partners."""
 
         def cut(value: Tensor | None) -> Tensor | None:
-            if value is None:
-                return None
-            return value[len(value) * number // count : len(value) * (number + 1) // count]
+            return None if value is None else value[_bounds(len(value), number, count)]
 
         if count == 1:
             return self
-        labels = cut(self.labels)
-        assert labels is not None
-        tensors = {name: cut(getattr(self, name)) for name in _TENSORS}
-        return Batch(labels=labels, files=self.files, **tensors)
+        tensors: dict[str, Any] = {name: cut(getattr(self, name)) for name in ("labels", *_TENSORS)}
+        if self.seen_rows is not None:
+            tensors |= self._partners(_bounds(len(self.labels), number, count))
+        return replace(self, **tensors)
+
+    def _partners(self, real: slice) -> dict[str, Tensor | None]:
+        """The synthetic partners of the images in ``real``, with their rows among these."""
+        assert self.seen is not None
+        assert self.seen_rows is not None
+        chosen = (self.seen_rows >= real.start) & (self.seen_rows < real.stop)
+        if not chosen.any():
+            return {"seen": None, "seen_rows": None}
+        return {"seen": self.seen[chosen], "seen_rows": self.seen_rows[chosen] - real.start}
 
     def on(self, clip: Clip) -> Batch:
         """The batch where ``clip`` lives, with uint8 pixels [B, H, W, 3] normalised."""
@@ -93,11 +125,17 @@ class Batch:
                 return None
             return clip.normalize(value.to(clip.device)) if name in _IMAGES else value.to(clip.device)
 
-        return Batch(labels=self.labels.to(clip.device), files=self.files, **{name: moved(name) for name in _TENSORS})
+        tensors: dict[str, Any] = {name: moved(name) for name in ("labels", *_TENSORS)}
+        return replace(self, **tensors)
+
+
+def _bounds(size: int, number: int, count: int) -> slice:
+    """Part ``number`` (from 0) of ``count`` nearly equal ones of ``size`` rows."""
+    return slice(size * number // count, size * (number + 1) // count)
 
 
 _IMAGES = ("pixels", "seen", "unseen")
-_TENSORS = (*_IMAGES, "features", "unseen_labels", "generated", "generated_labels")
+_TENSORS = (*_IMAGES, "seen_rows", "features", "unseen_labels", "generated", "generated_labels")
 
 
 @dataclass(frozen=True, kw_only=True)

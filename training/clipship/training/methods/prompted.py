@@ -1,6 +1,7 @@
 """What methods with learned prompts have in common: a context for the text tower, prompts for the image tower.
 
-Shapes: J prompted layers, M tokens a layer.
+Shapes: J prompted layers, M tokens a layer, S and U synthetic images of classes with and without real ones, C classes,
+D joint dimensions.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from clipship.core.errors import RecipeError
 from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.losses import classification_loss
+from clipship.training.losses import classification_loss, raised
 from clipship.training.methods.base import Batch, Method, Task
 from clipship.training.prompts import check_depth, context_prompts, image_features, placeholder_template, random_prompts
 
@@ -67,3 +68,18 @@ class PromptedImages(Method):
         classes = self.class_features(self.task.base_names)
         total = classification_loss(features, classes, batch.labels, self.clip.logit_scale)
         return {"total": total, "real": total.detach()}
+
+
+def synthetic_losses(features: Tensor, classes: Tensor, batch: Batch, logit_scale: float) -> tuple[Tensor, Tensor]:
+    """Cross entropy over all classes of the S and of the U synthetic images of ``batch``; 0 where there are none.
+
+    Features [S + U, D] as they leave the tower, class features [C, D] of unit length. The first is a mean over the S
+    partners of the whole batch: see :attr:`Batch.seen_weight`.
+    """
+    num_seen = 0 if batch.seen is None else len(batch.seen)
+    seen = unseen = raised(features).new_zeros(())
+    if batch.seen is not None:
+        seen = classification_loss(features[:num_seen], classes, batch.seen_labels, logit_scale) * batch.seen_weight
+    if batch.unseen_labels is not None:
+        unseen = classification_loss(features[num_seen:], classes, batch.unseen_labels, logit_scale)
+    return seen, unseen

@@ -5,12 +5,7 @@ every two minutes, and goes on from it after a kill with exactly the batches tha
 """
 
 import argparse
-import dataclasses
-import io
-import json
 import sys
-import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from clipship.core.errors import DataError
-from clipship.core.files import replace_file, write_bytes_atomic, write_json_atomic
+from clipship.core.files import replace_file, write_json_atomic
 from clipship.training.world.attributes import (
     BACKGROUNDS,
     COLOURS,
@@ -38,6 +32,14 @@ from clipship.training.world.attributes import (
 )
 from clipship.training.world.captions import ANY_SHAPE, MANY_TEMPLATES, SINGLE_TEMPLATES, SWATCH_TEMPLATES
 from clipship.training.world.render import render_scene
+from clipship.training.world.runs import (
+    ResumableRun,
+    RunSettings,
+    add_settings,
+    decayed_optimizer,
+    descend,
+    round_to_half,
+)
 from clipship.training.world.scenes import Scene, Thing, pick
 from clipship.training.world.stencils import PICTURE_PX
 from clipship.training.world.stream import WORD_AXES, Batch, batches
@@ -63,12 +65,8 @@ _UNSEEN_SEED = 9_001
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainSettings:
-    """Everything that decides the weights, apart from the versions of the libraries and the CPU.
-
-    The learning rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_fraction` of the steps:
-    a constant middle lets a run be stopped and resumed with another number of steps.
-    """
+class PretrainSettings(RunSettings):
+    """The settings that made the committed model."""
 
     steps: int = 3200
     batch_size: int = 64
@@ -76,23 +74,8 @@ class PretrainSettings:
     weight_decay: float = 0.1
     warmup_steps: int = 200
     decay_fraction: float = 0.3
-    seed: int = 1
     log_every: int = 80
     evaluate_every: int = 400
-    checkpoint_every_s: float = 120.0
-
-    def __post_init__(self) -> None:
-        """Refuse settings that no run can have."""
-        if min(self.steps, self.batch_size, self.log_every, self.evaluate_every) < 1:
-            raise ValueError("steps, batch_size, log_every and evaluate_every must be at least 1")
-        if not 0 < self.decay_fraction <= 1:
-            raise ValueError(f"decay_fraction is {self.decay_fraction}; it must be above 0 and at most 1")
-
-    def learning_rate_at(self, step: int) -> float:
-        """Return the learning rate of a step, counted from 0."""
-        rise = (step + 1) / self.warmup_steps
-        fall = (self.steps - step) / (self.steps * self.decay_fraction)
-        return self.learning_rate * min(1.0, rise, fall)
 
 
 class CompactTokens:
@@ -217,100 +200,35 @@ def accuracy_on(model: Any, unseen: UnseenCompositions, tokens: CompactTokens) -
     return float((scores_NC.argmax(1) == unseen.labels).float().mean()) * 100
 
 
-def new_optimizer(model: Any, settings: PretrainSettings) -> torch.optim.AdamW:
-    """Return AdamW; biases, norms and the logit scale are not decayed."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.98), fused=True)
-
-
-class Run:
+class Run(ResumableRun[PretrainSettings, Batch]):
     """One pre-training run: the model, its optimiser, the folder they are written to, and how far it is."""
 
     def __init__(self, out: Path, settings: PretrainSettings) -> None:
         """Start from fresh weights; nothing is written yet."""
-        self.out, self.settings = out, settings
         self.tokens = CompactTokens(MODEL_CONFIG["text_cfg"]["context_length"])
         self.model = new_model(settings.seed, self.tokens)
-        self.optimizer = new_optimizer(self.model, settings)
+        self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.98))
         self.unseen = unseen_compositions()
-        self.step, self.train_s = 0, 0.0
+        super().__init__(
+            out,
+            settings,
+            parts={"model": self.model, "optimizer": self.optimizer},
+            stream={"world": WORLD_VERSION, "seed": settings.seed, "batch_size": settings.batch_size},
+            log_file=LOG_FILE,
+            checkpoint_file=CHECKPOINT_FILE,
+        )
 
-    def restore(self) -> None:
-        """Go back to the checkpoint, and drop the log lines after it.
-
-        Raises:
-            DataError: there is no checkpoint, or it is of a run with another seed or batch size.
-        """
-        path = self.out / CHECKPOINT_FILE
-        if not path.is_file():
-            raise DataError(f"{path} does not exist; run without --resume to start from the beginning")
-        state = torch.load(path, weights_only=True)
-        if state["stream"] != self._stream():
-            raise DataError(f"{path} was made with {state['stream']}, this run has {self._stream()}; use the same")
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step, self.train_s = state["step"], state["train_s"]
-        lines = [line for line in self._log_lines() if json.loads(line).get("step", 0) <= self.step]
-        write_bytes_atomic(self.out / LOG_FILE, "".join(lines).encode())
-
-    def save_checkpoint(self) -> None:
-        """Write everything needed to go on, whole or not at all."""
-        buffer = io.BytesIO()
-        state = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
-        torch.save(state | {"step": self.step, "train_s": self.train_s, "stream": self._stream()}, buffer)
-        write_bytes_atomic(self.out / CHECKPOINT_FILE, buffer.getvalue())
-
-    def log(self, **fields: Any) -> None:
-        """Append one JSON line to the log, and show it on stderr."""
-        line = json.dumps(fields)
-        with (self.out / LOG_FILE).open("a", encoding="utf-8") as file:
-            file.write(f"{line}\n")
-        sys.stderr.write(f"{line}\n")
-
-    def train(self, stream: Iterator[Batch]) -> None:
-        """Take the remaining steps."""
-        started, saved, losses = time.monotonic(), time.monotonic(), []
-        first, before_s = self.step, self.train_s
-        for batch in stream:
-            losses.append(self._take_step(batch))
-            self.train_s = before_s + time.monotonic() - started
-            if self.step % self.settings.log_every == 0:
-                speed = (self.step - first) * self.settings.batch_size / (time.monotonic() - started)
-                self._log_progress(float(np.mean(losses)), speed)
-                losses.clear()
-            if time.monotonic() - saved > self.settings.checkpoint_every_s:
-                self.save_checkpoint()
-                saved = time.monotonic()
-        self.save_checkpoint()
-
-    def _take_step(self, batch: Batch) -> float:
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.learning_rate_at(self.step)
+    def take_step(self, batch: Batch) -> float:
+        """Learn from a batch and return its loss."""
         loss = batch_loss(self.model, batch, self.tokens)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizer.step()
+        value = descend(self.optimizer, loss, self.settings.learning_rate_at(self.step))
         with torch.no_grad():
             self.model.logit_scale.clamp_(max=float(np.log(MAX_LOGIT_SCALE)))
-        self.step += 1
-        return loss.item()
+        return value
 
-    def _log_progress(self, loss: float, images_per_s: float) -> None:
-        fields = {"step": self.step, "images": self.step * self.settings.batch_size, "loss": round(loss, 4)}
-        fields |= {"images_per_s": round(images_per_s, 1), "train_s": round(self.train_s)}
-        if self.step % self.settings.evaluate_every == 0:
-            fields["unseen_top1"] = round(accuracy_on(self.model, self.unseen, self.tokens), 2)
-        self.log(**fields)
-
-    def _stream(self) -> dict[str, int]:
-        return {"world": WORLD_VERSION, "seed": self.settings.seed, "batch_size": self.settings.batch_size}
-
-    def _log_lines(self) -> list[str]:
-        path = self.out / LOG_FILE
-        return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    def measure(self) -> dict[str, float]:
+        """Return top-1 accuracy over unseen compositions."""
+        return {"unseen_top1": round(accuracy_on(self.model, self.unseen, self.tokens), 2)}
 
 
 def write_model(out: Path, model: Any, tokens: CompactTokens) -> None:
@@ -324,12 +242,6 @@ def write_model(out: Path, model: Any, tokens: CompactTokens) -> None:
         save_file(state, temporary, metadata={"format": "pt"})
         temporary.chmod(0o644)  # safetensors makes files that only their owner can read
     write_json_atomic(out / "open_clip_config.json", {"model_cfg": MODEL_CONFIG, "preprocess_cfg": PREPROCESS_CONFIG})
-
-
-def round_to_half(model: nn.Module) -> None:
-    """Round every weight to float16 in place, so that the model measured is the model in the file."""
-    for tensor in model.state_dict().values():
-        tensor.copy_(tensor.half())
 
 
 def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, workers: int = 1) -> float:
@@ -346,13 +258,7 @@ def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, wor
     """
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, settings)
-    if resume:
-        run.restore()
-    elif (out / CHECKPOINT_FILE).exists():
-        raise DataError(f"{out} holds an unfinished run; add --resume to go on with it, or choose another --out")
-    else:
-        write_bytes_atomic(out / LOG_FILE, b"")
-    run.log(event="resumed" if resume else "started", step=run.step, **dataclasses.asdict(settings))
+    run.begin(resume=resume)
     run.train(batches(settings.seed, run.step, settings.steps, settings.batch_size, workers=workers))
     round_to_half(run.model)
     top1 = accuracy_on(run.model, run.unseen, run.tokens)
@@ -368,9 +274,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of model, log and checkpoint")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
-    for field in dataclasses.fields(PretrainSettings):
-        flag = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(field.default), default=field.default, help="default: %(default)s")
+    add_settings(parser, PretrainSettings())
     options = vars(parser.parse_args())
     out, resume, workers = (options.pop(name) for name in ("out", "resume", "workers"))
     top1 = pretrain(out, PretrainSettings(**options), resume=resume, workers=workers)

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +28,9 @@ from clipship.training.world.attributes import (
 )
 from clipship.training.world.render import render_scene
 from clipship.training.world.scenes import Scene, SceneKind, Thing, pick
+
+if TYPE_CHECKING:
+    from clipship.training.clip import Clip
 
 Scorer = Callable[[Sequence[Image.Image], str], NDArray[np.float32]]
 """Takes images and one prompt, returns their cosine similarities, float32 [N]."""
@@ -142,19 +145,19 @@ def write_world_synthetic_set(
     return SyntheticSet.load(out)
 
 
-def clip_scorer(model: Any, tokenizer: Any, preprocess: Any, *, batch_size: int = 64) -> Scorer:
-    """Return a scorer made of an open_clip model, its tokenizer and its evaluation transform."""
+def clip_scorer(clip: "Clip", *, batch_size: int = 64) -> Scorer:
+    """Return a scorer made of a CLIP model, which sees the pictures as at test time."""
     import torch
 
-    @torch.no_grad()
+    from clipship.training.features import frozen_features
+    from clipship.training.synthesis.choice import class_feature
+
     def score(images: Sequence[Image.Image], prompt: str) -> NDArray[np.float32]:
-        model.eval()
-        device = next(model.parameters()).device
-        text = model.encode_text(tokenizer([prompt]).to(device), normalize=True)
+        text_D = class_feature(clip, [prompt])
         scores = []
         for start in range(0, len(images), batch_size):
-            pixels = torch.stack([preprocess(image) for image in images[start : start + batch_size]]).to(device)
-            scores.append((model.encode_image(pixels, normalize=True) @ text.T)[:, 0].float().cpu())
+            pixels = torch.stack([clip.preprocess(image) for image in images[start : start + batch_size]])
+            scores.append(frozen_features(clip, pixels.to(clip.device)).cpu() @ text_D)
         return np.asarray(torch.cat(scores).numpy(), np.float32)
 
     return score

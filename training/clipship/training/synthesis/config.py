@@ -1,0 +1,123 @@
+"""Everything that decides what a synthetic set holds: one frozen record, checked when it is made."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from clipship.core.errors import RecipeError
+
+AUTO = "auto"
+PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
+FILTERS = ("similarity", "class", "none")
+IMAGE_FORMATS = ("webp", "jpeg")
+MAX_TRIES = 16
+"""Seeds that one candidate has room for; see :func:`clipship.training.synthesis.plan.seed_of`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SynthesisConfig:
+    """Settings of one synthetic set.
+
+    Raises:
+        RecipeError: a setting out of range, or two that contradict each other.
+    """
+
+    recipe: str
+    """The recipe these settings came from."""
+    pipeline: str
+    """A folder in diffusers' format, "clipship-tiny-diffusion", or a model id of the Hugging Face hub."""
+    revision: str = ""
+    """Branch, tag or commit of a hub id; empty: its main branch."""
+    variant: str = ""
+    """Weight files such as "fp16" that are taken where there are any."""
+    scheduler: str = ""
+    """A scheduler class of diffusers; empty: the pipeline's own."""
+    steps: int = 50
+    """Denoising steps; image-to-image does the last ``strength`` of them."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale; at most 1 is none."""
+    negative_prompt: str = ""
+    """What images are to be unlike."""
+    max_tokens: int = 0
+    """Tokens of a T5 text encoder; 0: the pipeline's own."""
+    size_px: int = 0
+    """Side of the square images; 0: the pipeline's own."""
+
+    candidates: int = 64
+    """Images made of a class (M)."""
+    keep: int = 16
+    """Images kept of a class (N)."""
+    templates: tuple[str, ...] = ()
+    """Prompts with ``{}`` for the class name; empty: those that come with the class names."""
+    contexts: tuple[str, ...] = ()
+    """Words put behind the prompt, such as "in the snow"."""
+    strength: float = 0.0
+    """Noise added to real images, for image-to-image; 0: from text alone."""
+    shots: int = 16
+    """Real images a class that image-to-image starts from; 0: all there are."""
+
+    precision: str = AUTO
+    """Of the pipeline: fp32, bf16, fp16, or what the device does best."""
+    batch_size: int = 8
+    """Images made at once."""
+    scorer: str = "ViT-B-16/openai"
+    """The CLIP that scores, as :func:`clipship.training.clip.load_clip` takes it."""
+    filter: str = "similarity"
+    """Keep the best by "similarity" to the class, of those that CLIP takes for their "class", or the first ("none")."""
+    duplicates: float = 0.98
+    """CLIP cosine from which two images of a class are near-duplicates; 1: none are."""
+    tries: int = 4
+    """Seeds tried for an image until one is neither flagged nor blank."""
+    image_format: str = "webp"
+    """webp or jpeg."""
+    quality: int = 92
+    """Of the image files, 1 to 100."""
+    seed: int = 1
+    """Another one gives other images."""
+
+    def __post_init__(self) -> None:
+        for name, accepted in _CHOICES.items():
+            self._require(getattr(self, name) in accepted, f"one of {', '.join(accepted)}", name)
+        for name in ("steps", "keep", "batch_size"):
+            self._require(getattr(self, name) >= 1, "at least 1", name)
+        for name in ("guidance", "max_tokens", "shots", "seed"):
+            self._require(getattr(self, name) >= 0, "at least 0", name)
+        self._require(self.pipeline.strip() != "", "a folder or a hub id", "pipeline")
+        self._require(self.candidates >= self.keep, "at least keep", "candidates", "keep")
+        self._require(self.size_px >= 0 and self.size_px % 8 == 0, "a multiple of 8", "size_px")
+        self._require(0 <= self.strength <= 1, "in [0, 1]", "strength")
+        self._require(0 < self.duplicates <= 1, "in (0, 1]", "duplicates")
+        self._require(1 <= self.tries <= MAX_TRIES, f"in 1..{MAX_TRIES}", "tries")
+        self._require(1 <= self.quality <= 100, "in 1..100", "quality")
+        done = int(self.steps * self.strength)  # diffusers rounds down, and fails at none
+        self._require(not self.strength or done >= 1, "at least one step together", "steps", "strength")
+        for template in self.templates:
+            self._require(template.count("{}") == 1, "prompts with {} once, where the class name goes", "templates")
+        self._require(all(map(str.strip, self.contexts)), "words, not empty lines", "contexts")
+
+    def _require(self, fine: bool, accepted: str, *names: str) -> None:
+        if not fine:
+            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+            raise RecipeError(f"recipe {self.recipe}: {given}: must be {accepted}")
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return {**asdict(self), **{name: list(getattr(self, name)) for name in _LISTS}}
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> SynthesisConfig:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            RecipeError: a field is missing or unknown, or as the constructor.
+        """
+        names = {field.name for field in fields(cls)}
+        if set(content) != names:
+            odd = ", ".join(sorted(set(content) ^ names))
+            raise RecipeError(f"not the settings of a synthetic set: {odd} missing or unknown: make the set again")
+        return cls(**{**content, **{name: tuple(content[name]) for name in _LISTS}})
+
+
+_LISTS = ("templates", "contexts")
+_CHOICES = {"precision": PRECISIONS, "filter": FILTERS, "image_format": IMAGE_FORMATS}

@@ -1,0 +1,170 @@
+"""The recipes of synthesis: functions that return a :class:`SynthesisConfig`. A variant is ``dataclasses.replace``.
+
+Those named after a paper have the settings that its authors published. What they did not say, or did with a generator
+that is not to be had, is said in the recipe's docstring.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from clipship.core.errors import RecipeError, near
+from clipship.training.clip import TINY
+from clipship.training.synthesis.config import SynthesisConfig
+
+TINY_PIPELINE = "clipship-tiny-diffusion"
+"""The text-to-image pipeline that comes with the package."""
+
+SD_1_4 = "CompVis/stable-diffusion-v1-4"
+SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+SD_2_1 = "stabilityai/stable-diffusion-2-1"
+SD_2_1_BASE = "stabilityai/stable-diffusion-2-1-base"
+SD_3 = "stabilityai/stable-diffusion-3-medium-diffusers"
+SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
+SDXL_TURBO = "stabilityai/sdxl-turbo"
+FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
+REALISTIC_VISION = "SG161222/Realistic_Vision_V2.0"
+
+SynthesisRecipe = Callable[[], SynthesisConfig]
+
+
+def tiny() -> SynthesisConfig:
+    """The built-in pipeline and the built-in CLIP: 64 px, nothing to download."""
+    from clipship.training.world.diffusion.pipeline import GUIDANCE, STEPS
+
+    return SynthesisConfig(
+        recipe="tiny",
+        pipeline=TINY_PIPELINE,
+        steps=STEPS,
+        guidance=GUIDANCE,
+        candidates=24,
+        keep=16,
+        scorer=TINY,
+        duplicates=0.999,  # the small CLIP finds different pictures of one pattern as much alike as 0.99
+        batch_size=16,
+    )
+
+
+def sync_clip() -> SynthesisConfig:
+    """For SYNC-CLIP: 16 of 64 images, data set templates; Stable Diffusion in the place of its authors' images."""
+    return SynthesisConfig(recipe="sync-clip", pipeline=SD_2_1_BASE)
+
+
+def sus_x() -> SynthesisConfig:
+    """SuS-X's support sets: Stable Diffusion 1.4, 85 steps, guidance 9.5, 100 images a class, all kept."""
+    return replace(_unfiltered(100), recipe="sus-x", pipeline=SD_1_4, steps=85, guidance=9.5, batch_size=5)
+
+
+def datadream() -> SynthesisConfig:
+    """DataDream's amount and low guidance: 500 images a class, guidance 2; its tuned weights are yours to give."""
+    return replace(_unfiltered(500), recipe="datadream", pipeline=SD_2_1, guidance=2.0)
+
+
+def disef() -> SynthesisConfig:
+    """DISEF: image-to-image from the real shots, 15 of 20 DPM-Solver++ steps, what CLIP takes for its own class."""
+    return SynthesisConfig(
+        recipe="disef",
+        pipeline=REALISTIC_VISION,
+        scheduler="DPMSolverMultistepScheduler",
+        steps=20,
+        strength=0.75,
+        guidance=8.0,
+        candidates=128,
+        keep=64,
+        filter="class",
+        scorer="ViT-H-14/laion2b_s32b_b79k",
+    )
+
+
+def real_guidance() -> SynthesisConfig:
+    """The real guidance of He et al. for 16 shots: 15 of 100 steps, 800 images; Stable Diffusion instead of GLIDE."""
+    return SynthesisConfig(
+        recipe="real-guidance",
+        pipeline=SD_1_5,
+        steps=100,
+        strength=0.15,
+        guidance=3.0,
+        candidates=800,
+        keep=800,
+        filter="class",
+    )
+
+
+def imagine_fsl() -> SynthesisConfig:
+    """ImagineFSL's generator, Stable Diffusion 3 medium; give its captions with --prompt-file."""
+    return replace(sd3(), recipe="imagine-fsl", candidates=300, keep=300, filter="none", duplicates=1.0)
+
+
+def sd15() -> SynthesisConfig:
+    """Stable Diffusion 1.5, 512 px: 50 steps, guidance 7.5."""
+    return SynthesisConfig(recipe="sd15", pipeline=SD_1_5)
+
+
+def sd21() -> SynthesisConfig:
+    """Stable Diffusion 2.1, 768 px: 50 steps, guidance 7.5."""
+    return SynthesisConfig(recipe="sd21", pipeline=SD_2_1, batch_size=4)
+
+
+def sdxl() -> SynthesisConfig:
+    """Stable Diffusion XL, 1024 px: 50 steps, guidance 5."""
+    return SynthesisConfig(recipe="sdxl", pipeline=SDXL, variant="fp16", guidance=5.0, batch_size=4)
+
+
+def sdxl_turbo() -> SynthesisConfig:
+    """SDXL-Turbo, 512 px: one step, no guidance; by far the cheapest of the large pipelines."""
+    return SynthesisConfig(
+        recipe="sdxl-turbo", pipeline=SDXL_TURBO, variant="fp16", steps=1, guidance=0.0, size_px=512, batch_size=16
+    )
+
+
+def sd3() -> SynthesisConfig:
+    """Stable Diffusion 3 medium, 1024 px: 28 steps, guidance 7."""
+    return SynthesisConfig(recipe="sd3", pipeline=SD_3, steps=28, guidance=7.0, batch_size=4)
+
+
+def flux_schnell() -> SynthesisConfig:
+    """FLUX.1-schnell, 1024 px: 4 steps, no guidance, bf16."""
+    return SynthesisConfig(
+        recipe="flux-schnell",
+        pipeline=FLUX_SCHNELL,
+        steps=4,
+        guidance=0.0,
+        max_tokens=256,
+        precision="bf16",
+        batch_size=4,
+    )
+
+
+def _unfiltered(count: int) -> SynthesisConfig:
+    return SynthesisConfig(
+        recipe="unfiltered", pipeline=SD_1_5, candidates=count, keep=count, filter="none", duplicates=1.0
+    )
+
+
+SYNTHESIS_RECIPES: dict[str, SynthesisRecipe] = {
+    "tiny": tiny,
+    "sync-clip": sync_clip,
+    "sus-x": sus_x,
+    "datadream": datadream,
+    "disef": disef,
+    "real-guidance": real_guidance,
+    "imagine-fsl": imagine_fsl,
+    "sd15": sd15,
+    "sd21": sd21,
+    "sdxl": sdxl,
+    "sdxl-turbo": sdxl_turbo,
+    "sd3": sd3,
+    "flux-schnell": flux_schnell,
+}
+
+
+def synthesis_config(name: str) -> SynthesisConfig:
+    """The settings of recipe ``name``.
+
+    Raises:
+        RecipeError: there is no such recipe.
+    """
+    if name not in SYNTHESIS_RECIPES:
+        raise RecipeError(f"unknown recipe of synthesis {name!r}: {near(name, SYNTHESIS_RECIPES)}")
+    return SYNTHESIS_RECIPES[name]()

@@ -1,0 +1,73 @@
+"""Making any one image of a synthetic set again, to the pixel."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+from PIL import Image
+
+from clipship.core.errors import DataError
+from clipship.training.processes import Processes
+from clipship.training.synthesis.config import SynthesisConfig
+from clipship.training.synthesis.engine import Engine
+from clipship.training.synthesis.folders import pipeline_folder
+from clipship.training.synthesis.plan import Candidate
+from clipship.training.synthesis.workspace import KIND
+from clipship.training.synthetic import SyntheticImage, SyntheticSet
+
+
+def remake(
+    synthetic: SyntheticSet, image: SyntheticImage, *, pipeline: str | None = None, device: str | None = None
+) -> Image.Image:
+    """Make ``image`` of ``synthetic`` again, with the whole batch that it was made in.
+
+    The first noise depends on the seed alone. The arithmetic of some devices depends on the size of the batch in the
+    last bit, so the images beside it are made, too. Equal devices and versions (the manifest names them) give equal
+    pixels; encoded with the set's format and quality, equal files.
+
+    Args:
+        synthetic: a set made by ``clipship synthesize``.
+        image: one of its images, kept or not.
+        pipeline: where the pipeline is now, if its folder was moved.
+        device: of torch; None: the GPU if there is one.
+
+    Raises:
+        DataError: the set was made by something else, the pipeline is not the one that made it, or no image came.
+        RecipeError: the pipeline cannot be used.
+    """
+    config = config_of(synthetic)
+    folder = pipeline_folder(replace(config, pipeline=pipeline or config.pipeline))
+    if folder.revision != image.revision:
+        raise DataError(
+            f"pipeline {folder.name} is not the one that made {image.path} (revision {folder.revision[:12]}, "
+            f"was {str(image.revision)[:12]}): give the one that did"
+        )
+    batch = [one for one in synthetic.images if one.batch == image.batch]
+    engine = Engine(folder, config, Processes(device).device)
+    made = engine.make([_candidate(place, one) for place, one in enumerate(batch)])[batch.index(image)]
+    if made.image is None:
+        raise DataError(f"{image.path}: {made.reason}: there is no image to make again")
+    return made.image
+
+
+def config_of(synthetic: SyntheticSet) -> SynthesisConfig:
+    """The settings that ``synthetic`` was made with.
+
+    Raises:
+        DataError: it was not made by ``clipship synthesize``.
+    """
+    if synthetic.generator.get("kind") != KIND:
+        raise DataError(f"{synthetic.folder}: was made by {synthetic.generator.get('kind')}: give a synthesized set")
+    settings = synthetic.generator["settings"]
+    return SynthesisConfig.from_json({field.name: settings[field.name] for field in fields(SynthesisConfig)})
+
+
+def _candidate(place: int, image: SyntheticImage) -> Candidate:
+    return Candidate(
+        class_name=image.class_name,
+        place=place,
+        attempt=0,
+        seed=image.seed,
+        prompt=image.prompt,
+        source=image.source,
+    )

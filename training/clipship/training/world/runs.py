@@ -1,0 +1,209 @@
+"""What every training run of the world shares: settings, the learning rate, the checkpoint, the log and the loop."""
+
+import argparse
+import dataclasses
+import io
+import json
+import sys
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch
+from torch import nn
+
+from clipship.core.errors import DataError
+from clipship.core.files import write_bytes_atomic
+
+BatchT = TypeVar("BatchT")
+SettingsT = TypeVar("SettingsT", bound="RunSettings")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """Everything that decides the weights, apart from the versions of the libraries and the CPU.
+
+    The learning rate rises over `warmup_steps`, stays, and falls to zero over the last `decay_fraction` of the steps:
+    a constant middle lets a run be stopped and resumed with another number of steps.
+    """
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    weight_decay: float
+    warmup_steps: int
+    decay_fraction: float
+    seed: int = 1
+    log_every: int
+    evaluate_every: int
+    checkpoint_every_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        """Refuse settings that no run can have."""
+        if min(self.steps, self.batch_size, self.log_every, self.evaluate_every) < 1:
+            raise ValueError("steps, batch_size, log_every and evaluate_every must be at least 1")
+        if not 0 < self.decay_fraction <= 1:
+            raise ValueError(f"decay_fraction is {self.decay_fraction}; it must be above 0 and at most 1")
+
+    def learning_rate_at(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0."""
+        rise = (step + 1) / self.warmup_steps
+        fall = (self.steps - step) / (self.steps * self.decay_fraction)
+        return self.learning_rate * min(1.0, rise, fall)
+
+
+class ResumableRun(ABC, Generic[SettingsT, BatchT]):
+    """One training run: what is learned, the folder it is written to, and how far it is.
+
+    A subclass takes a step (`take_step`) and may measure (`measure`). `parts` is everything whose state makes the
+    run: objects with `state_dict` and `load_state_dict`.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        settings: SettingsT,
+        *,
+        parts: Mapping[str, Any],
+        stream: Mapping[str, Any],
+        log_file: str,
+        checkpoint_file: str,
+    ) -> None:
+        """Start from what the parts hold; nothing is written yet. `stream` is what a resumed run must agree on."""
+        self.out, self.settings, self.parts, self.stream = out, settings, dict(parts), dict(stream)
+        self.log_path, self.checkpoint_path = out / log_file, out / checkpoint_file
+        self.step, self.train_s = 0, 0.0
+
+    @abstractmethod
+    def take_step(self, batch: BatchT) -> float:
+        """Learn from a batch and return its loss."""
+
+    def measure(self) -> dict[str, float]:
+        """Return what else belongs into the log, every `evaluate_every` steps."""
+        return {}
+
+    def begin(self, *, resume: bool) -> None:
+        """Go back to the checkpoint, or start a new log; either way the log gets a line with the settings.
+
+        Raises:
+            DataError: there is a checkpoint and `resume` is not set, or the other way round.
+        """
+        if resume:
+            self.restore()
+        elif self.checkpoint_path.exists():
+            raise DataError(
+                f"{self.out} holds an unfinished run; add --resume to go on with it, or choose another --out"
+            )
+        else:
+            write_bytes_atomic(self.log_path, b"")
+        event = "resumed" if resume else "started"
+        self.log(event=event, step=self.step, **dataclasses.asdict(self.settings))
+
+    def is_finished(self, *, resume: bool) -> bool:
+        """Return whether the folder holds this run with all its steps taken; if so, it is restored.
+
+        Raises:
+            DataError: as `restore`.
+        """
+        lines = self._log_lines() if resume and self.checkpoint_path.is_file() else []
+        last = json.loads(lines[-1]) if lines else {}
+        if last.get("event") != "finished" or last["step"] != self.settings.steps:
+            return False
+        self.restore()
+        return True
+
+    def restore(self) -> None:
+        """Go back to the checkpoint, and drop the log lines after it.
+
+        Raises:
+            DataError: there is no checkpoint, or it is of a run with another seed or batch size.
+        """
+        path = self.checkpoint_path
+        if not path.is_file():
+            raise DataError(f"{path} does not exist; run without --resume to start from the beginning")
+        state = torch.load(path, weights_only=True)
+        if state["stream"] != self.stream:
+            raise DataError(f"{path} was made with {state['stream']}, this run has {self.stream}; use the same")
+        for name, part in self.parts.items():
+            part.load_state_dict(state[name])
+        self.step, self.train_s = state["step"], state["train_s"]
+        lines = [line for line in self._log_lines() if json.loads(line).get("step", 0) <= self.step]
+        write_bytes_atomic(self.log_path, "".join(lines).encode())
+
+    def save_checkpoint(self) -> None:
+        """Write everything needed to go on, whole or not at all."""
+        buffer = io.BytesIO()
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(state | {"step": self.step, "train_s": self.train_s, "stream": self.stream}, buffer)
+        write_bytes_atomic(self.checkpoint_path, buffer.getvalue())
+
+    def log(self, **fields: Any) -> None:
+        """Append one JSON line to the log, and show it on stderr."""
+        line = json.dumps(fields)
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(f"{line}\n")
+        sys.stderr.write(f"{line}\n")
+
+    def train(self, stream: Iterable[BatchT]) -> None:
+        """Take the remaining steps."""
+        started, saved, losses = time.monotonic(), time.monotonic(), []
+        first, before_s = self.step, self.train_s
+        for batch in stream:
+            losses.append(self.take_step(batch))
+            self.step += 1
+            self.train_s = before_s + time.monotonic() - started
+            if self.step % self.settings.log_every == 0:
+                speed = (self.step - first) * self.settings.batch_size / (time.monotonic() - started)
+                self._log_progress(float(np.mean(losses)), speed)
+                losses.clear()
+            if time.monotonic() - saved > self.settings.checkpoint_every_s:
+                self.save_checkpoint()
+                saved = time.monotonic()
+        self.save_checkpoint()
+
+    def _log_progress(self, loss: float, images_per_s: float) -> None:
+        fields: dict[str, Any] = {"step": self.step, "images": self.step * self.settings.batch_size}
+        fields |= {"loss": round(loss, 4), "images_per_s": round(images_per_s, 1), "train_s": round(self.train_s)}
+        if self.step % self.settings.evaluate_every == 0:
+            fields |= self.measure()
+        self.log(**fields)
+
+    def _log_lines(self) -> list[str]:
+        return self.log_path.read_text(encoding="utf-8").splitlines(keepends=True) if self.log_path.is_file() else []
+
+
+def decayed_optimizer(model: nn.Module, settings: RunSettings, *, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """Return AdamW; biases, norms and single numbers are not decayed."""
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+
+
+def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate: float) -> float:
+    """Take one optimiser step down the loss, with gradients clipped to norm 1, and return the loss."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1.0)
+    optimizer.step()
+    return loss.item()
+
+
+def round_to_half(model: nn.Module) -> None:
+    """Round every weight to float16 in place, so that the model measured is the model in the file."""
+    for tensor in model.state_dict().values():
+        tensor.copy_(tensor.half())
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: RunSettings, *, prefix: str = "") -> None:
+    """Add one option for every field of the settings, which are its defaults."""
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        flag = f"--{prefix}{field.name.replace('_', '-')}"
+        parser.add_argument(flag, type=type(value), default=value, help="default: %(default)s")
