@@ -32,9 +32,11 @@ from tests.serving.processes import CLIPSHIP, ENVIRONMENT
 SEED = 20_260
 
 
-def start(images: Path, out: Path, *more: str | Path) -> subprocess.Popen[bytes]:
+def start(
+    images: Path, out: Path, *more: str | Path, python: tuple[str, ...] = CLIPSHIP[1:]
+) -> subprocess.Popen[bytes]:
     """A job in a process of its own, a shard every 100 rows."""
-    command = [*CLIPSHIP, "classify", images, "--out", out, "--shard-size", "100", *more]
+    command = [CLIPSHIP[0], *python, "classify", images, "--out", out, "--shard-size", "100", *more]
     return subprocess.Popen(
         list(map(str, command)), env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd="/"
     )
@@ -100,14 +102,21 @@ def test_a_kill_between_a_shard_and_its_manifest(tmp_path: Path, bundle: Bundle)
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_job_says_how_to_go_on(tmp_path: Path, bundle: Bundle, number: signal.Signals) -> None:
-    names = many_images(tmp_path / "images.tar", 1500)
+    names = many_images(tmp_path / "images.tar", 450)
     out = tmp_path / "out"
-    with start(tmp_path / "images.tar", out, "--bundle", bundle.path) as job:
-        while manifest_of(out)["images"] == 0:
+    program = (  # the third shard takes its time, so that the signal comes in mid-job on any machine
+        "import sys, time; from clipship.core.cli import main; from clipship.serving.jobs import shards\n"
+        "whole = shards.sha256_of\n"
+        "shards.sha256_of = lambda path: '000002' in path.name and time.sleep(600) or whole(path)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    with start(tmp_path / "images.tar", out, "--bundle", bundle.path, python=("-c", program)) as job:
+        while manifest_of(out)["images"] < 200:
             time.sleep(0.02)
         job.send_signal(number)
         said = finish(job, code=130)
     done = assert_whole(out, names)
+    assert done >= 200
     assert f"{done} images are kept: give the same command again to go on" in said
     assert len([path for path in out.iterdir() if path.name.startswith(".")]) == 0
     finish(start(tmp_path / "images.tar", out, "--bundle", bundle.path))
@@ -193,7 +202,8 @@ def test_a_server_that_does_not_come_back(tmp_path: Path, repository: Path) -> N
     out = tmp_path / "out"
     with revived(repository) as server:
         where = ("--url", server.endpoints.url)
-        job = start(tmp_path / "images.tar", out, *where, "--retry-s", "4")
+        one_by_one = ("--window", "1", "--batch-size", "1")  # slow enough to be met in mid-job on any machine
+        job = start(tmp_path / "images.tar", out, *where, "--retry-s", "4", *one_by_one)
         while manifest_of(out)["images"] == 0 and job.poll() is None:
             time.sleep(0.02)
         server.kill()
