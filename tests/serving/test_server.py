@@ -42,14 +42,13 @@ from clipship.serving.server import Server, last_words, start_server
 from clipship.serving.transport import TritonTransport
 from clipship.serving.tuning import Tuning
 from tests.serving.bundles import EMBED_DIM
-from tests.serving.processes import CLIPSHIP, ENVIRONMENT, clipship
+from tests.serving.processes import CLIPSHIP, ENVIRONMENT, children_of, clipship
 from tests.serving.publish.vocabularies import write_variant
 
 
 def descendants(pid: int) -> set[int]:
     """The processes below ``pid``."""
-    files = Path(f"/proc/{pid}/task").glob("*/children")
-    found = {int(word) for file in files for word in file.read_text().split()}
+    found = set(children_of(pid))
     return found.union(*map(descendants, found))
 
 

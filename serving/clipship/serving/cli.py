@@ -206,8 +206,8 @@ def _serve(folder: Path, host: str, ports: dict[str, Any], *, as_json: bool, **s
         endpoints = asdict(server.endpoints)
         listening = "  ".join(f"{name.removesuffix('_port')} {host}:{endpoints[name]}" for name in ports)
         secret = str(server.secret_file) if server.secret_file else None
-        emit({**endpoints, "admin_secret": secret}, f"ready: {listening}", as_json=as_json)
-        try:
+        try:  # whoever reads that it is ready may stop it at once
+            emit({**endpoints, "admin_secret": secret}, f"ready: {listening}", as_json=as_json)
             server.wait()
         except KeyboardInterrupt:
             log("stopping")

@@ -27,7 +27,7 @@ from clipship.core.bundle import Bundle
 from clipship.serving.server import Server, start_server
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.jobs.folders import assert_complete, assert_whole, manifest_of, many_images, write_tar
-from tests.serving.processes import CLIPSHIP, ENVIRONMENT
+from tests.serving.processes import CLIPSHIP, ENVIRONMENT, children_of
 
 SEED = 20_260
 
@@ -125,11 +125,10 @@ def test_an_interrupted_job_says_how_to_go_on(tmp_path: Path, bundle: Bundle, nu
 
 def kill_triton(server: Server) -> None:
     """SIGKILL to Triton itself, the guard's child, if it lives; the guard then clears up behind it."""
-    guard = server._process.pid
     if not server.running:
         return
-    for child in Path(f"/proc/{guard}/task/{guard}/children").read_text().split():
-        os.kill(int(child), signal.SIGKILL)
+    for child in children_of(server._process.pid):
+        os.kill(child, signal.SIGKILL)
     server.wait()
 
 
