@@ -109,7 +109,10 @@ def test_the_graph_has_one_product_for_queries_keys_and_values_and_no_shapes(cli
     sliced = [name for node in graph.node if node.op_type == "Slice" for name in node.input[:1]]
     assert not set(sliced) & set(weights), "weights are cut when the graph is written, not when it runs"
     assert len(fused) == 2  # three blocks; the last one's single query has a product of its own
-    assert kinds.count("LayerNormalization") == 8
+    assert kinds.count("LayerNormalization") == 9, "the last block's query has one of its own"
+    assert kinds.count("Erf") == 3
+    assert kinds.count("Transpose") == 4 * 3 + 1, "queries, keys, values and what they give, and the patches once"
+    assert "Shape" not in kinds[kinds.index("Softmax") :], "attention asks for no shapes"
     assert kinds.count("Softmax") == 3
     assert "Conv" not in kinds, "the patch projection is a product of pixels"
     pixels = _pixels(7, 32)

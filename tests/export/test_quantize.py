@@ -65,7 +65,9 @@ def test_the_products_of_tokens_with_weights_are_int8_and_nothing_else(int8: Pat
         assert stored.dtype == np.int8
         assert scales.shape == (stored.shape[1],), "one scale for each output"
         assert constants[makers[node.input[0]].input[1]].shape == (), "one scale for the activation"
-    zeros = [constants[node.input[2]] for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    rounding = [node for node in graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]
+    zeros = [constants[name] for node in rounding for name in node.input[2:]]
+    assert len(zeros) == 2 * 4 * BLOCKS
     assert all(zero.dtype == np.int8 and not zero.any() for zero in zeros), "TensorRT takes zero points of 0 only"
 
 

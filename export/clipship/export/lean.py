@@ -16,6 +16,7 @@ the tower, D features.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -23,14 +24,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from clipship.export.onnx import ATTENTION_OPSET, OPSET
+
 if TYPE_CHECKING:
     from clipship.training.methods.base import Method
 
 
 class LeanImageEncoder(nn.Module):
-    """uint8 RGB pixels [N, H, W, 3] -> float32 features of unit length [N, D], as the method's own to 1e-5."""
+    """uint8 RGB pixels [N, H, W, 3] -> float32 features of unit length [N, D], as the method's own to 1e-5.
 
-    def __init__(self, method: Method) -> None:
+    Args:
+        opset: what the graph is for: from :data:`~clipship.export.onnx.ATTENTION_OPSET` on attention is one node.
+    """
+
+    def __init__(self, method: Method, *, opset: int = OPSET) -> None:
         super().__init__()
         visual, prompts = method.clip.visual, method.image_prompts()
         self.method = method
@@ -49,8 +56,10 @@ class LeanImageEncoder(nn.Module):
             self.prompts.append(getattr(self, f"prompts_{layer}"))
         blocks = list(visual.transformer.resblocks)
         pools_by_token = visual.pool_type == "tok"
+        attention = _attention_node if opset >= ATTENTION_OPSET else _attention_products
         self.blocks = nn.ModuleList(
-            _Block(block, kept=self._kept(number, len(blocks), pools_by_token)) for number, block in enumerate(blocks)
+            _Block(block, kept=self._kept(number, len(blocks), pools_by_token), attention=attention)
+            for number, block in enumerate(blocks)
         )
 
     patches: Tensor
@@ -90,44 +99,54 @@ class LeanImageEncoder(nn.Module):
 class _Block(nn.Module):
     """One of open_clip's residual blocks for the first ``kept`` tokens, which attend to all."""
 
-    def __init__(self, block: Any, kept: int | None) -> None:
+    def __init__(self, block: Any, kept: int | None, attention: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         super().__init__()
-        attention = block.attn
-        width = attention.embed_dim
-        self.heads: int = attention.num_heads
+        width = block.attn.embed_dim
+        self.attention = attention
+        self.heads: int = block.attn.num_heads
         self.kept = kept
         self.ln_1: nn.Module = block.ln_1
         self.ln_2: nn.Module = block.ln_2
         self.activation: nn.Module = block.mlp.gelu
         scale = torch.ones(3 * width)
         scale[:width] = (width // self.heads) ** -0.5
-        weight, bias = attention.in_proj_weight * scale[:, None], attention.in_proj_bias * scale
+        weight, bias = block.attn.in_proj_weight * scale[:, None], block.attn.in_proj_bias * scale
         cuts = (width, 3 * width) if kept == 1 else (3 * width,)  # one query is not worth a part of the common product
         starts = (0, *cuts)
         self.inputs = nn.ModuleList(_linear(weight[a:b], bias[a:b]) for a, b in pairwise(starts))
-        self.out = _scaled(attention.out_proj, block.ls_1)
+        self.out = _scaled(block.attn.out_proj, block.ls_1)
         self.up = _linear(block.mlp.c_fc.weight, block.mlp.c_fc.bias)
         self.down = _scaled(block.mlp.c_proj, block.ls_2)
 
     def forward(self, x_NPW: Tensor) -> Tensor:
         """[N, P, W] -> [N, kept, W]."""
-        normal_NPW = self.ln_1(x_NPW)
-        if self.kept == 1:
-            query_NQW = self.inputs[0](normal_NPW[:, :1])
-            key_NPW, value_NPW = self.inputs[1](normal_NPW).chunk(2, dim=-1)
+        if self.kept == 1:  # a normalisation for each product, so that int8 can share outliers with the weights of each
+            query_NQW = self.inputs[0](self.ln_1(x_NPW[:, :1]))
+            key_NPW, value_NPW = self.inputs[1](self.ln_1(x_NPW)).chunk(2, dim=-1)
         else:
-            query_NQW, key_NPW, value_NPW = self.inputs[0](normal_NPW).chunk(3, dim=-1)
+            query_NQW, key_NPW, value_NPW = self.inputs[0](self.ln_1(x_NPW)).chunk(3, dim=-1)
             query_NQW = query_NQW if self.kept is None else query_NQW[:, : self.kept]
         x_NQW = x_NPW if self.kept is None else x_NPW[:, : self.kept]
-        x_NQW = x_NQW + self.out(_attention(query_NQW, key_NPW, value_NPW, self.heads))
+        x_NQW = x_NQW + self.out(self._attended(query_NQW, key_NPW, value_NPW))
         result: Tensor = x_NQW + self.down(self.activation(self.up(self.ln_2(x_NQW))))
         return result
 
+    def _attended(self, query_NQW: Tensor, key_NPW: Tensor, value_NPW: Tensor) -> Tensor:
+        """[N, Q, W]."""
+        q, k, v = (x.reshape(*x.shape[:2], self.heads, -1) for x in (query_NQW, key_NPW, value_NPW))
+        return self.attention(q, k, v).transpose(1, 2).flatten(2)
 
-def _attention(query_NQW: Tensor, key_NPW: Tensor, value_NPW: Tensor, heads: int) -> Tensor:
-    """Softmax attention without a scale: [N, Q, W]."""
-    q, k, v = (x.reshape(*x.shape[:2], heads, -1).transpose(1, 2) for x in (query_NQW, key_NPW, value_NPW))
-    return functional.scaled_dot_product_attention(q, k, v, scale=1.0).transpose(1, 2).flatten(2)
+
+def _attention_node(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention without a scale, [N, P, heads, W / heads] each; it gives [N, heads, Q, W / heads]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, scale=1.0)
+
+
+def _attention_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The same in operators of every opset: the exporter's own translation is twice as many, half of them of shapes."""
+    weights = (q.transpose(1, 2) @ k.permute(0, 2, 3, 1)).softmax(dim=-1)
+    return weights @ v.transpose(1, 2)
 
 
 def _middle(mean: tuple[float, ...]) -> Tensor:

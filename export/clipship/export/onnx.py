@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import io
 import logging
+import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
@@ -33,6 +34,9 @@ OPSET = 18
 
 OPSETS = (18, 20, 23)
 """The profiles."""
+
+GELU_OPSET, ATTENTION_OPSET = 20, 23
+"""Where GELU, and where attention is one node."""
 
 EXTERNAL_BYTES = 2 * 10**9
 """Graphs whose weights take more than this keep them in a file of their own: protobuf ends at 2^31 bytes."""
@@ -87,6 +91,7 @@ def onnx_from_module(
             input_names=[_INPUT],
             output_names=[_OUTPUT],
             dynamic_shapes=(free,),
+            custom_translation_table=_translations(opset),
         )
     assert program is not None
     model = program.model_proto
@@ -97,6 +102,30 @@ def onnx_from_module(
     check_onnx(path)
     _check_tensor(model.graph.input, input_spec, path)
     _check_tensor(model.graph.output, output_spec, path)
+
+
+def _translations(opset: int) -> dict[Any, Any]:
+    """How operators are written that the exporter writes in a form which runtimes do not recognise.
+
+    GELU (Hendrycks and Gimpel 2016) is one node from opset 20 on. Before that its five nodes are put in the order that
+    ONNX Runtime, OpenVINO and TensorRT fuse into one kernel: the half comes last.
+    """
+    import onnxscript
+    import torch
+
+    if opset >= GELU_OPSET:
+        return {}
+    op = getattr(onnxscript, f"opset{opset}")
+
+    def gelu(x: Any, approximate: str = "none") -> Any:
+        if approximate == "tanh":
+            root, cubic, one = (op.Constant(value_float=value) for value in (math.sqrt(2 / math.pi), 0.044715, 1.0))
+            inner = op.Mul(root, op.Add(x, op.Mul(cubic, op.Mul(x, op.Mul(x, x)))))
+            return op.Mul(op.Mul(x, op.Add(op.Tanh(inner), one)), op.Constant(value_float=0.5))
+        root_two, one, half = (op.Constant(value_float=value) for value in (math.sqrt(2.0), 1.0, 0.5))
+        return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root_two)), one)), half)
+
+    return {torch.ops.aten.gelu.default: gelu}
 
 
 def _free_axis(name: str, sizes: Mapping[str, tuple[int, int]]) -> Any:

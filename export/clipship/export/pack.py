@@ -155,7 +155,7 @@ def _export(method: Method, vocabulary: Vocabulary, profile: Profile, folder: Pa
     image_input, image_output = tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)
     report(0, "image encoder to ONNX")
     written(
-        LeanImageEncoder(method),
+        LeanImageEncoder(method, opset=profile.opset),
         torch.zeros((2, *[int(size) for size in image_input.shape[1:]]), dtype=torch.uint8),
         folder / layout.IMAGE_ENCODER,
         input_spec=image_input,

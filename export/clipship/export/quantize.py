@@ -12,8 +12,6 @@ Two steps keep the accuracy, and both are decided by calibration:
   weights are multiplied with, which changes nothing before rounding. It is left out where plain scales do better.
 - Where that is not enough, the products that differ most from float32's stay float32, as few as will do.
 
-ONNX Runtime's quantizer writes the Q/DQ nodes.
-
 Shape legend: N images, H = W pixels, K inputs and F outputs of a product, D features.
 """
 
@@ -46,6 +44,7 @@ from clipship.export.onnx import (
     save_onnx,
     set_metadata,
 )
+from clipship.export.saturation import INT8_MAX, int8_weights
 from clipship.export.verify import (
     CPU_PROVIDER,
     TOLERANCES,
@@ -62,7 +61,6 @@ if TYPE_CHECKING:
 CALIBRATION_COUNT = 2 * MIN_IMAGES
 """Images that scales are taken from; more of them change the largest values little."""
 
-_INT8_MAX = 127
 _BATCH = 8
 _SMOOTHING = 0.5
 """The share of an outlier's exponent that moves from activations to weights: the paper's alpha."""
@@ -299,36 +297,68 @@ def _norm_before(graph: onnx.GraphProto, product: Product) -> onnx.NodeProto | N
 
 def _write(one: Calibrated, kept: Collection[str], target: Path) -> None:
     """Write ``one`` to ``target`` with Q/DQ around all products but those of the nodes ``kept``."""
-    from onnxruntime.quantization import CalibrationMethod, QuantType
-    from onnxruntime.quantization.calibrate import TensorsData
-    from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
-
-    limits = {name: np.float32(values.max()) for name, values in one.largest.items()}
-    quantizer = QDQQuantizer(
-        with_weights(one.model, outputs=True),
-        per_channel=True,
-        reduce_range=False,
-        weight_qType=QuantType.QInt8,
-        activation_qType=QuantType.QInt8,
-        tensors_range=TensorsData(CalibrationMethod.MinMax, {name: (-top, top) for name, top in limits.items()}),
-        nodes_to_quantize=[product.node for product in one.products if product.node not in kept],
-        nodes_to_exclude=[],
-        op_types_to_quantize=["MatMul"],
-        extra_options={
-            "ActivationSymmetric": True,
-            "WeightSymmetric": True,
-            "OpTypesToExcludeOutputQuantization": ["MatMul"],
-        },
-    )
-    quantizer.quantize_model()
-    quantizer.model.topological_sort()
-    given = quantizer.model.model.graph
     written = copy_without_weights(one.model)
     del written.graph.node[:], written.graph.value_info[:]
-    written.graph.node.extend(given.node)
-    written.graph.initializer.extend(given.initializer)
+    writer = _Writer(graph=written.graph, constants={tensor.name: tensor for tensor in one.model.graph.initializer})
+    products = {product.node: product for product in one.products if product.node not in kept}
+    for node in one.model.graph.node:
+        if node.name in products:
+            product = products[node.name]
+            writer.add_product(node, product, float(one.largest[product.activation].max()))
+        else:
+            written.graph.node.append(node)
+    _add_used(written.graph, writer.constants)
     set_metadata(written, {METADATA_PRECISION: "int8"})
     save_onnx(written, target)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Writer:
+    """Writes Q/DQ nodes: QuantizeLinear and DequantizeLinear behind an activation, once, and DequantizeLinear behind
+    weights that are int8 in the file. Other readers of an activation keep reading it as it is."""
+
+    graph: onnx.GraphProto
+    constants: dict[str, onnx.TensorProto]
+
+    def add_product(self, node: onnx.NodeProto, product: Product, largest: float) -> None:
+        """Append ``node`` between int8 operands; ``largest`` is the largest magnitude of its activation."""
+        operands = [self._activation(product.activation, largest), self._weight(product.weight)]
+        copy = type(node)()
+        copy.CopyFrom(node)
+        copy.input[:] = operands
+        self.graph.node.append(copy)
+
+    def _activation(self, name: str, largest: float) -> str:
+        step = np.array(max(largest, 1e-30) / INT8_MAX, np.float32)
+        if self._constant(f"{name}_step", step):
+            zero = f"{name}_zero"
+            self._constant(zero, np.zeros((), np.int8))
+            self._node("QuantizeLinear", [name, f"{name}_step", zero], f"{name}_int8")
+            self._node("DequantizeLinear", [f"{name}_int8", f"{name}_step", zero], f"{name}_dequantized")
+        return f"{name}_dequantized"
+
+    def _weight(self, name: str) -> str:
+        import onnx
+
+        weight_KF, steps_F = int8_weights(onnx.numpy_helper.to_array(self.constants[name]))
+        if self._constant(f"{name}_int8", weight_KF):
+            self._constant(f"{name}_steps", steps_F)
+            self._node("DequantizeLinear", [f"{name}_int8", f"{name}_steps"], f"{name}_dequantized", axis=1)
+        return f"{name}_dequantized"
+
+    def _constant(self, name: str, values: NDArray[Any]) -> bool:
+        """Whether it was not there yet."""
+        import onnx
+
+        if name in self.constants:
+            return False
+        self.constants[name] = onnx.numpy_helper.from_array(values, name)
+        return True
+
+    def _node(self, op_type: str, inputs: list[str], output: str, **options: int) -> None:
+        import onnx
+
+        self.graph.node.append(onnx.helper.make_node(op_type, inputs, [output], name=output, **options))
 
 
 def _by_error(one: Calibrated, pixels: NDArray[np.uint8], scratch: Path) -> Iterator[tuple[str, ...]]:
@@ -371,12 +401,12 @@ def _probe(
     """
     import onnx
 
-    steps_F = np.maximum(np.abs(weight_KF).max(axis=0), 1e-30) / _INT8_MAX
+    int8_KF, steps_F = int8_weights(weight_KF)
     inner = {part: f"{product.node}_{part}" for part in ("step", "zero", "weight", "q", "dq", "int8", "off", "e", "n")}
     for name, values in (
-        (inner["step"], np.array(max(top, 1e-30) / _INT8_MAX, np.float32)),
+        (inner["step"], np.array(max(top, 1e-30) / INT8_MAX, np.float32)),
         (inner["zero"], np.zeros((), np.int8)),
-        (inner["weight"], (np.round(weight_KF / steps_F) * steps_F).astype(np.float32)),
+        (inner["weight"], int8_KF * steps_F),
     ):
         graph.initializer.append(onnx.numpy_helper.from_array(values, name))
     nodes = []

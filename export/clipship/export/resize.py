@@ -37,7 +37,7 @@ from clipship.core.images import (
 )
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 from clipship.export.lean import LeanImageEncoder
-from clipship.export.onnx import onnx_from_module
+from clipship.export.onnx import OPSET, onnx_from_module
 from clipship.export.reference import image_features
 from clipship.export.sources import Picture, pixels_of_sources, sources_of
 from clipship.export.verify import TOLERANCES, Comparison, verify_encoder
@@ -133,10 +133,10 @@ def _pass(size: int, resized: int, first: int, count: int) -> tuple[slice, Tenso
 class SourceEncoder(nn.Module):
     """uint8 [N, H0, W0, 3] -> float32 features of unit length [N, D]."""
 
-    def __init__(self, method: Method, source_size: tuple[int, int]) -> None:
+    def __init__(self, method: Method, source_size: tuple[int, int], *, opset: int = OPSET) -> None:
         super().__init__()
         self.resize = SourceResize(source_size, method.clip.image_spec)
-        self.encoder = LeanImageEncoder(method)
+        self.encoder = LeanImageEncoder(method, opset=opset)
 
     def forward(self, image: Tensor) -> Tensor:
         """As the class says."""
@@ -176,7 +176,7 @@ def write_source_form(
     pixels = compare_with_pillow(sources, method.clip.image_spec)
     path = folder / f"image_encoder_{width}x{height}.onnx"
     onnx_from_module(
-        SourceEncoder(method, source_size),
+        SourceEncoder(method, source_size, opset=profile.opset),
         torch.zeros((2, height, width, 3), dtype=torch.uint8),
         path,
         input_spec=source_tensor(source_size),
