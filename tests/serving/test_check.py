@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clipship.serving import prepare as prepare_module
 from clipship.serving import server as server_module
 from clipship.serving.check import STRICTER, backends_of, check_repository, refuse_bad_repository
 from clipship.serving.config import config_from_text, text_from_config
@@ -135,7 +136,7 @@ def test_each_rule_is_tritons(
 ) -> None:
     edit(copy / model, change)
     monkeypatch.setattr(server_module, "refuse_bad_repository", lambda path: None)
-    monkeypatch.setattr(server_module, "backends_of", lambda path: {"python"})
+    monkeypatch.setattr(prepare_module, "backends_of", lambda path: {"python"})
     if message == STRICTER:
         server_module.start_server(copy).stop()
     else:
