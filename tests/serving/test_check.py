@@ -76,6 +76,11 @@ def name_absent_version(config: Any) -> None:
     config.version_policy.specific.versions[:] = [7]
 
 
+def batch_nothing(config: Any) -> None:
+    config.max_batch_size = 0
+    del config.model_warmup[1:]  # of the largest batch
+
+
 EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("image_encoder", lambda c: setattr(c, "name", "encoder"), "must be that of its folder"),
     ("image_encoder", lambda c: c.ClearField("input"), "has no input"),
@@ -86,7 +91,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("image_encoder", lambda c: c.input[0].ClearField("dims"), "dims []"),
     ("classifier", lambda c: c.output[0].dims.append(0), "give positive sizes"),
     ("image_encoder", lambda c: setattr(c, "max_batch_size", -1), "max_batch_size is -1"),
-    ("preprocess", lambda c: setattr(c, "max_batch_size", 0), STRICTER),
+    ("preprocess", batch_nothing, STRICTER),
     ("image_encoder", lambda c: setattr(c, "backend", "tensorflow"), "backend 'tensorflow' is not one of"),
     ("image_encoder", lambda c: setattr(c.model_warmup[0], "batch_size", 99), "batch size 99"),
     ("image_encoder", lambda c: c.model_warmup[0].inputs.clear(), "feeds [], the model takes ['image']"),

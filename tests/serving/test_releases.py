@@ -109,9 +109,10 @@ def test_no_release_is_refused_with_what_each_lacks(tmp_path: Path) -> None:
         release_for(old)
     assert str(refused.value) == (
         f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, which "
-        "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: build "
-        "the plans with the TensorRT of another release or with --version-compatible, or install an older Pillow here "
-        "(client and server must have the same, to decode alike bit for bit), or give an image of your own with --image"
+        "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
+        "build the plans with the TensorRT of another release or with --version-compatible, or install an older Pillow "
+        "here (client and server must have the same, to decode alike bit for bit), or give an image of your own with "
+        "--image"
     )
     unknown = configured(tmp_path / "unknown", "tensorrt", **plans("10.99.0.1"))
     with pytest.raises(UsageError, match=r"TensorRT 10\.99\.0\.1 for its plans \(no known release\)"):
@@ -133,8 +134,8 @@ def test_a_given_image_that_cannot_serve_it_is_refused(tmp_path: Path) -> None:
         container_command(repository, Ports(), image=image)
     assert str(refused.value) == (
         f"{image} is release 25.05 (Triton 2.58.0, TensorRT 10.10.0, ONNX Runtime 1.22.0), the repository needs an "
-        "ONNX Runtime that takes opset 23 (release 25.08 or later): take such a release, or pack the bundle with --opset "
-        "18 or 20"
+        "ONNX Runtime that takes opset 23 (release 25.08 or later): take such a release, or pack the bundle with "
+        "--opset 18 or 20"
     )
     for other in ("example/triton:1", "nvcr.io/nvidia/tritonserver:25.08-py3", "nvcr.io/nvidia/tritonserver:99.01-py3"):
         assert image_for(repository, other) == other
