@@ -110,9 +110,9 @@ def test_no_release_is_refused_with_what_each_lacks(tmp_path: Path) -> None:
     assert str(refused.value) == (
         f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, which "
         "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
-        "build the plans with the TensorRT of another release or with --version-compatible, or install an older Pillow "
-        "here (client and server must have the same, to decode alike bit for bit), or give an image of your own with "
-        "--image"
+        "build the plans with the TensorRT of another release or with --version-compatible, or pip install 'pillow<13' "
+        "here (client and server must have the same Pillow, to decode alike bit for bit), or give an image of your own "
+        "with --image"
     )
     unknown = configured(tmp_path / "unknown", "tensorrt", **plans("10.99.0.1"))
     with pytest.raises(UsageError, match=r"TensorRT 10\.99\.0\.1 for its plans \(no known release\)"):
