@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clipship.core.bundle import DEFAULT_ENCODER
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle
+from clipship.core.cli import main
 from clipship.core.errors import UsageError
 from clipship.core.plan import version_parts
 from clipship.serving.config import text_from_config
@@ -22,6 +23,7 @@ from clipship.serving.releases import (
     release_of_image,
     release_of_triton,
 )
+from clipship.serving.repository import repository_from_bundle
 from clipship.serving.tuning import Tuning
 from tests.serving.test_repository import FACTS, PLAN
 
@@ -186,3 +188,11 @@ def test_the_container_gets_the_gpus_that_the_encoder_takes(
     deploys = [line for line in lines if line.startswith("    deploy:")]
     told = "    deploy:  # on a machine without a GPU leave out this part"
     assert deploys == ([told if remark else "    deploy:"] if gpus else [])
+
+
+def test_the_command_line_tells_it(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = repository_from_bundle(bundle, tmp_path / "r", backend="onnxruntime")
+    assert main(["serve", str(repository), "--container"]) == 0
+    told = capsys.readouterr()
+    assert "--gpus=all" in told.out
+    assert told.err == "on a machine without a GPU leave out --gpus=all\n"
