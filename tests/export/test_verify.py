@@ -19,8 +19,9 @@ from clipship.core import tensors
 from clipship.core.bundle import VOCABULARY_TENSORS, Bundle, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed
+from clipship.core.tolerances import TOLERANCES, Tolerance
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.comparison import TOLERANCES, Answers, Comparison, Tolerance, Verification, compare_answers
+from clipship.export.comparison import Answers, Comparison, Verification, compare_answers
 from clipship.export.encoders import TextEncoder
 from clipship.export.onnx import onnx_from_module
 from clipship.export.pack import bundle_from_method

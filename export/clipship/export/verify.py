@@ -1,6 +1,7 @@
 """Every exported form against its reference, by every runtime that can run it here.
 
-The tolerances stand in one table, ``TOLERANCES``, never at call sites; ``comparison.py`` says what each number means.
+The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``comparison.py`` says what the
+other numbers mean.
 
 A set smaller than a batch is repeated until it fills one, so that a batch of 64 is one of 64.
 
@@ -30,15 +31,8 @@ from clipship.core.bundle import (
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images import ImageSpec
 from clipship.core.progress import progress
-from clipship.export.comparison import (
-    TOLERANCES,
-    Answers,
-    Comparison,
-    Tolerance,
-    Verification,
-    compare_answers,
-    compare_features,
-)
+from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.export.comparison import Answers, Comparison, Verification, compare_answers, compare_features
 from clipship.export.runners import (
     CPU_PROVIDER,
     NotRunnable,

@@ -10,6 +10,7 @@
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
 
+The golden samples lie beside the models, see samples.py.
 A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
@@ -26,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipship.core import cpu, images
+from clipship.core import cpu, images, tolerances
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
@@ -54,7 +55,8 @@ from clipship.serving.names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
-from clipship.serving.publish.versions import remove_folder, write_version
+from clipship.serving.publish.versions import Classifier, copy_sources, remove_folder, write_version
+from clipship.serving.samples import write_samples
 from clipship.serving.tuning import DEFAULT_TUNING, Tuning
 from clipship.serving.vocabularies import checked_name, refuse_others
 
@@ -75,6 +77,9 @@ IMAGES_COPY = "clipship_images.py"
 
 CPU_COPY = "clipship_cpu.py"
 """The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
+
+TOLERANCES_COPY = "clipship_tolerances.py"
+"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
 
 _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
     "python": ("onnx", "openvino"),
@@ -131,6 +136,7 @@ def repository_from_bundle(
         _write_classifiers(folder, facts, (bundle, *others.values()))
         _write_sources(folder, backend)
         _write_warmup_files(bundle, folder)
+        write_samples(folder, bundle)
         refuse_bad_repository(folder)
     return out
 
@@ -156,7 +162,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
             _write_config(folder, config)
             if model == CLASSIFIER:
                 write_version(folder / "1", bundle, int(config.parameters[TOP_K].string_value))
-                _copy_model_source(repository / model, folder / "1")
+                copy_sources(repository / model / str(Classifier(repository / model).active()), folder / "1")
         if (repository / config.name).exists():
             remove_folder(repository / config.name, aside=repository / CLASSIFIER)
         staged.rename(repository / config.name)
@@ -193,12 +199,6 @@ def _read_config(folder: Path) -> Any:
         return config_from_text(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
-
-
-def _copy_model_source(model: Path, version: Path) -> None:
-    """The Python source that the model's newest version has beside its graph, where there is one."""
-    for source in sorted(model.glob(f"*/{MODEL_FILES['python']}"))[-1:]:
-        shutil.copyfile(source, version / source.name)
 
 
 def sources_folder() -> Path:
@@ -290,6 +290,7 @@ def _write_sources(folder: Path, backend: Backend) -> None:
     for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
         source = sources_folder() / "python" / name.partition("-")[0] / "model.py"
         shutil.copyfile(source, folder / name / "1" / MODEL_FILES["python"])
+        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
     _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
     if backend == "python":
         _copy_source(cpu, folder / ENCODER / "1" / CPU_COPY)
