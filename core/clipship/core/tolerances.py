@@ -50,9 +50,18 @@ class Tolerance:
             return centred_lengths * math.sqrt(2 - 2 * self.mean_centred_cosine)
         return np.full_like(centred_lengths, math.sqrt(2 - 2 * max(self.mean_cosine, -1.0)))
 
-    def of_few(self) -> Tolerance:
-        """The limits that hold for each image, without those of means: a mean of few images says little."""
-        return replace(self, mean_cosine=-math.inf, mean_centred_cosine=-math.inf)
+    def of_few(self, images: int = 0) -> Tolerance:
+        """The same limits for each image, and wider ones for the means of few ``images``; 0: none for the means.
+
+        A form may be held to the means on hundreds of images and just reach them; those of a few of these images are
+        below by chance. The errors' spread is about half their mean, so ``2 / sqrt(images)`` of it is four standard
+        deviations: the golden samples refuse no such form, and all that is clearly worse.
+        """
+        if images == 0:
+            return replace(self, mean_cosine=-math.inf, mean_centred_cosine=-math.inf)
+        slack = 1 + 2 / math.sqrt(images)
+        means = {name: 1 - (1 - getattr(self, name)) * slack for name in ("mean_cosine", "mean_centred_cosine")}
+        return replace(self, **means)
 
     def to_json(self) -> dict[str, float | None]:
         """A JSON object; null where there is no limit."""
@@ -222,7 +231,7 @@ def golden_problem(expected: NDArray[np.float32], given: NDArray[np.float32], pr
         expected: of all of them [N, D], by PyTorch; where n is above N they were repeated.
     """
     tolerance, total = tolerance_of(precision), len(expected)
-    limits = tolerance.of_few() if len(given) < total else tolerance
+    limits = tolerance.of_few(0 if len(given) < total else total)
     problem = features_problem(expected[np.arange(len(given)) % total], given, limits, expected.mean(axis=0))
     return problem and f"golden features are not PyTorch's: {problem}"
 

@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import Report, log
+from clipship.core.tolerances import encoder_problem
 from clipship.export.calibration import refuse_few_images
 from clipship.export.onnx import EXTERNAL_BYTES, OPSET, OPSETS
 from clipship.export.precision import emulated_onnx, typed_onnx
 from clipship.export.quantize import quantized_onnx
+from clipship.export.reference import golden_places
 from clipship.export.runners import CPU_PROVIDER, NotRunnable, Run, Runner, onnx_function, openvino_function
 from clipship.export.verify import TOLERANCES, Comparison, Verification, verify_runner
 
@@ -183,7 +185,8 @@ def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Com
 
 
 def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    return verify_runner(
+    """How it compares on all images; one more row where it would be refused at load, see :func:`golden_problem`."""
+    rows = verify_runner(
         Runner(name=name, run=run),
         "images",
         evidence.pixels,
@@ -193,6 +196,13 @@ def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evide
         batch_sizes=_COMPARED_BATCHES,
         form=form.name,
     )
+    places = golden_places(len(evidence.pixels))
+    pixels, expected, count = evidence.pixels[places], evidence.expected[places], len(places)
+    problem = encoder_problem(run, pixels, expected, precision, count)
+    if not problem:
+        return rows
+    refused = replace(rows[0], what="golden samples", batch_size=count, count=count, problem=problem, worst=())
+    return (*rows, refused)
 
 
 def onnx_speed(portable: Path, other: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:

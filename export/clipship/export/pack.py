@@ -31,10 +31,10 @@ from clipship.export.forms import Evidence, Profile, encoder_forms
 from clipship.export.lean import LeanImageEncoder
 from clipship.export.onnx import onnx_from_module
 from clipship.export.reference import (
-    GOLDEN_COUNT,
     Picture,
     check_classifier,
     compare_with_torch,
+    golden_places,
     image_features,
     pixels_of,
 )
@@ -88,7 +88,8 @@ def bundle_from_method(
         report(3, "golden samples")
         pixels = pixels_of(pictures, method.clip.image_spec)
         expected = image_features(method, pixels)
-        _write_golden(pictures[:GOLDEN_COUNT], pixels, expected, features, folder)
+        places = golden_places(len(pictures))
+        _write_golden([pictures[place] for place in places], pixels[places], expected[places], features, folder)
         report(4, "compare with PyTorch")
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
         if not verification:
@@ -201,19 +202,18 @@ def _write_golden(
 ) -> None:
     from safetensors.numpy import save
 
-    count = len(pictures)
     golden = folder / layout.GOLDEN
     golden.mkdir()
     names = [f"{position}{Path(picture.name).suffix.lower()}" for position, picture in enumerate(pictures)]
     for name, picture in zip(names, pictures, strict=True):
         (golden / name).write_bytes(picture.data)
     write_json_atomic(golden / "files.json", names)
-    scores = vocabulary.probabilities(expected[:count])
+    scores = vocabulary.probabilities(expected)
     k = min(5, scores.shape[1])
     indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     arrays = {
-        "pixels": pixels[:count],
-        "embedding": expected[:count],
+        "pixels": pixels,
+        "embedding": expected,
         "scores": np.take_along_axis(scores, indices, axis=1),
         "indices": indices.astype(np.int64),
     }
