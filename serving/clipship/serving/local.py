@@ -16,6 +16,7 @@ from typing import Any
 from clipship.core.bundle import Bundle, Precision, Runtime
 from clipship.core.cpu import open_encoder
 from clipship.core.errors import MissingExtraError
+from clipship.core.processor import this_processor
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.serving.errors import ModelsMissing
 from clipship.serving.graphs import classifier_graph
@@ -33,7 +34,7 @@ class LocalTransport:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: a number is below 1, or a bundle of ``others`` has another encoder.
+        UsageError: a number is below 1, a bundle of ``others`` has another encoder, or nothing here runs ``precision``.
     """
 
     def __init__(
@@ -49,7 +50,7 @@ class LocalTransport:
             from onnxruntime import InferenceSession
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "export") from error
-        form = bundle.fastest_encoder(precision, _runtimes())
+        form = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
         refuse_others(bundle, others or {}, form)
         facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=form, others=others)
         self.url = str(bundle.path)

@@ -1,6 +1,7 @@
 """The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
-``clipship_cpu.py`` beside this file is a copy of ``clipship/core/cpu.py``: the server runs what was verified.
+``clipship_cpu.py`` and ``clipship_processor.py`` beside this file are copies of ``clipship/core/cpu.py`` and
+``processor.py``: the server runs what was verified.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 from typing import Any
 
 import clipship_cpu
+import clipship_processor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -19,10 +21,18 @@ class TritonPythonModel:
     """All requests that Triton hands over at once run as one batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name."""
+        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name.
+
+        On another kind of processor than that runtime was the fastest on, ONNX Runtime takes the same file.
+        """
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         parameters = json.loads(args["model_config"])["parameters"]
         runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
+        measured_with = parameters.get("measured_with", {"string_value": ""})["string_value"].split()
+        here = clipship_processor.this_processor()
+        runtime, why = clipship_processor.runtime_here(runtime, precision, measured_with, here)
+        if why:
+            pb_utils.Logger.log_warn(f"image_encoder: ONNX Runtime runs it, not OpenVINO: {why}")
         threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
         self.encode = clipship_cpu.open_encoder(path, runtime, precision, int(threads) or None)
 
