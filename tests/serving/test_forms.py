@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from clipship.core import processor
-from clipship.core.bundle import Bundle, EncoderForm, Precision, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderForm, Precision, Runtime, read_bundle, write_manifest
 from clipship.core.errors import UsageError
 from clipship.core.images import pixels_from_bytes
 from clipship.core.processor import Processor
@@ -121,10 +121,11 @@ def test_on_another_processor_the_portable_form_is_taken_and_the_log_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = _bundle(tmp_path / "bundle", FAST, INT8, INT8_FAST, measured_on=GENOA)
-    assert bundle.fastest_encoder("int8", ("onnx", "openvino"), processor=GENOA) == INT8_FAST
-    assert bundle.fastest_encoder("int8", ("onnx", "openvino")) == INT8_FAST
+    both: tuple[Runtime, ...] = ("onnx", "openvino")
+    assert bundle.fastest_encoder("int8", both, processor=GENOA) == INT8_FAST
+    assert bundle.fastest_encoder("int8", both) == INT8_FAST
     assert capsys.readouterr().err == ""
-    assert bundle.fastest_encoder("int8", ("onnx", "openvino"), processor=ROME) == INT8
+    assert bundle.fastest_encoder("int8", both, processor=ROME) == INT8
     assert capsys.readouterr().err == (
         f"{bundle.path}: ONNX Runtime runs {OTHER}, not OpenVINO: its speed was measured with avx512f, avx512_vnni, "
         "which AMD EPYC 7B12 lacks\n"

@@ -218,7 +218,9 @@ def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
 
 
 def _processor(content: Mapping[str, Any] | None) -> Processor | None:
-    return content and Processor(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
+    if content is None:
+        return None
+    return Processor(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
 
 
 def _parts(content: Mapping[str, Any]) -> tuple[str, ...]:

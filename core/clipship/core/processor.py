@@ -52,7 +52,7 @@ class Processor:
         return tuple(one for one in instruction_sets if one not in self.instruction_sets)
 
     def __str__(self) -> str:
-        return f"{self.name} ({', '.join(self.instruction_sets) or 'instruction sets unknown'})"
+        return f"{self.name} ({' '.join(self.instruction_sets) or 'instruction sets unknown'})"
 
 
 def processor_from_cpuinfo(text: str) -> Processor:
