@@ -13,8 +13,9 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.cli import main
-from clipship.core.cpu import OnnxRuntimeEncoder, available_cores, processor_name
+from clipship.core.cpu import OnnxRuntimeEncoder
 from clipship.core.errors import CheckFailed
+from clipship.core.processor import this_processor
 from clipship.serving.client import Classifier
 from clipship.serving.errors import ServerFailed
 from clipship.serving.graphs import classifier_graph
@@ -47,7 +48,7 @@ def test_this_process_refuses_features_that_are_five_per_cent_off(
     assert out == ""
     assert len(said.splitlines()) == 1
     assert f"{bundle.path / form.file} ({form.precision}) by ONNX Runtime 1." in said
-    assert f" on {processor_name()} answers wrongly: golden features are not PyTorch's" in said
+    assert f" on {this_processor()} answers wrongly: golden features are not PyTorch's" in said
     assert DIFFERS[mistake] in said
     assert "pack the bundle again on this machine" in said
     assert ("choose --precision fp32" in said) == (form.precision != "fp32")
@@ -113,7 +114,7 @@ def test_the_encoder_inside_triton_refuses_to_load(copy: Path, mistake: Mistake)
     model.write_bytes(sabotaged_encoder(model, mistake))
     said = refused(copy)
     assert f"failed to load 'image_encoder' version 1: Internal: TritonModelException: {model} (fp32) by ONNX R" in said
-    assert f" on {processor_name()} answers wrongly: golden features are not PyTorch's: " in said
+    assert f" on {this_processor()} answers wrongly: golden features are not PyTorch's: " in said
     assert DIFFERS[mistake] in said
     assert said.rstrip().endswith("pack the bundle again on this machine, or take another version of the runtime")
 
@@ -171,7 +172,7 @@ def test_serve_is_not_ready_where_the_ensembles_answer_wrongly(
     replace_in(copy / model / "1/model.py", right, wrong)
     said = refused(copy)
     assert said.startswith(f"clipship: {copy}/image_encoder (fp32) by the python backend (onnx) of Triton 2.51.0 on ")
-    assert f"{processor_name()} answers wrongly: {problem}" in said
+    assert f"{this_processor()} answers wrongly: {problem}" in said
     assert "pack the bundle again on this machine" in said
 
 
@@ -245,10 +246,3 @@ def test_a_vocabulary_of_other_images_is_held_to_its_names(bundle: Bundle) -> No
     labels = np.roll(labels, 1)
     with pytest.raises(CheckFailed, match="labels are not"):
         refuse_wrong_answers(ask, "classify", "image", golden.pixels, golden.embedding, truth, "fp32")
-
-
-def test_the_processor_is_named() -> None:
-    name = processor_name()
-    assert name
-    assert "\n" not in name
-    assert available_cores() >= 1

@@ -12,7 +12,6 @@ Legend: N rows (images or class names), D features.
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -25,27 +24,10 @@ Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 OPENVINO_TYPES = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}
 """By precision: what OpenVINO is asked for. An int8 graph's own Q/DQ nodes say what is int8, the rest is float32."""
 
-_INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
-
 
 def available_cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def processor_name() -> str:
-    """The processor, and those of its instruction sets by which runtimes choose their kernels.
-
-    "AMD EPYC 9B14 (avx2 avx512f avx512_vnni)", say; only the kind of machine where Linux says no more.
-    """
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            lines = (line.partition(":") for line in file.read().partition("\n\n")[0].splitlines())
-            facts = {name.strip(): value.strip() for name, _, value in lines}
-    except OSError:
-        facts = {}
-    sets = [name for name in _INSTRUCTION_SETS if name in facts.get("flags", "").split()]
-    return facts.get("model name", platform.machine()) + (f" ({' '.join(sets)})" if sets else "")
 
 
 def runtime_name(runtime: str) -> str:

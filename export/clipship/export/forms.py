@@ -9,7 +9,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.processor import this_processor
 from clipship.core.progress import Report, log
-from clipship.core.tolerances import encoder_problem
 from clipship.export.calibration import refuse_few_images
 from clipship.export.onnx import EXTERNAL_BYTES, OPSET, OPSETS
 from clipship.export.precision import emulated_onnx, typed_onnx
 from clipship.export.quantize import quantized_onnx
-from clipship.export.reference import golden_places
+from clipship.export.reference import GOLDEN_COUNT
 from clipship.export.runners import CPU_PROVIDER, NotRunnable, Run, Runner, onnx_function, openvino_function
 from clipship.export.verify import TOLERANCES, Comparison, Verification, verify_runner
 
@@ -109,10 +109,8 @@ def encoder_forms(
         form, comparisons = reduced_form(folder, precision, profile.opset, evidence)
         forms.append(form)
         total += Verification(comparisons)
-    for form, comparisons in openvino_forms(folder, tuple(forms), evidence):
-        forms.append(form)
-        total += Verification(comparisons)
-    return forms, total
+    further, verified = openvino_forms(folder, tuple(forms), evidence)
+    return [*forms, *further], total + verified
 
 
 def reduced_form(
@@ -141,15 +139,16 @@ def reduced_form(
 
 def openvino_forms(
     folder: Path, forms: Sequence[EncoderForm], evidence: Evidence
-) -> Iterator[tuple[EncoderForm, tuple[Comparison, ...]]]:
+) -> tuple[list[EncoderForm], Verification]:
     """What OpenVINO makes of ``forms``, where it is installed: no files of their own, but another speed.
 
     bfloat16 it computes from the float32 file, whose weights it rounds itself. A form that is out of its tolerance, or
-    that this processor cannot compute, is left out with a line in the log: nobody asked for it.
+    that this processor cannot compute, is left out: nobody asked for it. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
-        return
+        return [], _left_out("the bundle offers no form by OpenVINO, which was not installed where it was packed")
     portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
+    offered, total = [], Verification(())
     for form in forms:
         if form.source_size is not None or form.precision not in _OPENVINO_FILES:
             continue
@@ -157,15 +156,24 @@ def openvino_forms(
         try:
             run = openvino_function(path, form.precision)
         except NotRunnable as error:
-            log(str(error))
+            total += _left_out(f"the bundle does not offer {error}")
             continue
         comparisons = _rows(run, f"OpenVINO {form.precision}", path, form.precision, evidence)
         if not all(comparisons):
-            log(f"left out, not close enough to PyTorch:\n{Verification(comparisons)}")
+            why = "; ".join(dict.fromkeys(failure for one in comparisons for failure in one.failures))
+            about = f"{path.name}: {form.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
+            total += _left_out(f"the bundle does not offer {about}: {why}")
             continue
         kept = form.kept_fp32 if path.name == form.file else ()
         speed = speed_ratios(portable, run, evidence.pixels)
-        yield replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed), comparisons
+        offered.append(replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
+        total += Verification(comparisons)
+    return offered, total
+
+
+def _left_out(reason: str) -> Verification:
+    log(reason)
+    return Verification((), skipped=(reason,))
 
 
 def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
@@ -185,24 +193,24 @@ def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Com
 
 
 def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    """How it compares on all images; one more row where it would be refused at load, see :func:`golden_problem`."""
-    rows = verify_runner(
-        Runner(name=name, run=run),
-        "images",
-        evidence.pixels,
-        evidence.expected,
-        references=evidence.classifier,
-        tolerance=TOLERANCES[precision],
-        batch_sizes=_COMPARED_BATCHES,
-        form=form.name,
+    """On all images, and on the first few of them alone: those stay in the bundle, and are what it is held to later."""
+
+    def compared(what: str, rows: slice, batch_sizes: tuple[int, ...]) -> tuple[Comparison, ...]:
+        return verify_runner(
+            Runner(name=name, run=run),
+            what,
+            evidence.pixels[rows],
+            evidence.expected[rows],
+            references=evidence.classifier,
+            tolerance=TOLERANCES[precision],
+            batch_sizes=batch_sizes,
+            form=form.name,
+        )
+
+    return (
+        *compared("images", slice(None), _COMPARED_BATCHES),
+        *compared("golden samples", slice(GOLDEN_COUNT), _COMPARED_BATCHES[:1]),
     )
-    places = golden_places(len(evidence.pixels))
-    pixels, expected, count = evidence.pixels[places], evidence.expected[places], len(places)
-    problem = encoder_problem(run, pixels, expected, precision, count)
-    if not problem:
-        return rows
-    refused = replace(rows[0], what="golden samples", batch_size=count, count=count, problem=problem, worst=())
-    return (*rows, refused)
 
 
 def onnx_speed(portable: Path, other: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:

@@ -24,6 +24,7 @@ from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatur
 from clipship.core.bundle import refuse_foreign_folder as refuse_foreign_folder
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.processor import this_processor
 from clipship.core.progress import Report, progress
 from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import TextEncoder
@@ -31,10 +32,10 @@ from clipship.export.forms import Evidence, Profile, encoder_forms
 from clipship.export.lean import LeanImageEncoder
 from clipship.export.onnx import onnx_from_module
 from clipship.export.reference import (
+    GOLDEN_COUNT,
     Picture,
     check_classifier,
     compare_with_torch,
-    golden_places,
     image_features,
     pixels_of,
 )
@@ -88,8 +89,9 @@ def bundle_from_method(
         report(3, "golden samples")
         pixels = pixels_of(pictures, method.clip.image_spec)
         expected = image_features(method, pixels)
-        places = golden_places(len(pictures))
-        _write_golden([pictures[place] for place in places], pixels[places], expected[places], features, folder)
+        order = _golden_first(expected)
+        pictures, pixels, expected = [pictures[place] for place in order], pixels[order], expected[order]
+        _write_golden(pictures[:GOLDEN_COUNT], pixels, expected, features, folder)
         report(4, "compare with PyTorch")
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
         if not verification:
@@ -108,6 +110,19 @@ def bundle_from_method(
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
         write_manifest(folder, _manifest(method, vocabulary, features, forms, provenance))
     return read_bundle(out)
+
+
+def _golden_first(expected: NDArray[np.float32]) -> list[int]:
+    """The order of images with unit features [N, D] that has the golden ones first: the first, then the most different.
+
+    The first few of a sorted folder are of one class: what is alike has nothing left after centring but its error.
+    """
+    order, closest = [0], expected @ expected[0]
+    while len(order) < min(GOLDEN_COUNT, len(expected)):
+        closest[order[-1]] = np.inf
+        order.append(int(closest.argmin()))
+        closest = np.maximum(closest, expected @ expected[order[-1]])
+    return [*order, *(place for place in range(len(expected)) if place not in order)]
 
 
 def refuse_random_weights(base_model: str) -> None:
@@ -202,18 +217,19 @@ def _write_golden(
 ) -> None:
     from safetensors.numpy import save
 
+    count = len(pictures)
     golden = folder / layout.GOLDEN
     golden.mkdir()
     names = [f"{position}{Path(picture.name).suffix.lower()}" for position, picture in enumerate(pictures)]
     for name, picture in zip(names, pictures, strict=True):
         (golden / name).write_bytes(picture.data)
     write_json_atomic(golden / "files.json", names)
-    scores = vocabulary.probabilities(expected)
+    scores = vocabulary.probabilities(expected[:count])
     k = min(5, scores.shape[1])
     indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     arrays = {
-        "pixels": pixels,
-        "embedding": expected,
+        "pixels": pixels[:count],
+        "embedding": expected[:count],
         "scores": np.take_along_axis(scores, indices, axis=1),
         "indices": indices.astype(np.int64),
     }
@@ -249,6 +265,7 @@ def _manifest(
         vocabulary=replace(vocabulary, templates=method.templates),
         classifier_parts=features.parts,
         image_encoders=tuple(forms),
+        measured_on=this_processor(),
         provenance={
             **provenance,
             "opset": forms[0].opset,

@@ -49,14 +49,6 @@ VERIFY_COUNT = 128
 _TORCH_BATCH = 32
 
 
-def golden_places(count: int) -> list[int]:
-    """Which of ``count`` images stay in the bundle: spread over all of them, which are often sorted by class.
-
-    Images of one class would say little: what they share is most of their features, and is centred away.
-    """
-    return sorted({round(place) for place in np.linspace(0, count - 1, min(GOLDEN_COUNT, count))})
-
-
 def pixels_of(pictures: Sequence[Picture], spec: ImageSpec) -> NDArray[np.uint8]:
     """uint8 [N, H, W, 3] of ``pictures``.
 
@@ -133,11 +125,11 @@ def compare_with_torch(
         expected: PyTorch's unit features [N, D] of ``pixels``.
         features: what decides the best class.
     """
-    places = golden_places(len(pixels))
+    count = min(GOLDEN_COUNT, len(pixels))
     image_encoder = partial(
         verify_encoder, folder / layout.IMAGE_ENCODER, references=features, tolerance=TOLERANCES["fp32"]
     )
-    golden = image_encoder("golden samples", pixels[places], expected[places], batch_sizes=BATCH_SIZES[:-1])
+    golden = image_encoder("golden samples", pixels[:count], expected[:count], batch_sizes=BATCH_SIZES[:-1])
     images = image_encoder("images", pixels, expected, batch_sizes=BATCH_SIZES[-1:])
     return Verification((*golden, *images, *compare_prompts(method, vocabulary, folder)))
 

@@ -19,9 +19,10 @@ import PIL
 from numpy.typing import NDArray
 
 from clipship.core.bundle import GOLDEN, Bundle, Precision, Runtime
-from clipship.core.cpu import available_cores, open_encoder, processor_name, runtime_name
+from clipship.core.cpu import available_cores, open_encoder, runtime_name
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images import pixels_from_bytes
+from clipship.core.processor import this_processor
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, encoder_problem, pixels_problem
 from clipship.serving.errors import ModelsMissing
@@ -42,7 +43,7 @@ class LocalTransport:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: a number is below 1, or a bundle of ``others`` has another encoder.
+        UsageError: a number is below 1, a bundle of ``others`` has another encoder, or nothing here runs ``precision``.
         CheckFailed: golden samples come out otherwise than the bundle says; names the form, its precision, the runtime
             and the processor, and what to do.
     """
@@ -60,7 +61,7 @@ class LocalTransport:
             from onnxruntime import InferenceSession
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "export") from error
-        form = bundle.fastest_encoder(precision, _runtimes())
+        form = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
         refuse_others(bundle, others or {}, form)
         facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=form, others=others)
         self.url = str(bundle.path)
@@ -137,7 +138,7 @@ class LocalTransport:
         problem = encoder_problem(self._encode, golden.pixels, golden.embedding, form.precision, count)
         if problem:
             raise CheckFailed(
-                f"{self.url}/{form.file} ({form.precision}) by {runtime_name(form.runtime)} on {processor_name()} "
+                f"{self.url}/{form.file} ({form.precision}) by {runtime_name(form.runtime)} on {this_processor()} "
                 f"answers wrongly: {problem}: {advice(form.precision)}"
             )
         self._right.add(few)

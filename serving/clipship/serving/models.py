@@ -37,6 +37,7 @@ from clipship.serving.names import (
     ENCODER,
     ENCODER_DIGEST,
     IMAGE_SPEC,
+    MEASURED_WITH,
     PRECISION,
     PREPROCESS,
     RUNTIME,
@@ -89,6 +90,8 @@ class Facts:
     """Which form of the image encoder runs where there is no plan."""
     encoder_digest: str = ""
     """Of the ONNX file that runs, or that the plans were built from."""
+    measured_with: tuple[str, ...] = ()
+    """Instruction sets of the processor that the encoder's speed was measured on; none where nobody knows."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
     others: tuple[VocabularyFacts, ...] = ()
@@ -134,6 +137,7 @@ def facts_from_bundle(
         max_batch_size=max_batch_size,
         encoder=encoder,
         encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
+        measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
         plans=tuple(plan.info for plan in plans),
         others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
         tuning=tuning,
@@ -220,6 +224,8 @@ def _kind(tuning: Tuning, backend: Backend) -> str:
 def _form_settings(facts: Facts) -> dict[str, Any]:
     """The bundle's form that runs, its threads, and its accelerator."""
     runs = {RUNTIME: facts.encoder.runtime, PRECISION: facts.encoder.precision, ENCODER_DIGEST: facts.encoder_digest}
+    if facts.encoder.runtime != "onnx" and facts.measured_with:
+        runs[MEASURED_WITH] = " ".join(facts.measured_with)
     threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
     accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
     return {"parameters": {**_parameters(facts), **runs, **threads}, "tensorrt_accelerator": accelerator}

@@ -14,6 +14,8 @@ TOP_K = "top_k"
 TENSORRT_VERSION = "tensorrt_version"
 PRECISION = "precision"
 RUNTIME = "runtime"
+MEASURED_WITH = "measured_with"
+"""The instruction sets of the processor that the runtime was the fastest on; one without them takes the portable."""
 THREADS = "intra_op_thread_count"
 """Of one product on the CPU; the ONNX Runtime backend knows it by this name."""
 

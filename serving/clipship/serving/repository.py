@@ -27,11 +27,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipship.core import cpu, images, tolerances
+from clipship.core import cpu, images, processor, tolerances
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.plan import Plan, Target, form_of, refuse_mismatch
+from clipship.core.processor import emulates, never_runs, this_processor
+from clipship.core.progress import log
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.check import refuse_bad_repository
 from clipship.serving.config import MODEL_FILES, config_from_text, text_from_config
@@ -75,8 +77,8 @@ __all__ = [
 IMAGES_COPY = "clipship_images.py"
 """The name of the copy of ``clipship/core/images.py`` that lies beside the preprocess model."""
 
-CPU_COPY = "clipship_cpu.py"
-"""The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
+ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_cpu.py": cpu, "clipship_processor.py": processor}
+"""By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
 
 TOLERANCES_COPY = "clipship_tolerances.py"
 """The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
@@ -126,7 +128,7 @@ def repository_from_bundle(
     _refuse_foreign_folder(out)
     tuning.refuse_unfit(backend, max_batch_size)
     _refuse_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else bundle.fastest_encoder(precision, _RUNTIMES[backend])
+    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
     refuse_others(bundle, others, _form_of_plans(plans, bundle) or encoder)
     settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
@@ -251,6 +253,22 @@ def _refuse_plans(
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
 
 
+def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
+    """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
+    gpu = backend == "onnxruntime" and tuning.on_gpu
+    if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
+        raise UsageError(
+            f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
+            f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
+            "--precision fp32, or --backend python where OpenVINO has the form"
+        )
+    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
+    if here:
+        log(f"the server must have another processor than this machine, or it will not load the model: {here}")
+    return form
+
+
 def _form_of_plans(plans: Sequence[Plan], bundle: Bundle) -> EncoderForm | None:
     return form_of(plans[0].info, bundle) if plans else None
 
@@ -293,7 +311,8 @@ def _write_sources(folder: Path, backend: Backend) -> None:
         _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
     _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
     if backend == "python":
-        _copy_source(cpu, folder / ENCODER / "1" / CPU_COPY)
+        for name, module in ENCODER_COPIES.items():
+            _copy_source(module, folder / ENCODER / "1" / name)
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:

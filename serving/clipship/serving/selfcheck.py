@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.cpu import processor_name
 from clipship.core.errors import CheckFailed
+from clipship.core.processor import this_processor
 from clipship.core.progress import log
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, golden_problem, pixels_problem
@@ -176,5 +176,5 @@ def _who(config: Any, version: str) -> str:
 
 def _processor(config: Any) -> str:
     (group,) = config.instance_group
-    named = {group.KIND_GPU: "a GPU", group.KIND_AUTO: f"{processor_name()}, or a GPU if Triton sees one"}
-    return named.get(group.kind, processor_name())
+    here = str(this_processor())
+    return {group.KIND_GPU: "a GPU", group.KIND_AUTO: f"{here}, or a GPU if Triton sees one"}.get(group.kind, here)

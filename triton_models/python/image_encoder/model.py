@@ -1,6 +1,6 @@
 """The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
-``clipship_cpu.py`` and ``clipship_tolerances.py`` beside this file are copies of ``cpu.py`` and ``tolerances.py`` in
+``clipship_cpu.py``, ``clipship_processor.py`` and ``clipship_tolerances.py`` beside this file are copies of modules of
 ``clipship/core``: the server runs what was verified, and does not load where it would answer otherwise.
 """
 
@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import clipship_cpu
+import clipship_processor
 import clipship_tolerances
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -21,14 +22,22 @@ class TritonPythonModel:
     """All requests that Triton hands over at once run as one batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name, and check it."""
+        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name, and check it.
+
+        On another kind of processor than that runtime was the fastest on, ONNX Runtime takes the same file.
+        """
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         parameters = json.loads(args["model_config"])["parameters"]
         runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
+        measured_with = parameters.get("measured_with", {"string_value": ""})["string_value"].split()
+        here = clipship_processor.this_processor()
+        runtime, why = clipship_processor.runtime_here(runtime, precision, measured_with, here)
+        if why:
+            pb_utils.Logger.log_warn(f"image_encoder: ONNX Runtime runs it, not OpenVINO: {why}")
         threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
         cores = int(threads) or clipship_cpu.available_cores()
         self.encode = clipship_cpu.open_encoder(path, runtime, precision, cores)
-        by = f"{clipship_cpu.runtime_name(runtime)} on {clipship_cpu.processor_name()}"
+        by = f"{clipship_cpu.runtime_name(runtime)} on {here}"
         golden = os.path.join(args["model_repository"], "golden.npz")
         self._check(golden, f"{path} ({precision}) by {by}", precision, cores)
 
