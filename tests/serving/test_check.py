@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clipship.serving import prepare as prepare_module
 from clipship.serving import server as server_module
 from clipship.serving.check import STRICTER, backends_of, check_repository, refuse_bad_repository
 from clipship.serving.config import config_from_text, text_from_config
@@ -75,6 +76,11 @@ def name_absent_version(config: Any) -> None:
     config.version_policy.specific.versions[:] = [7]
 
 
+def batch_nothing(config: Any) -> None:
+    config.max_batch_size = 0
+    del config.model_warmup[1:]  # of the largest batch
+
+
 EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("image_encoder", lambda c: setattr(c, "name", "encoder"), "must be that of its folder"),
     ("image_encoder", lambda c: c.ClearField("input"), "has no input"),
@@ -85,7 +91,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("image_encoder", lambda c: c.input[0].ClearField("dims"), "dims []"),
     ("classifier", lambda c: c.output[0].dims.append(0), "give positive sizes"),
     ("image_encoder", lambda c: setattr(c, "max_batch_size", -1), "max_batch_size is -1"),
-    ("preprocess", lambda c: setattr(c, "max_batch_size", 0), STRICTER),
+    ("preprocess", batch_nothing, STRICTER),
     ("image_encoder", lambda c: setattr(c, "backend", "tensorflow"), "backend 'tensorflow' is not one of"),
     ("image_encoder", lambda c: setattr(c.model_warmup[0], "batch_size", 99), "batch size 99"),
     ("image_encoder", lambda c: c.model_warmup[0].inputs.clear(), "feeds [], the model takes ['image']"),
@@ -135,7 +141,7 @@ def test_each_rule_is_tritons(
 ) -> None:
     edit(copy / model, change)
     monkeypatch.setattr(server_module, "refuse_bad_repository", lambda path: None)
-    monkeypatch.setattr(server_module, "backends_of", lambda path: {"python"})
+    monkeypatch.setattr(prepare_module, "backends_of", lambda path: {"python"})
     if message == STRICTER:
         server_module.start_server(copy).stop()
     else:

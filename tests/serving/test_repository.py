@@ -255,8 +255,7 @@ def test_one_plan_is_the_encoder(bundle: Bundle, tmp_path: Path) -> None:
     assert (out / "classifier/1/model.onnx").is_file()
     assert "docker run --rm --gpus=all " in container_command(out, Ports())
     assert "tritonserver:25.12-py3" in container_command(out, Ports())
-    on_cpu = repository_from_bundle(bundle, tmp_path / "cpu", backend="onnxruntime")
-    assert "--gpus" not in container_command(on_cpu, Ports())
+    assert "version_compatible" not in config.parameters
 
 
 def test_several_plans_and_the_one_for_all_other_gpus(bundle: Bundle, tmp_path: Path) -> None:

@@ -251,21 +251,8 @@ def test_a_bad_repository_is_not_started(tmp_path: Path) -> None:
 def test_backends_the_embedded_server_lacks(bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment_module, "_environment_on_path", lambda: None)
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
-    with pytest.raises(UsageError, match=r"--backend python.*container"):
+    with pytest.raises(UsageError, match=r"^no tritonserver is on the PATH, .* --backend python.*container"):
         triton_environment(backends_of(repository))
-
-
-def test_the_server_on_the_path_is_taken_if_it_has_the_backends(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    binary = tmp_path / "bin" / "tritonserver"
-    for folder in ("bin", "backends/onnxruntime", "backends/python"):
-        (tmp_path / folder).mkdir(parents=True)
-    binary.touch(mode=0o755)
-    monkeypatch.setenv("PATH", str(binary.parent), prepend=os.pathsep)
-    assert triton_environment({"onnxruntime", "python"}).tritonserver == binary
-    with pytest.raises(UsageError, match="tensorrt"):
-        triton_environment({"tensorrt"})
 
 
 def test_a_missing_python_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -262,7 +262,7 @@ def _version_reason(info: PlanInfo, target: Target) -> str | None:
     """Plain plans need the very version; version-compatible ones run on the same and on later ones."""
     if target.version is None or info.runtime != target.runtime:
         return None
-    built, present = (_parts(version) for version in (info.runtime_version, target.version))
+    built, present = (version_parts(version) for version in (info.runtime_version, target.version))
     shared = min(len(built), len(present))
     if built[:shared] == present[:shared] or (info.version_compatible and built[:shared] < present[:shared]):
         return None
@@ -274,7 +274,8 @@ def _version_reason(info: PlanInfo, target: Target) -> str | None:
     )
 
 
-def _parts(version: str) -> tuple[int, ...]:
+def version_parts(version: str) -> tuple[int, ...]:
+    """(10, 14, 1) for "10.14.1", which compares as versions do."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
 
 

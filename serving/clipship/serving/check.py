@@ -15,7 +15,7 @@ from typing import Any
 
 from clipship.serving.config import MODEL_FILES, config_from_text
 from clipship.serving.errors import RepositoryError
-from clipship.serving.names import RUNTIME, TENSORRT_VERSION
+from clipship.serving.names import ENCODER, OPSET, PREPROCESS, RUNTIME, TENSORRT_VERSION, VERSION_COMPATIBLE
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
@@ -92,25 +92,71 @@ def uses_cache(path: Path) -> bool:
     return any(config.response_cache.enable for config in configs.values())
 
 
-def uses_accelerator(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` has TensorRT engines built for it while it loads.
+def version_compatible_plans_of(path: Path) -> str | None:
+    """ "all" or "some" where so many of the repository's plans run in later TensorRT versions, too; None where none do.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    return next(iter(_parameter_values(path, VERSION_COMPATIBLE)), None)
+
+
+def opset_of(path: Path) -> int | None:
+    """The opset of the image encoder that the ONNX Runtime backend runs; None where it is another's, or not said.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
     configs, _ = _read_configs(path)
-    return any(config.optimization.execution_accelerators.gpu_execution_accelerator for config in configs.values())
+    encoder = configs.get(ENCODER)
+    if encoder is None or encoder.backend != "onnxruntime" or OPSET not in encoder.parameters:
+        return None
+    return int(encoder.parameters[OPSET].string_value)
+
+
+def accelerator_of(path: Path) -> dict[str, str]:
+    """The parameters of the TensorRT accelerator, which builds engines while a model loads; empty where none has it.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    optimizations = [config.optimization.execution_accelerators for config in configs.values()]
+    accelerators = (one for each in optimizations for one in each.gpu_execution_accelerator)
+    return next((dict(one.parameters) for one in accelerators), {})
+
+
+def engine_cache_of(path: Path) -> str | None:
+    """The folder where the TensorRT accelerator keeps its engines; None where there is none.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    return accelerator_of(path).get("trt_engine_cache_path")
 
 
 def uses_gpu(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` needs a GPU.
+    """Whether a model of the repository at ``path`` runs on a GPU where there is one.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
+    return bool(_instance_kinds(path) & {"KIND_GPU", "KIND_AUTO"})
+
+
+def runs_without_gpu(path: Path) -> bool:
+    """Whether every model of the repository at ``path`` runs on a machine without a GPU.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    return "KIND_GPU" not in _instance_kinds(path)
+
+
+def _instance_kinds(path: Path) -> set[str]:
     configs, _ = _read_configs(path)
     groups = [group for config in configs.values() for group in config.instance_group]
-    return uses_accelerator(path) or any(group.kind == group.KIND_GPU for group in groups)
+    return {group.Kind.Name(group.kind) for group in groups}
 
 
 def largest_message_bytes(path: Path) -> int:
@@ -142,6 +188,17 @@ def packages_of(path: Path) -> tuple[str, ...]:
         RepositoryError: there is no repository at ``path``.
     """
     return ("openvino",) if "openvino" in _parameter_values(path, RUNTIME) else ()
+
+
+def modules_of(path: Path) -> tuple[str, ...]:
+    """What the models in Python of the repository at ``path`` import.
+
+    Raises:
+        RepositoryError: there is no repository at ``path``.
+    """
+    configs, _ = _read_configs(path)
+    graphs = [name for name, config in configs.items() if config.backend == "python" and name != PREPROCESS]
+    return ("numpy", "PIL", *(["onnxruntime"] if graphs else []), *packages_of(path))
 
 
 def model_names(path: Path) -> list[str]:

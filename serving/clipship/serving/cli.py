@@ -162,7 +162,7 @@ _server_options = option_group(
 @_server_options
 @click.option("--container", is_flag=True, help="Only print the command for NVIDIA's container.")
 @click.option("--compose", type=_FILE, help="With --container: write a compose file instead.")
-@click.option("--image", help="The container's image. [default: NVIDIA's, with the plans' TensorRT]")
+@click.option("--image", help="The container's image. [default: a release of NVIDIA's that can serve it]")
 @json_option
 def serve(
     repository: Path,
@@ -221,12 +221,14 @@ def _print_container(
     """The command on stdout, or the compose file on disk."""
     from clipship.core.files import write_text_atomic
     from clipship.serving.check import refuse_bad_repository
-    from clipship.serving.container import Ports, compose_file, container_command
+    from clipship.serving.container import Ports, compose_file, container_command, gpu_remark
 
     refuse_bad_repository(folder)
     ports = Ports(**{name.removesuffix("_port"): port for name, port in given.items()})
     if compose is None:
         command = container_command(folder, ports, image=image, cache_mb=cache_mb)
+        if remark := gpu_remark(folder):
+            log(remark)
         emit({"command": command}, command, as_json=as_json)
         return
     write_text_atomic(compose, compose_file(folder, ports, image=image, cache_mb=cache_mb))

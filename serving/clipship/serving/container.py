@@ -1,42 +1,22 @@
-"""NVIDIA's container with a repository in it: the image for a plan's TensorRT, the command, the compose file."""
+"""NVIDIA's container with a repository in it: its image, the command, the compose file."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipship.core.errors import UsageError
-from clipship.serving.check import packages_of, tensorrt_version_of, uses_accelerator, uses_cache, uses_gpu
+from clipship.serving.check import engine_cache_of, packages_of, runs_without_gpu, uses_cache, uses_gpu
+from clipship.serving.options import backend_options
+from clipship.serving.releases import IMAGE, container_needs_of, refuse_release, release_for, release_of_image
 from clipship.serving.secret import restriction
-from clipship.serving.tuning import ENGINE_CACHE
-
-IMAGE = "nvcr.io/nvidia/tritonserver"
-USUAL_RELEASE = "25.08"
-"""For repositories without plans."""
-
-RELEASES: Mapping[str, str] = {
-    "10.3.0": "24.08",
-    "10.4.0": "24.09",
-    "10.5.0": "24.10",
-    "10.6.0": "24.11",
-    "10.7.0": "24.12",
-    "10.8.0": "25.02",
-    "10.9.0": "25.04",
-    "10.10.0": "25.05",
-    "10.11.0": "25.07",
-    "10.13.2": "25.08",
-    "10.13.3": "25.10",
-    "10.14.1": "25.12",
-}
-"""TensorRT -> the newest NGC release of the Triton container (the py3 images) that has it: NVIDIA's Frameworks Support
-Matrix, https://docs.nvidia.com/deeplearning/frameworks/support-matrix/. A plan loads in its own TensorRT only."""
 
 SECRET_VARIABLE = "CLIPSHIP_ADMIN_SECRET"
 _ENGINES_VOLUME = "clipship-engines"
+_WITHOUT_GPU = "on a machine without a GPU leave out"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,23 +32,22 @@ class Ports:
         return tuple(f"127.0.0.1:{port}:{port}" for port in (self.http, self.grpc, self.metrics))
 
 
-def image_for(repository: Path) -> str:
-    """The image with the TensorRT of the repository's plans.
+def image_for(repository: Path, given: str | None = None) -> str:
+    """The image that can serve ``repository``: ``given``, or a release of NVIDIA's.
 
     Raises:
-        UsageError: no release is known to have it; says which are.
+        UsageError: no known release can serve it, or the given one cannot; says what it lacks and what to do.
         RepositoryError: there is no repository.
     """
-    version = tensorrt_version_of(repository)
-    if version is None:
-        return f"{IMAGE}:{USUAL_RELEASE}-py3"
-    release = RELEASES.get(".".join(version.split(".")[:3]))
-    if release is None:
-        raise UsageError(
-            f"no release of NVIDIA's container is known to have TensorRT {version} (known: {', '.join(RELEASES)}): "
-            "give its name with --image, or build the plan with one of these"
-        )
-    return f"{IMAGE}:{release}-py3"
+    if given is None:
+        return f"{IMAGE}:{release_for(repository).name}-py3"
+    refuse_release(release_of_image(given), given, container_needs_of(repository))
+    return given
+
+
+def gpu_remark(repository: Path) -> str | None:
+    """What to tell who starts the command on a machine without a GPU; None where there is nothing to tell."""
+    return f"{_WITHOUT_GPU} --gpus=all" if uses_gpu(repository) and runs_without_gpu(repository) else None
 
 
 def container_command(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
@@ -84,10 +63,10 @@ def container_command(repository: Path, ports: Ports, *, image: str | None = Non
     for port in ports.mapped():
         options += ["-p", port]
     options += ["-e", SECRET_VARIABLE, "-v", f"{repository.resolve()}:/models:ro"]
-    if uses_accelerator(repository):
-        options += ["-v", f"{_ENGINES_VOLUME}:{ENGINE_CACHE}"]
+    if (engines := engine_cache_of(repository)) is not None:
+        options += ["-v", f"{_ENGINES_VOLUME}:{engines}"]
     start = _start(repository, ports, cache_mb)
-    return shlex.join(["docker", "run", *options, image or image_for(repository), "sh", "-c", start])
+    return shlex.join(["docker", "run", *options, image_for(repository, image), "sh", "-c", start])
 
 
 def compose_file(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
@@ -96,7 +75,7 @@ def compose_file(repository: Path, ports: Ports, *, image: str | None = None, ca
     Raises:
         UsageError: as :func:`image_for`.
     """
-    chosen = image or image_for(repository)
+    chosen = image_for(repository, image)
     return "\n".join([_COMPOSE_HEADER, *_compose_lines(repository, ports, chosen, cache_mb)]) + "\n"
 
 
@@ -109,6 +88,7 @@ _COMPOSE_HEADER = f"""\
 def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
     # JSON strings are YAML strings; compose takes $ for its own variables unless it is doubled.
     command = json.dumps(_start(repository, ports, cache_mb).replace("$", "$$"))
+    engines = engine_cache_of(repository)
     yield "services:"
     yield "  triton:"
     yield f"    image: {json.dumps(image)}"
@@ -119,8 +99,8 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
     yield from (f"      - {json.dumps(port)}" for port in ports.mapped())
     yield "    volumes:"
     yield f"      - {json.dumps(f'{repository.resolve()}:/models:ro'.replace('$', '$$'))}"
-    if uses_accelerator(repository):
-        yield f"      - {json.dumps(f'{_ENGINES_VOLUME}:{ENGINE_CACHE}')}"
+    if engines is not None:
+        yield f"      - {json.dumps(f'{_ENGINES_VOLUME}:{engines}')}"
     yield "    shm_size: 2gb"
     yield "    stop_grace_period: 30s"
     yield "    restart: unless-stopped"
@@ -129,12 +109,12 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
     yield "      interval: 10s"
     yield "      start_period: 300s"
     if uses_gpu(repository):
-        yield "    deploy:"
+        yield f"    deploy:{f'  # {_WITHOUT_GPU} this part' if runs_without_gpu(repository) else ''}"
         yield "      resources:"
         yield "        reservations:"
         yield "          devices:"
         yield "            - {driver: nvidia, count: all, capabilities: [gpu]}"
-    if uses_accelerator(repository):
+    if engines is not None:
         yield "volumes:"
         yield f"  {_ENGINES_VOLUME}: {{}}"
 
@@ -155,6 +135,7 @@ def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
         f'"--grpc-restricted-protocol={restriction(f"${SECRET_VARIABLE}")}"',
         f'"--http-restricted-api={restriction(f"${SECRET_VARIABLE}")}"',
     ]
+    options += backend_options(repository)
     if uses_cache(repository):
         options.append(f"--cache-config=local,size={cache_mb * 2**20}")
     needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'

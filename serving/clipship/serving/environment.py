@@ -34,7 +34,7 @@ from clipship.serving.errors import ServingError
 
 PYTRITON_VERSION = "0.7.0"
 _ONNXRUNTIME = "onnxruntime>=1.20"
-_STUB = "triton_python_backend_stub"
+STUB = "triton_python_backend_stub"
 _COMPLETE = "complete"
 
 
@@ -49,6 +49,8 @@ class Environment:
     """The folder with one folder a response cache."""
     variables: Mapping[str, str]
     """Environment variables on top of this process's own."""
+    embedded: bool = False
+    """Whether its packages are ours; those of a server on the PATH are what its Python finds."""
 
 
 def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Environment:
@@ -62,20 +64,28 @@ def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Envi
         ServingError: the embedded one could not be installed.
     """
     on_path = _environment_on_path()
-    if on_path is not None and not missing_backends(on_path, backends):
+    missing = set() if on_path is None else {name for name in backends if not (on_path.backends / name).is_dir()}
+    if on_path is not None and not missing:
         return on_path
+    found = "no tritonserver is on the PATH" if on_path is None else _without(on_path, missing)
     if backends - {"python"}:
         raise UsageError(
-            f"the repository needs Triton's {' and '.join(sorted(backends))} backends, the embedded server has only "
-            "python: write it with clipship repository --backend python, or run it in NVIDIA's container "
-            "(clipship serve --container prints the command)"
+            f"{found}, the embedded server has only the python one, and the repository needs "
+            f"{' and '.join(sorted(backends))}: {f'put what is missing into {on_path.backends}, ' if on_path else ''}"
+            "write it with clipship repository --backend python, or run it in NVIDIA's container (clipship serve "
+            "--container prints the command)"
         )
+    if on_path is not None:
+        log(f"{found}: the embedded server is taken instead")
     return embedded_environment(packages)
 
 
-def missing_backends(environment: Environment, backends: set[str]) -> set[str]:
-    """Those of ``backends`` that ``environment`` does not have."""
-    return {backend for backend in backends if not (environment.backends / backend).is_dir()}
+def _without(environment: Environment, missing: set[str]) -> str:
+    """What a Triton has and has not."""
+    backends = environment.backends
+    has = sorted(folder.name for folder in backends.iterdir() if folder.is_dir()) if backends.is_dir() else []
+    told = f"in {backends} is {', '.join(has)}" if has else f"there is none in {backends}"
+    return f"{environment.tritonserver} has no {' and no '.join(sorted(missing))} backend ({told})"
 
 
 def embedded_environment(packages: Sequence[str] = ()) -> Environment:
@@ -98,6 +108,7 @@ def embedded_environment(packages: Sequence[str] = ()) -> Environment:
             "LD_LIBRARY_PATH": _joined(*map(str, libraries), os.environ.get("LD_LIBRARY_PATH", "")),
             "PYTHONPATH": str(site),
         },
+        embedded=True,
     )
 
 
@@ -191,14 +202,14 @@ def _gather_backend(tritonserver: Path, backend: Path) -> None:
     Raises:
         UsageError: the wheel has no stub for this version.
     """
-    stub = tritonserver / "python_backend_stubs" / _python_version() / _STUB
+    stub = tritonserver / "python_backend_stubs" / _python_version() / STUB
     if not stub.is_file():
         raise UsageError(
             f"the embedded Triton has no Python backend for Python {_python_version()}: use Python 3.11 or 3.12, or "
             "NVIDIA's container (clipship serve --container prints the command)"
         )
     shutil.copytree(tritonserver / "backends" / "python", backend)
-    shutil.copy2(stub, backend / _STUB)
+    shutil.copy2(stub, backend / STUB)
 
 
 def _pip_install(arguments: Sequence[str], target: Path, report: Report) -> None:

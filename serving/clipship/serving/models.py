@@ -15,7 +15,7 @@ from typing import Any, Literal
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.errors import UsageError
 from clipship.core.images import ImageSpec
-from clipship.core.plan import Plan, PlanInfo, capability_of, form_digest
+from clipship.core.plan import Plan, PlanInfo, capability_of, form_digest, version_parts
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor, passthrough_tensor
 from clipship.serving.config import (
     MODEL_FILES,
@@ -38,12 +38,14 @@ from clipship.serving.names import (
     ENCODER_DIGEST,
     IMAGE_SPEC,
     MEASURED_WITH,
+    OPSET,
     PRECISION,
     PREPROCESS,
     RUNTIME,
     TENSORRT_VERSION,
     THREADS,
     TOP_K,
+    VERSION_COMPATIBLE,
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
@@ -223,8 +225,10 @@ def _kind(tuning: Tuning, backend: Backend) -> str:
 
 def _form_settings(facts: Facts) -> dict[str, Any]:
     """The bundle's form that runs, its threads, and its accelerator."""
-    runs = {RUNTIME: facts.encoder.runtime, PRECISION: facts.encoder.precision, ENCODER_DIGEST: facts.encoder_digest}
-    if facts.encoder.runtime != "onnx" and facts.measured_with:
+    form = facts.encoder
+    runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
+    runs[ENCODER_DIGEST] = facts.encoder_digest
+    if form.runtime != "onnx" and facts.measured_with:
         runs[MEASURED_WITH] = " ".join(facts.measured_with)
     threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
     accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
@@ -252,7 +256,7 @@ def _plan_settings(facts: Facts) -> dict[str, Any]:
     files = dict(zip(plan_files(facts.plans), facts.plans, strict=True))
     usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
     facts_of_plans = {
-        TENSORRT_VERSION: facts.plans[0].runtime_version,
+        **_tensorrt_facts(facts.plans),
         PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
         ENCODER_DIGEST: facts.encoder_digest,
     }
@@ -264,6 +268,14 @@ def _plan_settings(facts: Facts) -> dict[str, Any]:
         "profiles": ("0",),
         "cuda_graph_batches": graph_batches(least, facts.max_batch_size) if facts.tuning.cuda_graphs else (),
     }
+
+
+def _tensorrt_facts(plans: Sequence[PlanInfo]) -> dict[str, str]:
+    """The version that the server must have: that of the plain plans, or at least the newest of all others."""
+    plain = [plan.runtime_version for plan in plans if not plan.version_compatible]
+    version = plain[0] if plain else max((plan.runtime_version for plan in plans), key=version_parts)
+    compatible = {VERSION_COMPATIBLE: "some" if plain else "all"} if len(plain) < len(plans) else {}
+    return {TENSORRT_VERSION: version, **compatible}
 
 
 def _classifier(facts: Facts, vocabulary: VocabularyFacts, backend: Backend) -> Model:

@@ -12,6 +12,12 @@ IMAGE_SPEC = "image_spec"
 VOCABULARY_DIGEST = "vocabulary_digest"
 TOP_K = "top_k"
 TENSORRT_VERSION = "tensorrt_version"
+VERSION_COMPATIBLE = "version_compatible"
+"""Which of the plans run in later TensorRT versions, too: "all" or "some"; absent: none."""
+
+OPSET = "opset"
+"""Of the ONNX file that runs."""
+
 PRECISION = "precision"
 RUNTIME = "runtime"
 MEASURED_WITH = "measured_with"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
-from clipship.serving.check import largest_message_bytes, uses_cache, uses_gpu
+from clipship.serving.check import largest_message_bytes, uses_cache, uses_gpu, version_compatible_plans_of
 from clipship.serving.secret import restriction
 
 _MIB = 2**20
@@ -78,6 +78,7 @@ def triton_options(options: ServerOptions, repository: Path, secret: str | None)
         yield f"--http-restricted-api={restriction(secret)}"
     yield from _tls(options)
     yield from _tracing(options)
+    yield from backend_options(repository)
     if uses_cache(repository):
         yield f"--cache-config=local,size={options.cache_mb * _MIB}"
     if uses_gpu(repository):
@@ -86,6 +87,12 @@ def triton_options(options: ServerOptions, repository: Path, secret: str | None)
     region_bytes = _region_bytes(repository)
     yield f"--backend-config=python,shm-default-byte-size={region_bytes}"
     yield f"--backend-config=python,shm-growth-byte-size={region_bytes}"
+
+
+def backend_options(repository: Path) -> Iterator[str]:
+    """What the backends must be told to load the models of ``repository`` at all, wherever they run."""
+    if version_compatible_plans_of(repository) is not None:  # they bring code of their own, which must be allowed
+        yield "--backend-config=tensorrt,version-compatible=true"
 
 
 def _region_bytes(repository: Path) -> int:

@@ -22,10 +22,11 @@ from typing import IO
 from clipship.core.errors import UsageError
 from clipship.core.progress import progress
 from clipship.serving import guard
-from clipship.serving.check import backends_of, model_names, packages_of, refuse_bad_repository
-from clipship.serving.environment import Environment, triton_environment
+from clipship.serving.check import model_names, refuse_bad_repository
+from clipship.serving.environment import Environment
 from clipship.serving.errors import ServerFailed
 from clipship.serving.options import DEFAULT_OPTIONS, ServerOptions, triton_options
+from clipship.serving.prepare import prepared_environment
 from clipship.serving.secret import usual_secret_file, write_secret
 from clipship.serving.selfcheck import refuse_wrong_server
 
@@ -127,7 +128,7 @@ def start_server(
         CheckFailed: what it answers for the golden samples is out of tolerance; see ``selfcheck.py``.
     """
     refuse_bad_repository(repository)
-    chosen = environment or triton_environment(backends_of(repository), packages_of(repository))
+    chosen = environment or prepared_environment(repository)
     http_host = "127.0.0.1" if options.secure else host
     endpoints = _endpoints(host, http_host, grpc_port=grpc_port, http_port=http_port, metrics_port=metrics_port)
     secret_file = None if options.open_admin else options.admin_secret or usual_secret_file(endpoints.url)
