@@ -25,7 +25,7 @@ from clipship.serving import guard
 from clipship.serving.check import model_names, refuse_bad_repository
 from clipship.serving.environment import Environment
 from clipship.serving.errors import ServerFailed
-from clipship.serving.options import DEFAULT_OPTIONS, ServerOptions, triton_options
+from clipship.serving.options import DEFAULT_OPTIONS, FLOAT32_IN_FULL, ServerOptions, triton_options
 from clipship.serving.prepare import prepared_environment
 from clipship.serving.secret import usual_secret_file, write_secret
 from clipship.serving.selfcheck import refuse_wrong_server
@@ -216,7 +216,7 @@ def _launch(
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={"NVIDIA_TF32_OVERRIDE": "0", **os.environ, **environment.variables},  # TF32 is no float32
+        env={**FLOAT32_IN_FULL, **os.environ, **environment.variables},
         start_new_session=True,
     )
 
