@@ -15,14 +15,15 @@ from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.cli import main
 from clipship.core.cpu import OnnxRuntimeEncoder
 from clipship.core.errors import CheckFailed
+from clipship.core.images import pixels_from_bytes
 from clipship.core.processor import this_processor
 from clipship.serving.client import Classifier
-from clipship.serving.errors import ServerFailed
+from clipship.serving.errors import RepositoryError, ServerFailed
 from clipship.serving.graphs import classifier_graph
 from clipship.serving.local import LocalTransport
 from clipship.serving.publish.golden import refuse_wrong_answers
 from clipship.serving.repository import repository_from_bundle
-from clipship.serving.samples import Truth, read_samples, read_truth, truth_from_bundle
+from clipship.serving.samples import SAMPLES, Truth, read_samples, read_truth, truth_from_bundle
 from clipship.serving.selfcheck import HttpModels
 from clipship.serving.server import Server, start_server
 from tests.serving.bundles import jpeg_bytes
@@ -135,17 +136,21 @@ def test_the_classifier_and_the_decoder_inside_triton_refuse_to_load(bundle: Bun
     assert "golden pixels differ by" in str(error.value)
 
 
+ENCODED = "self.encode(np.concatenate(images))"
+MOVED = f"({ENCODED} + 0.0125 * np.random.default_rng(5).choice([-1, 1], 16)).astype(np.float32)"
+"""In a random direction, by 5 % of the features' length: 16 steps of 0.0125."""
+
 BROKEN = [
     (
         "image_encoder",
-        "self.encode(np.concatenate(images))",
-        "self.encode(np.concatenate(images)) * np.float32(1.05)",
+        ENCODED,
+        f"{ENCODED} * np.float32(1.05)",
         "embed: golden features are not PyTorch's: max_abs 0.0",
     ),
     (
         "image_encoder",
-        "self.encode(np.concatenate(images))",
-        "(lambda e: e / np.linalg.norm(e, axis=1, keepdims=True))(self.encode(np.concatenate(images)) + 0.0125)",
+        ENCODED,
+        f"(lambda e: e / np.linalg.norm(e, axis=1, keepdims=True))({MOVED})",
         "embed: golden features are not PyTorch's: max_abs 0.0",
     ),
     (
@@ -216,11 +221,17 @@ def test_the_samples_are_the_bundles(bundle: Bundle, tmp_path: Path, backend: An
     assert (samples.pixels == golden.pixels).all()
     assert (samples.embedding == golden.embedding).all()
     assert samples.files.ravel().tolist() == [jpeg_bytes(0), jpeg_bytes(1)]
+    np.testing.assert_array_equal(pixels_from_bytes(samples.files[0, 0], bundle.image_spec), golden.pixels[0])
     for each, folder in ((bundle, "classifier"), (birds, "classifier-birds")):
         truth = read_truth(out / folder / "1")
         assert truth is not None
         assert truth.names == each.vocabulary.names
         assert (truth.scores == truth_from_bundle(each).scores).all()
+    (out / "image_encoder" / SAMPLES).write_bytes(b"PK\x03\x04 and no more")
+    with pytest.raises(
+        RepositoryError, match=r"golden\.npz: cannot be read \(.*\): write it again with clipship repos"
+    ):
+        read_samples(out)
 
 
 def test_a_vocabulary_of_other_images_is_held_to_its_names(bundle: Bundle) -> None:

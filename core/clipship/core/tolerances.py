@@ -282,7 +282,7 @@ def advice(precision: str) -> str:
 def golden_arrays(path: str) -> dict[str, NDArray[Any]] | None:
     """The arrays of the ``golden.npz`` at ``path``; None where there is none: repositories before 0.6 had none."""
     try:
-        with np.load(path, allow_pickle=False) as arrays:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
             return dict(arrays)
     except FileNotFoundError:
         return None

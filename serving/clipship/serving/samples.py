@@ -14,6 +14,8 @@ models read them with NumPy, which is all that Triton's own Python is sure to ha
 
 from __future__ import annotations
 
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +81,12 @@ def write_truth(version: Path, truth: Truth) -> None:
 
 
 def read_samples(repository: Path) -> Samples | None:
-    """What :func:`write_samples` wrote; None in a repository of before 0.6."""
-    encoder, decoder = (golden_arrays(str(repository / model / SAMPLES)) for model in (ENCODER, PREPROCESS))
+    """What :func:`write_samples` wrote; None in a repository of before 0.6.
+
+    Raises:
+        RepositoryError: it is damaged.
+    """
+    encoder, decoder = (_arrays(repository / model / SAMPLES) for model in (ENCODER, PREPROCESS))
     if encoder is None or decoder is None:
         return None
     files = np.empty((len(decoder["lengths"]), 1), np.object_)
@@ -93,15 +99,24 @@ def read_truth(version: Path) -> Truth | None:
     """What :func:`write_truth` wrote; None in a version of before 0.6.
 
     Raises:
-        RepositoryError: the samples are there without the names.
+        RepositoryError: it is damaged.
     """
-    arrays = golden_arrays(str(version / SAMPLES))
+    arrays = _arrays(version / SAMPLES)
     if arrays is None:
         return None
     try:
         names = (version / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
     except OSError as error:
-        raise RepositoryError(
-            f"{version / LABELS}: cannot be read ({error}): write the repository again with clipship repository"
-        ) from error
+        raise _damaged(version / LABELS, error) from error
     return Truth(names=tuple(names), embedding=arrays["embedding"], scores=arrays["scores"])
+
+
+def _arrays(path: Path) -> dict[str, NDArray[Any]] | None:
+    try:
+        return golden_arrays(str(path))
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> RepositoryError:
+    return RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository")

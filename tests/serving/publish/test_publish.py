@@ -201,7 +201,7 @@ def test_wrong_golden_answers_are_found_before_the_server_hears_of_them(
 def test_what_fails_on_the_server_is_taken_back_without_a_failed_request(
     bundle: Bundle, variants: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
 ) -> None:
-    """The graph is exchanged after it was checked here: by rubbish, or by another vocabulary's, which loads unchecked."""
+    """The graph is exchanged after it was checked here: by rubbish, or by another vocabulary's that loads unchecked."""
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="python", max_batch_size=8)
     other = repository / "classifier/1/model.onnx"
 
