@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import http.client
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from clipship.serving.publish.golden import Answers, refuse_wrong_answers, refus
 from clipship.serving.publish.versions import Classifier, vocabularies_in
 from clipship.serving.samples import Samples, read_samples, read_truth
 
+_BUILD_AGAIN = "build the plan again on this machine with clipship engine, or from a form of a higher precision"
 _TIMEOUT_S = 60.0
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -118,23 +120,37 @@ def refuse_wrong_server(repository: Path, host: str, http_port: int) -> None:
     if samples is None:
         log(f"{repository} has no golden samples, so its answers were not checked: write it with clipship repository")
         return
+    models = HttpModels(host, http_port)
+    with _told(f"{repository / PREPROCESS} by Pillow in Triton's Python", "install the Pillow that packed the bundle"):
+        _refuse_wrong_decoder(models, samples)
     config = config_from_text((repository / ENCODER / "config.pbtxt").read_text(encoding="utf-8"))
     precision = config.parameters[PRECISION].string_value
-    models = HttpModels(host, http_port)
-    try:
+    about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
+    with _told(about, _BUILD_AGAIN if config.backend == "tensorrt" else advice(precision)):
         _refuse_wrong_encoder(models, samples, precision)
-        _refuse_wrong_decoder(models, samples)
         for vocabulary in (None, *vocabularies_in(repository)):
             _refuse_wrong_vocabulary(models, repository, vocabulary, samples, precision)
+
+
+@contextmanager
+def _told(who: str, what_to_do: str) -> Iterator[None]:
+    """In the block what a check says becomes a whole message; one that is whole already stays as it is."""
+    try:
+        yield
+    except _Told:
+        raise
     except CheckFailed as error:
-        about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
-        raise CheckFailed(f"{about} answers wrongly: {error}: {advice(precision)}") from error
+        raise _Told(f"{who} answers wrongly: {error}: {what_to_do}") from error
+
+
+class _Told(CheckFailed):
+    """Says who and what to do."""
 
 
 def _refuse_wrong_encoder(models: HttpModels, samples: Samples, precision: str) -> None:
-    """One image alone, through the ensemble; all of them go through the first vocabulary's."""
+    """All golden images together; one alone passes each vocabulary's ensemble."""
     image, embedding = image_tensor(1).name, embedding_tensor(1).name
-    given = models.answers(EMBED, image, samples.pixels[:1], [embedding])[embedding]
+    given = models.answers(EMBED, image, samples.pixels, [embedding])[embedding]
     problem = golden_problem(samples.embedding, given, precision)
     if problem:
         raise CheckFailed(f"{EMBED}: {problem}")
@@ -152,16 +168,16 @@ def _refuse_wrong_decoder(models: HttpModels, samples: Samples) -> None:
 def _refuse_wrong_vocabulary(
     models: HttpModels, repository: Path, vocabulary: str | None, samples: Samples, precision: str
 ) -> None:
-    """All golden images through the first vocabulary's ensemble, a few through what shares its encoder."""
+    """The classifier by itself, one image alone as pixels, and the files."""
     classifier = Classifier(repository / of_vocabulary(CLASSIFIER, vocabulary))
     truth = read_truth(classifier.folder / str(classifier.active()))
     if truth is None:
         log(f"{classifier.folder} has no golden samples, so its answers were not checked: publish its vocabulary again")
         return
-    refuse_wrong_classifier(models.answers, classifier.name, truth)
-    pixels = samples.pixels if vocabulary is None else samples.pixels[: len(samples.files)]
+    with _told(f"{classifier.folder} by the {classifier.config().backend} backend", "publish its vocabulary again"):
+        refuse_wrong_classifier(models.answers, classifier.name, truth)
     for ensemble, name, rows in (
-        (CLASSIFY, image_tensor(1).name, pixels),
+        (CLASSIFY, image_tensor(1).name, samples.pixels[:1]),
         (CLASSIFY_ENCODED, ENCODED.name, samples.files),
     ):
         model = of_vocabulary(ensemble, vocabulary)
