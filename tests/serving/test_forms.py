@@ -32,6 +32,7 @@ INT8 = EncoderForm(file=OTHER, precision="int8", runtime="onnx", opset=18, speed
 INT8_FAST = replace(INT8, runtime="openvino", speed={"1": 2.5, "8": 3.5})
 BF16 = replace(INT8, file="image_encoder.bf16.onnx", precision="bf16", speed={})
 BF16_FAST = replace(FAST, precision="bf16")
+_ONNX: tuple[Runtime, ...] = ("onnx",)
 ROME = Processor(name="AMD EPYC 7B12", instruction_sets=("avx2",))
 GENOA = Processor(name="AMD EPYC 9654", instruction_sets=("avx2", "avx512f", "avx512_vnni", "avx512_bf16"))
 
@@ -140,7 +141,7 @@ def test_bfloat16_is_refused_on_a_processor_that_emulates_it(tmp_path: Path) -> 
     with pytest.raises(
         UsageError, match=r"give one of fp32, int8, or pip install 'clipship\[openvino\]', which runs it"
     ):
-        bundle.fastest_encoder("bf16", ("onnx",), processor=GENOA)
+        bundle.fastest_encoder("bf16", _ONNX, processor=GENOA)
 
 
 def test_whoever_writes_a_repository_for_another_processor_is_told(

@@ -47,7 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
-"""Who a form is for: every ONNX runtime, or OpenVINO, which may compute another precision than the file's."""
+"""Who a form is for: ONNX Runtime and whatever else reads ONNX, or OpenVINO, which may compute another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
