@@ -46,10 +46,10 @@ from clipship.training.clip import load_clip
 from clipship.training.methods.base import Method
 
 PROMISED = {
-    "onnxruntime": {18: "1.17.0", 20: "1.17.0", 23: "1.23.0"},
-    "openvino": {18: "2025.0.0", 20: "2025.0.0", 23: "2026.0.0"},
+    "onnxruntime": {18: "1.17.0", 20: "1.17.0", 23: "1.24.4"},
+    "openvino": {18: "2025.0.0", 20: "2025.0.0", 23: "2026.1.0"},
 }
-"""By package and opset the oldest version that runs the graphs; the newest is the newest that can be installed."""
+"""By package and opset the oldest version that runs all its graphs; the newest is the newest that can be installed."""
 
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 

@@ -98,10 +98,8 @@ def test_the_table_and_the_promises() -> None:
 
 def test_the_docs_promise_what_is_tested() -> None:
     rows = re.findall(r"^\| (.+) \| (18|20|23) \| (\S+) .*\| (\S+) .*\|$", DOCS, re.MULTILINE)
-    assert {(opset, runtime) for _, opset, *_ in rows for runtime in PROMISED} == {
-        (str(opset), runtime) for runtime, opsets in PROMISED.items() for opset in opsets
-    }
-    for name, opset, *firsts in rows:
-        for runtime, first in zip(PROMISED, firsts, strict=True):
-            assert first in (PROMISED[runtime][int(opset)], "none", "not"), (name, opset, runtime)
+    for column, opsets in enumerate(PROMISED.values(), start=2):
+        for opset, promised in opsets.items():
+            firsts = [row[column] for row in rows if row[1] == str(opset) and row[column][0].isdigit()]
+            assert max(firsts, key=lambda version: [int(part) for part in version.split(".")]) == promised
     assert PROMISED["openvino"][18] in [one.removeprefix("openvino>=") + ".0" for one in EXTRAS["openvino"]]
