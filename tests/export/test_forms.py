@@ -18,7 +18,7 @@ from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, DataError, UsageError
 from clipship.core.processor import this_processor
 from clipship.core.vocabulary import Vocabulary
-from clipship.export import forms, verify
+from clipship.export import forms, runners, verify
 from clipship.export.forms import Profile, speed_line, speed_ratio
 from clipship.export.pack import _golden_first, bundle_from_method
 from clipship.export.reference import Picture, verify_against_method
@@ -94,7 +94,7 @@ def test_verify_passes_without_the_form_that_pack_left_out_and_names_it(
 ) -> None:
     """As on a processor where OpenVINO's int8 adds with saturation and ONNX Runtime's does not."""
     pytest.importorskip("openvino")
-    by_openvino = forms.openvino_function
+    by_openvino = runners.openvino_function
 
     def saturated(path: Path, precision: str) -> Run:
         run = by_openvino(path, precision)

@@ -47,7 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
-"""Who a form is for: every ONNX runtime, or OpenVINO, which may compute another precision than the file's."""
+"""Who a form is for: ONNX Runtime and whatever else reads ONNX, or OpenVINO, which may compute another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +282,8 @@ class Bundle:
     ) -> EncoderForm:
         """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
 
-        A form that is left out because this is another processor is named in the log. Of equals the first is taken.
+        A form that is left out because this is another processor is named in the log. Those without a speed come last;
+        of equals the first.
 
         Args:
             processor: who runs it; None: one that is not known yet, and that is as good as where it was packed.
@@ -311,8 +312,6 @@ class Bundle:
         """Why ``form`` does not run, or not as fast as its speed says, on ``processor``; empty where it does."""
         runtime, precision, measured_on = form.runtime, form.precision, self.manifest.measured_on
         never = never_runs(runtime, precision)
-        if not never and not form.speed and form.file != IMAGE_ENCODER:
-            never = "no runtime could run it where it was packed"
         if never or processor is None:
             return never
         measured_with = measured_on.instruction_sets if measured_on else ()

@@ -1,4 +1,4 @@
-"""Every exported form against its reference, by every runtime that can run it here.
+"""Every exported form against its reference, by the runtime that serves it.
 
 The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``comparison.py`` says what the
 other numbers mean.

@@ -260,7 +260,7 @@ def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning
         raise UsageError(
             f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
             f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
-            "--precision fp32, or --backend python where OpenVINO has the form"
+            "--precision fp32, or --backend python where the bundle has it by OpenVINO"
         )
     form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
     here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
