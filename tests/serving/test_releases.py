@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from clipship.core.bundle import DEFAULT_ENCODER
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle
+from clipship.core.cli import main
 from clipship.core.errors import UsageError
 from clipship.core.plan import version_parts
 from clipship.serving.config import text_from_config
@@ -22,6 +23,7 @@ from clipship.serving.releases import (
     release_of_image,
     release_of_triton,
 )
+from clipship.serving.repository import repository_from_bundle
 from clipship.serving.tuning import Tuning
 from tests.serving.test_repository import FACTS, PLAN
 
@@ -110,9 +112,9 @@ def test_no_release_is_refused_with_what_each_lacks(tmp_path: Path) -> None:
     assert str(refused.value) == (
         f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, which "
         "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
-        "build the plans with the TensorRT of another release or with --version-compatible, or install an older Pillow "
-        "here (client and server must have the same, to decode alike bit for bit), or give an image of your own with "
-        "--image"
+        "build the plans with the TensorRT of another release or with --version-compatible, or pip install 'pillow<13' "
+        "here (client and server must have the same Pillow, to decode alike bit for bit), or give an image of your own "
+        "with --image"
     )
     unknown = configured(tmp_path / "unknown", "tensorrt", **plans("10.99.0.1"))
     with pytest.raises(UsageError, match=r"TensorRT 10\.99\.0\.1 for its plans \(no known release\)"):
@@ -186,3 +188,11 @@ def test_the_container_gets_the_gpus_that_the_encoder_takes(
     deploys = [line for line in lines if line.startswith("    deploy:")]
     told = "    deploy:  # on a machine without a GPU leave out this part"
     assert deploys == ([told if remark else "    deploy:"] if gpus else [])
+
+
+def test_the_command_line_tells_it(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    repository = repository_from_bundle(bundle, tmp_path / "r", backend="onnxruntime")
+    assert main(["serve", str(repository), "--container"]) == 0
+    told = capsys.readouterr()
+    assert "--gpus=all" in told.out
+    assert told.err == "on a machine without a GPU leave out --gpus=all\n"

@@ -91,24 +91,30 @@ def refuse_unfit_python(environment: Environment, modules: Sequence[str]) -> Non
     python = None if stub is None else python_of(stub, modules)
     if stub is None or python is None:
         return
-    where = f"the models in Python of {environment.tritonserver} would run with the packages of {python.prefix}"
-    another = f"or put another environment of Python {stub.python} first on the PATH"
+    for fault in _faults(stub, python, modules):
+        who = f"the models in Python of {environment.tritonserver}"
+        raise UsageError(f"{who} would run with the packages of {python.prefix}, {fault}")
+    _tell_other_pillow(python)
+
+
+def _faults(stub: Stub, python: StubPython, modules: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the packages of ``python``, and what to do."""
+    install, first = f"{python.executable} -m pip install", "first on the PATH"
+    another = f"or put another environment of Python {stub.python} {first}"
     if python.version != stub.python:
-        raise UsageError(
-            f"{where}, which is of Python {python.version}, and its Python backend embeds Python {stub.python}: put an "
-            f"environment of Python {stub.python} with {' and '.join(_requirements(stub, modules))} first on the PATH"
+        needed = " and ".join(_requirements(stub, modules))
+        yield (
+            f"which is of Python {python.version}, and its Python backend embeds Python {stub.python}: put an "
+            f"environment of Python {stub.python} with {needed} {first}"
         )
-    install = f"{python.executable} -m pip install"
     if python.missing:
         absent = " and no ".join(_PACKAGES.get(name, name) for name in python.missing)
-        needed = " ".join(_requirements(stub, python.missing))
-        raise UsageError(f"{where}, where there is no {absent}: run {install} {needed}, {another}")
-    if not stub.takes_numpy_2 and python.numpy is not None and int(python.numpy.partition(".")[0]) >= 2:
-        raise UsageError(
-            f"{where}, where NumPy is {python.numpy}; its Python backend was built for NumPy 1 (as in Triton up to "
-            f"2.51) and would crash or return empty arrays: run {install} 'numpy<2', {another}"
+        yield f"where there is no {absent}: run {install} {' '.join(_requirements(stub, python.missing))}, {another}"
+    if not stub.takes_numpy_2 and version_parts(python.numpy or "") >= (2,):
+        yield (
+            f"where NumPy is {python.numpy}; its Python backend was built for NumPy 1 (as in Triton up to 2.51) and "
+            f"would crash or return empty arrays: run {install} 'numpy<2', {another}"
         )
-    _tell_other_pillow(python)
 
 
 def _tell_other_pillow(python: StubPython) -> None:

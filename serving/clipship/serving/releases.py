@@ -212,6 +212,7 @@ def _pillow_need() -> Iterator[Need]:
         version = importlib.metadata.version("pillow")
         yield Need(
             what=f"Python {major}.{minor} for Pillow {version}, which decodes on this machine",
-            advice="install an older Pillow here (client and server must have the same, to decode alike bit for bit)",
+            advice=f"pip install 'pillow<{version.partition('.')[0]}' here (client and server must have the same "
+            "Pillow, to decode alike bit for bit)",
             met_by=lambda release: release.python >= (major, minor),
         )
