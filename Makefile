@@ -7,7 +7,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all chaos test-training test-export test-serving check format benchmarks clean
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes check format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -25,6 +25,9 @@ test: install check  ## everything that runs in a quarter of an hour on two core
 
 test-all: install check  ## with the tests that take minutes each
 	$(MAKE) --jobs 3 --output-sync=target --no-print-directory test-training test-export test-serving MARKS='-m "not chaos"'
+
+test-runtimes: install  ## every graph in the oldest and the newest ONNX Runtime and OpenVINO, in environments of their own
+	$(BIN)/python -m benchmarks.runtimes --out runs/runtimes
 
 chaos: install  ## clients and servers killed, hung and broken in mid-job, at random moments
 	$(PYTEST) -m chaos tests/serving

@@ -32,7 +32,7 @@ from clipship.export.pictures import pictures_from_world
 from clipship.export.precision import emulated_onnx
 from clipship.export.verify import run_in_batches
 from clipship.training.clip import Clip, load_clip
-from clipship.training.methods import Task, build_method
+from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe
 from clipship.training.world.calibrate import picture_of
 from clipship.training.world.datasets import WORLD_DATASETS, WorldDataset
@@ -67,13 +67,19 @@ def _options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
+def zero_shot_of(clip: Clip) -> tuple[Method, Vocabulary]:
+    """``clip`` as it is, with the class names and the template of a data set of the built-in world."""
     names = WORLD_DATASETS[0].class_names
     task = Task(class_names=names, num_base=len(names), templates=(WORLD_DATASETS[0].template,))
     method = build_method(clip, replace(config_from_recipe("zero-shot"), base_model=clip.name), task).eval()
+    return method, Vocabulary(names=names)
+
+
+def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
+    method, vocabulary = zero_shot_of(clip)
     profile = Profile(precisions=("fp16", "bf16", "int8"))
     shown = pictures_from_world(pictures)
-    return bundle_from_method(method, Vocabulary(names=names), shown, out, provenance={}, profile=profile)
+    return bundle_from_method(method, vocabulary, shown, out, provenance={}, profile=profile)
 
 
 def _row(bundle: Bundle, form: EncoderForm, top1: float | None) -> dict[str, str]:

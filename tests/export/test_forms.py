@@ -16,11 +16,13 @@ from numpy.typing import NDArray
 from clipship.core.bundle import EncoderForm, read_bundle
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, DataError, UsageError
+from clipship.core.processor import this_processor
 from clipship.core.vocabulary import Vocabulary
-from clipship.export import verify
+from clipship.export import forms, runners, verify
 from clipship.export.forms import Profile, speed_line, speed_ratio
-from clipship.export.pack import bundle_from_method
-from clipship.export.reference import Picture
+from clipship.export.pack import _golden_first, bundle_from_method
+from clipship.export.reference import Picture, verify_against_method
+from clipship.export.runners import Run
 from clipship.export.verify import verify_bundle
 from clipship.training.clip import Clip
 from tests.export.conftest import NAMES, method_of, write_checkpoint
@@ -36,8 +38,8 @@ def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
     for picture in pictures[:40]:
         (tmp_path / "images" / picture.name).write_bytes(picture.data)
     places = [str(tmp_path / "run"), "--images", str(tmp_path / "images"), "--out", str(tmp_path / "bundle")]
-    forms = ["--precision", "bf16", "--precision", "int8", "--precision", "int8"]
-    assert main(["pack", *places, *forms, "--opset", "20"]) == 0
+    precisions = ["--precision", "bf16", "--precision", "int8", "--precision", "int8"]
+    assert main(["pack", *places, *precisions, "--opset", "20"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].startswith("image_encoder.bf16.onnx: bf16; ONNX Runtime's CPU provider cannot run it")
     assert "x at batch 1" in lines[2]
@@ -85,6 +87,44 @@ def test_a_precision_that_fails_its_gate_is_not_kept_and_nothing_is_written(
             profile=Profile(precisions=("fp16",)),
         )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_passes_without_the_form_that_pack_left_out_and_names_it(
+    clip: Clip, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a processor where OpenVINO's int8 adds with saturation and ONNX Runtime's does not."""
+    pytest.importorskip("openvino")
+    by_openvino = runners.openvino_function
+
+    def saturated(path: Path, precision: str) -> Run:
+        run = by_openvino(path, precision)
+        return run if precision == "fp32" else lambda rows: run(255 - rows)
+
+    monkeypatch.setattr(forms, "openvino_function", saturated)
+    monkeypatch.setattr(verify, "openvino_function", saturated)
+    profile = Profile(precisions=("int8",))
+    method = method_of(clip, "zero-shot")
+    bundle = bundle_from_method(method, VOCABULARY, pictures, tmp_path / "b", provenance={}, profile=profile)
+    assert [(form.precision, form.runtime) for form in bundle.image_encoders] == [
+        ("fp32", "onnx"),
+        ("int8", "onnx"),
+        ("fp32", "openvino"),
+    ]
+    later = verify_against_method(bundle, method, pictures)
+    assert later, str(later)
+    (reason,) = later.skipped
+    assert reason.startswith("the bundle does not offer image_encoder.int8.onnx: int8 by OpenVINO, not close enough to")
+    assert str(this_processor()) in reason
+    assert "min_centred_cosine" in reason
+    assert bundle.manifest.measured_on == this_processor()
+
+
+def test_golden_samples_differ_in_a_folder_that_is_sorted() -> None:
+    classes = np.eye(9, 4, dtype=np.float32)[np.repeat(np.arange(4), 10)]
+    order = _golden_first(classes)
+    assert [place // 10 for place in order[:4]] == [0, 1, 2, 3]
+    assert sorted(order) == list(range(40))
+    assert _golden_first(classes[:3]) == [0, 1, 2]
 
 
 def test_too_few_images_are_refused_before_the_export(

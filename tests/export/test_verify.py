@@ -15,12 +15,14 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipship.core import tensors
+from clipship.core import processor, tensors
 from clipship.core.bundle import VOCABULARY_TENSORS, Bundle, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed
+from clipship.core.processor import emulates, this_processor
+from clipship.core.tolerances import TOLERANCES, Tolerance
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.comparison import TOLERANCES, Answers, Comparison, Tolerance, Verification, compare_answers
+from clipship.export.comparison import Answers, Comparison, Verification, compare_answers
 from clipship.export.encoders import TextEncoder
 from clipship.export.onnx import onnx_from_module
 from clipship.export.pack import bundle_from_method
@@ -211,8 +213,8 @@ def openvino_can(precision: str) -> bool:
 def test_openvino_computes_in_the_precision_it_was_asked_for(bundle: Bundle, precision: str) -> None:
     pytest.importorskip("openvino")
     samples = golden_samples(bundle)
-    if precision != "fp32" and not openvino_can(precision):
-        with pytest.raises(NotRunnable, match="was asked for"):
+    if emulates("openvino", precision, this_processor()) or (precision != "fp32" and not openvino_can(precision)):
+        with pytest.raises(NotRunnable, match=r"was asked for|would emulate bf16"):
             openvino_function(bundle.image_encoder, precision)
         return
     run = openvino_function(bundle.image_encoder, precision)
@@ -228,6 +230,17 @@ def test_openvino_computes_in_the_precision_it_was_asked_for(bundle: Bundle, pre
     )
     assert row.min_cosine > 0.999
     assert bool(np.abs(given - samples.expected).max() < 1e-5) == (precision == "fp32"), "it computed in another type"
+
+
+def test_bfloat16_by_openvino_is_not_compared_where_it_is_emulated(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("model name\t: AMD EPYC 7B12\nflags\t\t: avx2\n", encoding="utf-8")
+    with pytest.raises(
+        NotRunnable, match=r"image_encoder\.onnx: bf16 by OpenVINO: AMD EPYC 7B12 has neither avx512_bf16"
+    ):
+        openvino_function(bundle.image_encoder, "bf16")
 
 
 def resigned(bundle: Bundle, folder: Path) -> Path:
@@ -280,6 +293,16 @@ def test_every_form_is_compared_and_what_cannot_run_is_named(bundle: Bundle, tmp
     assert not verification
     text = text_from_verification(verification)
     assert "FAILED golden samples, image_encoder.broken.onnx" in text
+
+
+def test_a_form_is_compared_by_the_runtime_that_serves_it(bundle: Bundle, tmp_path: Path) -> None:
+    """As 0.5 left it: without OpenVINO's form, and without the reason."""
+    folder = resigned(bundle, tmp_path / "old")
+    (folder / "verification.json").write_text(json.dumps({**bundle.verification(), "skipped": []}), encoding="utf-8")
+    write_manifest(folder, replace(bundle.manifest, image_encoders=bundle.image_encoders[:1], measured_on=None))
+    verification = verify_bundle(read_bundle(folder), batch_sizes=(1,), providers=["CPUExecutionProvider"])
+    assert [row.provider for row in verification.comparisons] == ["CPUExecutionProvider"]
+    assert verification.skipped == ("image_encoder.onnx: the bundle does not offer fp32 by OpenVINO",)
 
 
 @pytest.fixture

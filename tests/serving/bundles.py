@@ -25,11 +25,17 @@ VOCABULARY = Vocabulary(names=NAMES)
 LOGIT_SCALE = 20.0
 
 
-def image_encoder_model(size_px: int = SIZE_PX, embed_dim: int = EMBED_DIM, seed: int = 0) -> bytes:
-    """uint8 [N, H, W, 3] -> cast, normalise, one matrix, unit length -> float32 [N, D]."""
+def image_encoder_model(
+    size_px: int = SIZE_PX, embed_dim: int = EMBED_DIM, seed: int = 0, rounding: float = 0.0
+) -> bytes:
+    """uint8 [N, H, W, 3] -> cast, normalise, one matrix, unit length -> float32 [N, D].
+
+    ``rounding``: by how much of their size the weights are off, as in a form of reduced precision.
+    """
     from onnx import TensorProto, helper
 
     weights = np.random.default_rng(seed).normal(size=(size_px * size_px * 3, embed_dim)).astype(np.float32)
+    weights += np.float32(rounding) * np.random.default_rng(seed + 1).normal(size=weights.shape).astype(np.float32)
     constants: dict[str, NDArray[np.float32]] = {
         "scale": np.array([1 / (255 * std) for std in SPEC.std], dtype=np.float32),
         "shift": np.array([mean / std for mean, std in zip(SPEC.mean, SPEC.std, strict=True)], dtype=np.float32),

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from clipship.core import cpu, images
+from clipship.core import cpu, images, processor
 from clipship.core.bundle import Bundle
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, PlanError, UsageError
@@ -169,7 +169,12 @@ def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, b
 def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> None:
     out = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
     assert sha256_of(out / "image_encoder/1/model.onnx") == bundle.files["image_encoder.onnx"]
-    for copy, module in (("preprocess/1/clipship_images.py", images), ("image_encoder/1/clipship_cpu.py", cpu)):
+    copies = {
+        "preprocess/1/clipship_images.py": images,
+        "image_encoder/1/clipship_cpu.py": cpu,
+        "image_encoder/1/clipship_processor.py": processor,
+    }
+    for copy, module in copies.items():
         assert module.__file__ is not None
         assert (out / copy).read_bytes() == Path(module.__file__).read_bytes()
     encoded = (out / "preprocess/warmup/encoded").read_bytes()

@@ -188,6 +188,8 @@ def test_a_model_that_does_not_load_is_named(repository: Path, bundle: Bundle, t
 @pytest.mark.triton
 def test_the_log_goes_where_it_is_told(repository: Path, server: Server, tmp_path: Path) -> None:
     assert "Started GRPCInferenceService" in server.log()
+    (triton,) = children_of(server._process.pid)
+    assert b"NVIDIA_TF32_OVERRIDE=0" in Path(f"/proc/{triton}/environ").read_bytes().split(b"\0")
     with start_server(repository, log_file=tmp_path / "log.txt") as running:
         assert running.log()
     assert "Waiting for in-flight requests to complete" in (tmp_path / "log.txt").read_text()
@@ -295,7 +297,9 @@ def test_the_container_command(repository: Path) -> None:
     command = container_command(repository, Ports(http=1, grpc=2, metrics=3))
     words = shlex.split(command)
     assert words[:3] == ["docker", "run", "--rm"]
-    assert {f"{repository.resolve()}:/models:ro", "127.0.0.1:2:2", "--shm-size=2g"} <= set(words)
+    assert {f"{repository.resolve()}:/models:ro", "127.0.0.1:2:2", "--shm-size=2g", "NVIDIA_TF32_OVERRIDE=0"} <= set(
+        words
+    )
     assert "exec tritonserver --model-repository=/models" in words[-1]
     assert "model-repository,trace,logging:clipship-admin=$CLIPSHIP_ADMIN_SECRET" in words[-1]
     done = clipship("serve", repository, "--container", "--image", "example/triton:1")
@@ -311,6 +315,7 @@ def test_the_compose_file_says_the_same(repository: Path, tmp_path: Path) -> Non
     service = yaml.safe_load(text)["services"]["triton"]
     assert service["image"] == image_for(repository) == "nvcr.io/nvidia/tritonserver:25.08-py3"
     assert service["ports"] == list(Ports().mapped())
+    assert service["environment"]["NVIDIA_TF32_OVERRIDE"] == "0"
     assert service["command"][2].replace("$$", "$") == shlex.split(container_command(repository, Ports()))[-1]
     assert clipship("serve", repository, "--compose", tmp_path / "other.yaml").returncode == 2
 

@@ -6,7 +6,7 @@ Reading needs the standard library, NumPy and safetensors' NumPy reader; nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
@@ -20,6 +20,8 @@ from clipship.core.classification import VocabularyFeatures as VocabularyFeature
 from clipship.core.errors import BundleError, UsageError
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.images import ImageSpec
+from clipship.core.processor import Processor, emulates, measured_elsewhere, never_runs
+from clipship.core.progress import log
 from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
 
@@ -45,7 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
-"""Who a form is for: every ONNX runtime, or OpenVINO, which may compute another precision than the file's."""
+"""Who a form is for: ONNX Runtime and whatever else reads ONNX, or OpenVINO, which may compute another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +107,8 @@ class Golden:
     """[N, k] positions in the vocabulary."""
 
 
+_NAMES: Mapping[Runtime, str] = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
+
 DEFAULT_ENCODER = EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
 """The form that every bundle has."""
 
@@ -133,10 +137,13 @@ class Manifest:
     """``image_encoder.onnx``, then the forms for a precision or a machine that the bundle was packed with."""
     classifier_parts: tuple[str, ...] = ()
     """What the classifier has besides features and scale, of :data:`~clipship.core.classification.PARTS`."""
+    measured_on: Processor | None = None
+    """The processor that the forms' speeds are of; None: nobody knows, the bundle was packed before this was kept."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
         return {
+            **({"measured_on": self.measured_on.to_json()} if self.measured_on else {}),
             "format": FORMAT,
             "format_version": VERSION_WITH_PARTS if self.classifier_parts else FORMAT_VERSION,
             "base_model": self.base_model,
@@ -178,10 +185,22 @@ class Manifest:
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
                 classifier_parts=_parts(content),
+                measured_on=_processor(content.get("measured_on")),
                 **_forms(content),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
+
+
+def _no_form(precision: Precision, fitting: Sequence[tuple[EncoderForm, str]], others: str) -> str:
+    """What is said where no form of ``precision`` can be taken: not one of ``fitting``, for the reasons beside them."""
+    if not fitting:
+        return (
+            f"no {precision} form of the image encoder: give one of {others}, or pack the checkpoint again with "
+            f"--precision {precision}"
+        )
+    why = "; ".join(f"{form.file} by {_NAMES[form.runtime]}: {problem}" for form, problem in fitting)
+    return f"no {precision} form of the image encoder runs there ({why}): give one of {others}"
 
 
 def _mean_speed(form: EncoderForm) -> float:
@@ -196,6 +215,12 @@ def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
     if "image_encoders" not in content:
         return {}
     return {"image_encoders": tuple(EncoderForm.from_json(one) for one in content["image_encoders"])}
+
+
+def _processor(content: Mapping[str, Any] | None) -> Processor | None:
+    if content is None:
+        return None
+    return Processor(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
 
 
 def _parts(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -247,23 +272,52 @@ class Bundle:
         """All forms of the image encoder, ``image_encoder.onnx`` first."""
         return self.manifest.image_encoders
 
-    def fastest_encoder(self, precision: Precision, runtimes: Collection[Runtime]) -> EncoderForm:
+    def fastest_encoder(
+        self,
+        precision: Precision,
+        runtimes: Collection[Runtime],
+        *,
+        processor: Processor | None = None,
+        gpu: bool = False,
+    ) -> EncoderForm:
         """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
 
-        Forms that no runtime could run there have no speed and come last; of equals the first.
+        A form that is left out because this is another processor is named in the log. Those without a speed come last;
+        of equals the first.
+
+        Args:
+            processor: who runs it; None: one that is not known yet, and that is as good as where it was packed.
+            gpu: a GPU runs it, not a processor.
 
         Raises:
-            UsageError: there is none; says which there are.
+            UsageError: there is none, or none that runs there; says why, and which there are.
         """
         forms = [form for form in self.image_encoders if form.source_size is None and form.runtime in runtimes]
-        fitting = [form for form in forms if form.precision == precision]
-        if not fitting:
-            known = ", ".join(dict.fromkeys(form.precision for form in forms))
-            raise UsageError(
-                f"{self.path}: no {precision} form of the image encoder: give one of {known}, or pack the checkpoint "
-                f"again with --precision {precision}"
-            )
-        return max(fitting, key=_mean_speed)
+        judged = [(form, "" if gpu else self._problem_of(form, processor)) for form in forms]
+        fitting = [(form, problem) for form, problem in judged if form.precision == precision]
+        running = [form for form, problem in fitting if not problem]
+        if not running:
+            others = ", ".join(dict.fromkeys(form.precision for form, problem in judged if not problem))
+            if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
+                others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
+            raise UsageError(f"{self.path}: {_no_form(precision, fitting, others)}")
+        fastest = max(running, key=_mean_speed)
+        for form, problem in fitting:
+            if problem and _mean_speed(form) > _mean_speed(fastest):
+                chosen, faster = (_NAMES[one.runtime] for one in (fastest, form))
+                log(f"{self.path}: {chosen} runs {fastest.file}, not {faster}: {problem}")
+        return fastest
+
+    def _problem_of(self, form: EncoderForm, processor: Processor | None) -> str:
+        """Why ``form`` does not run, or not as fast as its speed says, on ``processor``; empty where it does."""
+        runtime, precision, measured_on = form.runtime, form.precision, self.manifest.measured_on
+        never = never_runs(runtime, precision)
+        if never or processor is None:
+            return never
+        measured_with = measured_on.instruction_sets if measured_on else ()
+        return emulates(runtime, precision, processor) or measured_elsewhere(
+            runtime, precision, measured_with, processor
+        )
 
     @property
     def text_encoder(self) -> Path:

@@ -30,6 +30,17 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def runtime_name(runtime: str) -> str:
+    """The runtime that :func:`open_encoder` takes, with its version: "ONNX Runtime 1.23.0"."""
+    if runtime == "openvino":
+        import openvino
+
+        return f"OpenVINO {openvino.__version__.partition('-')[0]}"
+    import onnxruntime
+
+    return f"ONNX Runtime {onnxruntime.__version__}"
+
+
 class OnnxRuntimeEncoder:
     """A model with one input and one output on ONNX Runtime's CPU provider.
 

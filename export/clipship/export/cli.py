@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     type=click.Choice(["18", "20", "23"]),
     default="18",
     show_default=True,
-    help="ONNX opset: 18 any runtime, 20 GELU as one node, 23 attention as one node.",
+    help="ONNX opset: 18 for old runtimes, too; 20 has GELU as one node, 23 attention.",
 )
 @click.option(
     "--source-size",
@@ -150,7 +150,7 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 )
 @json_option
 def verify(bundle: Path, report: Path | None, as_json: bool, **given: Any) -> None:
-    """Compare all that BUNDLE holds with its golden samples, by every runtime here; with PyTorch given a checkpoint.
+    """Compare all that BUNDLE offers with its golden samples, each by who serves it; with PyTorch given a checkpoint.
 
     Batches of 1, 2, 7 and --max-batch. What cannot run here is named. Exit code 1 when something is out of tolerance.
 

@@ -1,9 +1,6 @@
 """Two sets of features, or of answers, compared: objects that know their numbers and their verdict.
 
-**Cosine.** All CLIP features of one model share a large part, and in a model with random weights little else, so that
-two quite different images have a cosine of 0.99 and an error hides in it. The *centred* cosine is taken after the mean
-of the expected features is subtracted from both sides (from both the same, so that a constant error is seen too). It
-needs two different images; where there are none it is not measured, and the plain gates stand alone.
+Tolerances and cosines are those of ``clipship/core/tolerances.py``.
 
 **Few images.** A share of 99.8 % cannot be reached with one of 8 images changed, nor with one of 499: below 500 images
 the gate means "all".
@@ -23,7 +20,7 @@ Shape legend: N inputs, C classes, D features, k best classes.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
@@ -31,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import VocabularyFeatures
+from clipship.core.tolerances import GATES, Tolerance, array_problem, broken_gates, closeness, finite_or_none
 
 WORST_KEPT = 3
 """Images that a comparison remembers."""
@@ -38,70 +36,6 @@ WORST_KEPT = 3
 _TOP = 5
 _PLAIN_SCALE = 100.0  # the logit scale of every published CLIP, where only references are given
 _ROUNDED = 8 * float(np.finfo(np.float32).eps)  # what a float32 cosine is off by: a few steps of its last digit
-_FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What a form may differ from its reference by; an infinite limit is none."""
-
-    max_abs: float = math.inf
-    """Largest difference of any value of the unit features."""
-    top1_agreement: float
-    """Smallest share of images whose best class is the same, near-ties excused (see the module's text)."""
-    min_cosine: float = -math.inf
-    mean_cosine: float = -math.inf
-    min_centred_cosine: float = -math.inf
-    mean_centred_cosine: float = -math.inf
-    max_norm_error: float = 1e-3
-    """Largest difference of a feature's length from 1; a cosine cannot see a missing normalisation."""
-    max_score: float = 1e-3
-    """Largest difference of a served probability."""
-
-    def error_lengths(self, centred_lengths: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
-        """The length [N] of an error that just passes on average, for features with these lengths after centring."""
-        if math.isfinite(self.max_abs):
-            return np.full_like(centred_lengths, max(self.max_abs, 0.0) * math.sqrt(dim))
-        if math.isfinite(self.mean_centred_cosine):
-            return centred_lengths * math.sqrt(2 - 2 * self.mean_centred_cosine)
-        return np.full_like(centred_lengths, math.sqrt(2 - 2 * max(self.mean_cosine, -1.0)))
-
-    def to_json(self) -> dict[str, float | None]:
-        """A JSON object; null where there is no limit."""
-        return {name: _or_none(value) for name, value in asdict(self).items()}
-
-
-TOLERANCES: dict[str, Tolerance] = {
-    "fp32": Tolerance(max_abs=1e-4, min_centred_cosine=1 - 1e-8, top1_agreement=1.0),
-    "fp16": Tolerance(
-        min_cosine=0.9995, mean_cosine=0.9999, min_centred_cosine=0.9999, top1_agreement=0.998, max_score=0.02
-    ),
-    "bf16": Tolerance(
-        min_cosine=0.999, min_centred_cosine=0.999, mean_centred_cosine=0.9995, top1_agreement=0.99, max_score=0.05
-    ),
-    "int8": Tolerance(
-        min_cosine=0.995, min_centred_cosine=0.99, mean_centred_cosine=0.998, top1_agreement=0.98, max_score=0.1
-    ),
-    "text-fp32": Tolerance(max_abs=1e-5, top1_agreement=1.0),
-}
-"""By precision.
-
-fp32 has a gate on the centred cosine that is far above its noise (1e-12): weights that went through float16, or the
-tanh formula of GELU, move single values by about 1e-4, and in a model with more dimensions by less than that. Text
-features are averaged and kept, so they are held to a tenth of the image features' tolerance. Errors below the rounding
-of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a form is made from an
-fp32 graph that has passed; what int8 costs on labelled images benchmarks/precision.py measures.
-"""
-
-_GATES: Mapping[str, Callable[[float, float], bool]] = {
-    "max_abs": lambda given, limit: given <= limit,
-    "max_norm_error": lambda given, limit: given <= limit,
-    "min_cosine": lambda given, limit: given >= limit,
-    "mean_cosine": lambda given, limit: given >= limit,
-    "min_centred_cosine": lambda given, limit: given >= limit,
-    "mean_centred_cosine": lambda given, limit: given >= limit,
-}
-_NEEDS_TWO = ("min_centred_cosine", "mean_centred_cosine")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -156,18 +90,11 @@ class Comparison:
         """Each gate that said no, with its number and its limit."""
         if self.problem:
             return (self.problem,)
-        failed = [f"{name} {_text(getattr(self, name))}, limit {_text(limit)}" for name, limit in self._broken_gates()]
+        failed = list(broken_gates({name: getattr(self, name) for name in GATES}, self.tolerance))
         counted = self.top1_agreement + self.top1_excused
         if not counted >= self.tolerance.top1_agreement - 1e-9:  # a sum of two shares
             failed.append(f"top-1 {100 * counted:.2f} %, limit {100 * self.tolerance.top1_agreement:g} %")
         return tuple(failed)
-
-    def _broken_gates(self) -> Iterator[tuple[str, float]]:
-        for name, holds in _GATES.items():
-            given, limit = getattr(self, name), getattr(self.tolerance, name)
-            unmeasured = name in _NEEDS_TWO and math.isnan(given)
-            if not unmeasured and not holds(given, limit):
-                yield name, limit
 
     def __bool__(self) -> bool:
         return not self.failures
@@ -183,7 +110,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every number and the verdict."""
-        numbers = {field.name: _or_none(getattr(self, field.name)) for field in fields(self)}
+        numbers = {field.name: finite_or_none(getattr(self, field.name)) for field in fields(self)}
         return {
             **numbers,
             "tolerance": self.tolerance.to_json(),
@@ -242,19 +169,9 @@ class Answers:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every number and the verdict."""
-        numbers = {field.name: _or_none(getattr(self, field.name)) for field in fields(self)}
+        numbers = {field.name: finite_or_none(getattr(self, field.name)) for field in fields(self)}
         tolerance = self.tolerance.to_json()
         return {**numbers, "tolerance": tolerance, "passed": bool(self), "failures": list(self.failures)}
-
-
-def _text(value: float) -> str:
-    """Three digits, of the distance to 1 where a cosine is nearly that."""
-    return f"1-{1 - value:.2g}" if 0.999 < value < 1 else f"{value:.3g}"
-
-
-def _or_none(value: Any) -> Any:
-    """NaN and infinity are no JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -323,68 +240,19 @@ def compare_features(
         "form": form,
         "reference": reference,
     }
-    problem = _problem(expected, given)
+    problem = array_problem(expected, given)
     if problem:
         return Comparison(**about, problem=problem)
-    cosines = _cosines(expected, given)
+    close = closeness(expected, given)
     tops, numbers = _class_numbers(expected, given, _classifier(references), tolerance)
-    lengths = np.linalg.norm(given.astype(np.float64), axis=1)
-    return Comparison(
-        **about,
-        max_abs=float(np.abs(expected.astype(np.float64) - given).max()),
-        max_norm_error=float(np.abs(lengths - 1).max()),
-        **cosines.numbers(),
-        **numbers,
-        worst=_worst(cosines, tops, count or len(expected)),
-    )
-
-
-def _problem(expected: NDArray[np.float32], given: NDArray[Any]) -> str:
-    if given.shape != expected.shape or given.dtype != expected.dtype:
-        return f"gives {given.dtype} {list(given.shape)} instead of {expected.dtype} {list(expected.shape)}"
-    broken = int((~np.isfinite(given).all(axis=1)).sum())
-    return f"gives NaN or infinite values for {broken} of {len(given)} inputs" if broken else ""
+    worst = _worst(close.to_rank_by(), tops, count or len(expected))
+    return Comparison(**about | close.numbers() | numbers, worst=worst)
 
 
 def _classifier(references: NDArray[np.float32] | VocabularyFeatures) -> VocabularyFeatures:
     if isinstance(references, VocabularyFeatures):
         return references
     return VocabularyFeatures(features=references, logit_scale=_PLAIN_SCALE)
-
-
-@dataclass(frozen=True)
-class _Cosines:
-    plain: NDArray[np.float64]
-    """[N]"""
-    centred: NDArray[np.float64]
-    """[N], NaN where the image is as good as the mean."""
-
-    def numbers(self) -> dict[str, Any]:
-        measured = self.centred[~np.isnan(self.centred)]
-        return {
-            "min_cosine": float(self.plain.min()),
-            "mean_cosine": float(self.plain.mean()),
-            "min_centred_cosine": float(measured.min()) if len(measured) else math.nan,
-            "mean_centred_cosine": float(measured.mean()) if len(measured) else math.nan,
-        }
-
-    def to_rank_by(self) -> NDArray[np.float64]:
-        return np.where(np.isnan(self.centred), self.plain, self.centred)
-
-
-def _cosines(expected: NDArray[np.float32], given: NDArray[np.float32]) -> _Cosines:
-    """In float64: near 1, float32 knows only steps of 6e-8."""
-    first, second = expected.astype(np.float64), given.astype(np.float64)
-    mean = first.mean(axis=0)
-    centred = _row_cosines(first - mean, second - mean)
-    centred[np.linalg.norm(first - mean, axis=1) < _FLAT] = math.nan
-    return _Cosines(plain=_row_cosines(first, second), centred=centred)
-
-
-def _row_cosines(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
-    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    products: NDArray[np.float64] = (first * second).sum(axis=1) / np.maximum(lengths, 1e-30)
-    return products
 
 
 @dataclass(frozen=True)
@@ -438,8 +306,7 @@ def _near_ties(
     return near
 
 
-def _worst(cosines: _Cosines, tops: _Tops, count: int) -> tuple[Worst, ...]:
-    ranks = cosines.to_rank_by()
+def _worst(ranks: NDArray[np.float64], tops: _Tops, count: int) -> tuple[Worst, ...]:
     lowest: dict[int, int] = {}
     for row in np.argsort(ranks, kind="stable").tolist():
         lowest.setdefault(row % count, row)  # repeated inputs are one

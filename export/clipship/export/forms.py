@@ -9,7 +9,7 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,11 +18,13 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.processor import this_processor
 from clipship.core.progress import Report, log
 from clipship.export.calibration import refuse_few_images
 from clipship.export.onnx import EXTERNAL_BYTES, OPSET, OPSETS
 from clipship.export.precision import emulated_onnx, typed_onnx
 from clipship.export.quantize import quantized_onnx
+from clipship.export.reference import GOLDEN_COUNT
 from clipship.export.runners import CPU_PROVIDER, NotRunnable, Run, Runner, onnx_function, openvino_function
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verify import TOLERANCES, Comparison, Verification, verify_runner
@@ -32,7 +34,6 @@ REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 
 SPEED_BATCHES = (1, 8)
 
-_EMULATED_IMAGES = 8
 _COMPARED_BATCHES = (7, 64)  # one that divides nothing, and a server's largest; one image at a time is timed below
 
 _MIN_ROUNDS = 3
@@ -57,14 +58,14 @@ class Evidence:
     """PyTorch's unit features [N, D] of them."""
     classifier: VocabularyFeatures
     """What decides the best class."""
-
+    what: str = "images"
     reference: str = "PyTorch"
+    """Where ``expected`` comes from."""
 
-    def of_kernels(self, run: Run) -> Evidence:
-        """A few images and what ``run``, this processor's kernels, makes of them: sums that cannot saturate are the
-        same on all, so that NumPy, which is slow, has to show it on a few only."""
-        pixels = self.pixels[:_EMULATED_IMAGES]
-        return replace(self, pixels=pixels, expected=run(pixels), reference="ONNX Runtime here")
+    def golden(self) -> Evidence:
+        """The first of them, which stay in the bundle, and which every later step is held to."""
+        few = slice(GOLDEN_COUNT)
+        return replace(self, pixels=self.pixels[few], expected=self.expected[few], what="golden samples")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,10 +118,8 @@ def encoder_forms(
         form, comparisons = reduced_form(folder, precision, profile.opset, evidence)
         forms.append(form)
         total += Verification(comparisons)
-    for form, comparisons in openvino_forms(folder, tuple(forms), evidence):
-        forms.append(form)
-        total += Verification(comparisons)
-    return forms, total
+    further, verified = openvino_forms(folder, tuple(forms), evidence)
+    return [*forms, *further], total + verified
 
 
 def reduced_form(
@@ -149,15 +148,16 @@ def reduced_form(
 
 def openvino_forms(
     folder: Path, forms: Sequence[EncoderForm], evidence: Evidence
-) -> Iterator[tuple[EncoderForm, tuple[Comparison, ...]]]:
+) -> tuple[list[EncoderForm], Verification]:
     """What OpenVINO makes of ``forms``, where it is installed: no files of their own, but another speed.
 
     bfloat16 it computes from the float32 file, whose weights it rounds itself. A form that is out of its tolerance, or
-    that this processor cannot compute, is left out with a line in the log: nobody asked for it.
+    that this processor cannot compute, is left out: nobody asked for it. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
-        return
+        return [], _left_out("the bundle offers no form by OpenVINO, which was not installed where it was packed")
     portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
+    offered, total = [], Verification(())
     for form in forms:
         if form.source_size is not None or form.precision not in _OPENVINO_FILES:
             continue
@@ -165,46 +165,67 @@ def openvino_forms(
         try:
             run = openvino_function(path, form.precision)
         except NotRunnable as error:
-            log(str(error))
+            total += _left_out(f"the bundle does not offer {error}")
             continue
         comparisons = _rows(run, f"OpenVINO {form.precision}", path, form.precision, evidence)
         if not all(comparisons):
-            log(f"left out, not close enough to PyTorch:\n{Verification(comparisons)}")
+            why = "; ".join(dict.fromkeys(failure for one in comparisons for failure in one.failures))
+            about = f"{path.name}: {form.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
+            total += _left_out(f"the bundle does not offer {about}: {why}")
             continue
         kept = form.kept_fp32 if path.name == form.file else ()
         speed = speed_ratios(portable, run, evidence.pixels)
-        yield replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed), comparisons
+        offered.append(replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
+        total += Verification(comparisons)
+    return offered, total
+
+
+def _left_out(reason: str) -> Verification:
+    log(reason)
+    return Verification((), skipped=(reason,))
 
 
 def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
     """By ONNX Runtime's CPU provider as it is, where it can; and as other hardware computes it, emulated."""
-    name = f"{precision}, emulated"
     try:
         run = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
         compared = _rows(run, CPU_PROVIDER, path, precision, evidence)
     except NotRunnable:  # bfloat16
         compared = ()
     if precision == "int8":
-        shown = evidence if graph_can_saturate(path) else evidence.of_kernels(run)
-        return (*compared, *_rows(emulated_int8(path), name, path, precision, shown, (len(shown.pixels),)))
+        return (*compared, *_as_without_vnni(path, run, evidence))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         emulation = Path(scratch) / path.name
         emulated_onnx(path, emulation)
         run = onnx_function(emulation, CPU_PROVIDER, evidence.pixels[:1])
-        return (*compared, *_rows(run, name, path, precision, evidence))
+        return (*compared, *_rows(run, f"{precision}, emulated", path, precision, evidence))
 
 
-def _rows(
-    run: Run,
-    name: str,
-    form: Path,
-    precision: Precision,
-    evidence: Evidence,
-    batch_sizes: Sequence[int] = _COMPARED_BATCHES,
+def _as_without_vnni(path: Path, kernels: Run, evidence: Evidence) -> tuple[Comparison, ...]:
+    """The int8 graph at ``path`` as NumPy emulates a processor without VNNI.
+
+    Sums that cannot saturate are the same on all processors: NumPy, which is slow, has to find those of ``kernels`` on
+    a few images only. Others are held to PyTorch on all of them.
+    """
+    if not graph_can_saturate(path):
+        golden = evidence.golden()
+        evidence = replace(golden, expected=kernels(golden.pixels), reference="ONNX Runtime here")
+    return _row(emulated_int8(path), "int8, emulated", path, "int8", evidence, (len(evidence.pixels),))
+
+
+def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
+    return (
+        *_row(run, name, form, precision, evidence, _COMPARED_BATCHES),
+        *_row(run, name, form, precision, evidence.golden(), _COMPARED_BATCHES[:1]),
+    )
+
+
+def _row(
+    run: Run, name: str, form: Path, precision: Precision, evidence: Evidence, batch_sizes: Sequence[int]
 ) -> tuple[Comparison, ...]:
     return verify_runner(
         Runner(name=name, run=run),
-        "images",
+        evidence.what,
         evidence.pixels,
         evidence.expected,
         references=evidence.classifier,

@@ -21,7 +21,8 @@ from clipship.core import tensors
 from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, ClipshipError
 from clipship.core.tensors import ENCODED, ERROR
-from clipship.export.comparison import TOLERANCES, Answers, Verification, compare_answers
+from clipship.core.tolerances import TOLERANCES
+from clipship.export.comparison import Answers, Verification, compare_answers
 from clipship.export.runners import Runner
 from clipship.export.verify import Samples, verify_samples
 

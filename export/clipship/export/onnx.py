@@ -1,7 +1,8 @@
 """PyTorch modules to ONNX files, with one free axis, and the checks that it really is free.
 
-Three opset profiles: 18 is read by every runtime of the last three years, 20 has GELU as one node, 23 has attention as
-one node. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights in ``<name>.onnx.data``.
+Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 has attention as one node; which versions
+run them stands in docs/precision.md. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights
+in ``<name>.onnx.data``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _INPUT, _OUTPUT = "clipship_input", "clipship_output"
 _ONNX_DOMAINS = ("", "ai.onnx")
 
 OPSET = 18
-"""Where LayerNormalization is one node and every runtime of the last three years can read the file."""
+"""Where LayerNormalization is one node and the oldest of the runtimes can read the file."""
 
 OPSETS = (18, 20, 23)
 """The profiles."""

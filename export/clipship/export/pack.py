@@ -24,6 +24,7 @@ from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatur
 from clipship.core.bundle import refuse_foreign_folder as refuse_foreign_folder
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.processor import this_processor
 from clipship.core.progress import Report, progress
 from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import TextEncoder
@@ -88,6 +89,8 @@ def bundle_from_method(
         report(3, "golden samples")
         pixels = pixels_of(pictures, method.clip.image_spec)
         expected = image_features(method, pixels)
+        order = _golden_first(expected)
+        pictures, pixels, expected = [pictures[place] for place in order], pixels[order], expected[order]
         _write_golden(pictures[:GOLDEN_COUNT], pixels, expected, features, folder)
         report(4, "compare with PyTorch")
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
@@ -107,6 +110,19 @@ def bundle_from_method(
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
         write_manifest(folder, _manifest(method, vocabulary, features, forms, provenance))
     return read_bundle(out)
+
+
+def _golden_first(expected: NDArray[np.float32]) -> list[int]:
+    """The order of images with unit features [N, D] that has the golden ones first: the first, then the most different.
+
+    The first few of a sorted folder are of one class: what is alike has nothing left after centring but its error.
+    """
+    order, closest = [0], expected @ expected[0]
+    while len(order) < min(GOLDEN_COUNT, len(expected)):
+        closest[order[-1]] = np.inf
+        order.append(int(closest.argmin()))
+        closest = np.maximum(closest, expected @ expected[order[-1]])
+    return [*order, *(place for place in range(len(expected)) if place not in order)]
 
 
 def refuse_random_weights(base_model: str) -> None:
@@ -249,6 +265,7 @@ def _manifest(
         vocabulary=replace(vocabulary, templates=method.templates),
         classifier_parts=features.parts,
         image_encoders=tuple(forms),
+        measured_on=this_processor(),
         provenance={
             **provenance,
             "opset": forms[0].opset,

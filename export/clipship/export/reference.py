@@ -208,7 +208,7 @@ def refuse_other_model(bundle: Bundle, method: Method) -> None:
 
 
 def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Picture]) -> Verification:
-    """All that the bundle holds, by every runtime here, against PyTorch running ``method`` on ``pictures``.
+    """All that the bundle offers, by the runtimes that serve it, against PyTorch running ``method`` on ``pictures``.
 
     Raises:
         CheckpointError: the method runs on another base model than the bundle was packed from.

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from clipship.core.cpu import OPENVINO_TYPES, OpenVinoEncoder
 from clipship.core.cpu import Run as Run
 from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.processor import emulates, this_processor
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -156,10 +157,14 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
     """The model at ``path`` (.xml or .onnx) on OpenVINO's CPU device, computing in ``precision``.
 
     Raises:
-        NotRunnable: the CPU cannot compute in that precision (OpenVINO would take another one without a word).
+        NotRunnable: the CPU cannot compute in that precision (OpenVINO would emulate it, or take another one, without a
+            word).
         CheckFailed: OpenVINO cannot read the file, or a run fails.
         MissingExtraError: openvino is not installed.
     """
+    emulated = emulates("openvino", precision, this_processor())
+    if emulated:
+        raise NotRunnable(f"{path.name}: {precision} by OpenVINO: {emulated}")
     try:
         encode = OpenVinoEncoder(str(path), precision)
     except ImportError as error:

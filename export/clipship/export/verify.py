@@ -1,6 +1,7 @@
-"""Every exported form against its reference, by every runtime that can run it here.
+"""Every exported form against its reference, by the runtime that serves it.
 
-The tolerances stand in one table, ``TOLERANCES``, never at call sites; ``comparison.py`` says what each number means.
+The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``comparison.py`` says what the
+other numbers mean.
 
 A set smaller than a batch is repeated until it fills one, so that a batch of 64 is one of 64.
 
@@ -30,15 +31,8 @@ from clipship.core.bundle import (
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images import ImageSpec
 from clipship.core.progress import progress
-from clipship.export.comparison import (
-    TOLERANCES,
-    Answers,
-    Comparison,
-    Tolerance,
-    Verification,
-    compare_answers,
-    compare_features,
-)
+from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.export.comparison import Answers, Comparison, Verification, compare_answers, compare_features
 from clipship.export.runners import (
     CPU_PROVIDER,
     NotRunnable,
@@ -198,7 +192,9 @@ def verify_bundle(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     providers: Sequence[str] | None = None,
 ) -> Verification:
-    """Every form of the bundle's image encoder, by every runtime here that can run it, on ``samples``.
+    """Every form that the bundle offers, by the runtime that serves it, on ``samples``: ONNX Runtime, or OpenVINO.
+
+    What was left out when the bundle was packed is named among what is not compared.
 
     Args:
         samples: None: the golden samples.
@@ -208,7 +204,7 @@ def verify_bundle(
         NotRunnable: one of the given ``providers`` is not here, or cannot run a form.
     """
     chosen = samples or [golden_samples(bundle)]
-    total = Verification((), answers=(compare_classifier(bundle),))
+    total = Verification((), answers=(compare_classifier(bundle),), skipped=_not_offered(bundle))
     forms = bundle.image_encoders
     with progress("verify", len(forms)) as report:
         for done, form in enumerate(forms):
@@ -228,10 +224,6 @@ def _verify_form(
         portable = session_function(onnx_session(bundle.image_encoder))
         samples = [_source_samples(one, form.source_size, bundle.image_spec, portable) for one in samples]
         batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
-    if form.runtime == "openvino" and any(
-        (one.file, one.precision, one.runtime) == (form.file, form.precision, "onnx") for one in bundle.image_encoders
-    ):
-        return Verification(())  # the same as what OpenVINO makes of the portable form
     path, total = bundle.path / form.file, Verification(())
     for name, load in _loaders(path, form, samples[0].pixels[:1], providers):
         try:
@@ -251,6 +243,15 @@ def _verify_form(
     return total
 
 
+def _not_offered(bundle: Bundle) -> tuple[str, ...]:
+    """What the bundle could offer and does not, for the reasons found when it was packed: 0.5 did not keep them."""
+    reasons = tuple(bundle.verification().get("skipped", ()))
+    offered = {form.precision for form in bundle.image_encoders if form.runtime == "openvino"}
+    plain = [form for form in bundle.image_encoders if form.runtime == "onnx" and form.source_size is None]
+    unknown = [form for form in plain if form.precision in ("fp32", "int8") and form.precision not in offered]
+    return reasons or tuple(f"{one.file}: the bundle does not offer {one.precision} by OpenVINO" for one in unknown)
+
+
 def _source_samples(samples: Samples, source_size: tuple[int, int], spec: ImageSpec, portable: Run) -> Samples:
     """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable form make of those."""
     pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
@@ -268,11 +269,12 @@ def _source_samples(samples: Samples, source_size: tuple[int, int], spec: ImageS
 def _loaders(
     path: Path, form: EncoderForm, sample: NDArray[np.uint8], providers: Sequence[str] | None
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """By name, what loads ``form`` in each runtime that could."""
-    if form.runtime == "onnx":
-        for provider in local_providers() if providers is None else providers:
-            yield provider, partial(onnx_function, path, provider, sample)
-    yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+    """By name, what loads ``form`` in the runtime that serves it."""
+    if form.runtime == "openvino":
+        yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+        return
+    for provider in local_providers() if providers is None else providers:
+        yield provider, partial(onnx_function, path, provider, sample)
 
 
 def _broken(form: EncoderForm, provider: str, samples: Samples, problem: str) -> Comparison:

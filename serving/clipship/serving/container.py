@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.serving.check import engine_cache_of, packages_of, runs_without_gpu, uses_cache, uses_gpu
-from clipship.serving.options import backend_options
+from clipship.serving.options import FLOAT32_IN_FULL, backend_options
 from clipship.serving.releases import IMAGE, container_needs_of, refuse_release, release_for, release_of_image
 from clipship.serving.secret import restriction
 
@@ -62,6 +62,8 @@ def container_command(repository: Path, ports: Ports, *, image: str | None = Non
     options = ["--rm", *(["--gpus=all"] if uses_gpu(repository) else []), "--shm-size=2g", "--stop-timeout=30"]
     for port in ports.mapped():
         options += ["-p", port]
+    for name, value in FLOAT32_IN_FULL.items():
+        options += ["-e", f"{name}={value}"]
     options += ["-e", SECRET_VARIABLE, "-v", f"{repository.resolve()}:/models:ro"]
     if (engines := engine_cache_of(repository)) is not None:
         options += ["-v", f"{_ENGINES_VOLUME}:{engines}"]
@@ -95,6 +97,7 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
     yield f'    command: ["sh", "-c", {command}]'
     yield "    environment:"
     yield f"      {SECRET_VARIABLE}: ${{{SECRET_VARIABLE}:?set it to a secret of your own}}"
+    yield from (f"      {name}: {json.dumps(value)}" for name, value in FLOAT32_IN_FULL.items())
     yield "    ports:"
     yield from (f"      - {json.dumps(port)}" for port in ports.mapped())
     yield "    volumes:"

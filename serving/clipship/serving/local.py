@@ -3,7 +3,8 @@
 >>> with Classifier(LocalTransport(read_bundle(Path("bundles/prints")))) as classifier:
 ...     classifier.classify(["photo.jpg"])
 
-It runs the very graphs a repository would hold, so its answers are the server's.
+It runs the very graphs a repository would hold, so its answers are the server's. The bundle's golden samples pass them
+before anything else does.
 """
 
 from __future__ import annotations
@@ -13,14 +14,23 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from clipship.core.bundle import Bundle, Precision, Runtime
-from clipship.core.cpu import open_encoder
-from clipship.core.errors import MissingExtraError
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from clipship.core.bundle import GOLDEN, Bundle, Precision, Runtime
+from clipship.core.cpu import available_cores, open_encoder, runtime_name
+from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.images import pixels_from_bytes
+from clipship.core.processor import this_processor
 from clipship.core.tensors import embedding_tensor, image_tensor
+from clipship.core.tolerances import advice, encoder_problem, pixels_problem
 from clipship.serving.errors import ModelsMissing
 from clipship.serving.graphs import classifier_graph
 from clipship.serving.models import configs_from_facts, facts_from_bundle
 from clipship.serving.names import CLASSIFY, EMBED, of_vocabulary
+from clipship.serving.publish.golden import refuse_wrong_classifier
+from clipship.serving.samples import FILES, truth_from_bundle
 from clipship.serving.transport import Tensors, config_json
 from clipship.serving.vocabularies import refuse_others
 
@@ -33,7 +43,9 @@ class LocalTransport:
 
     Raises:
         MissingExtraError: onnxruntime is not installed.
-        UsageError: a number is below 1, or a bundle of ``others`` has another encoder.
+        UsageError: a number is below 1, a bundle of ``others`` has another encoder, or nothing here runs ``precision``.
+        CheckFailed: golden samples come out otherwise than the bundle says; names the form, its precision, the runtime
+            and the processor, and what to do.
     """
 
     def __init__(
@@ -49,20 +61,25 @@ class LocalTransport:
             from onnxruntime import InferenceSession
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "export") from error
-        form = bundle.fastest_encoder(precision, _runtimes())
+        form = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
         refuse_others(bundle, others or {}, form)
         facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=form, others=others)
         self.url = str(bundle.path)
         self.on_this_machine = True
         self._configs = {name: config_json(each) for name, each in configs_from_facts(facts, "onnxruntime").items()}
         self._encode = open_encoder(str(bundle.path / form.file), form.runtime, form.precision)
+        self._form, self._golden, self._right = form, bundle.golden(), set[bool]()
+        self._image = image_tensor(facts.image_spec.size_px).name
+        self._embedding = embedding_tensor(facts.embed_dim).name
+        self._refuse_wrong_encoder(few=False)
+        _refuse_wrong_decoder(bundle)
         self._classifiers: dict[str, Any] = {}
         for each, source in zip(facts.vocabularies, (bundle, *(others or {}).values()), strict=True):
             graph = classifier_graph(source.vocabulary, source.vocabulary_features(), each.top_k)
             session = InferenceSession(graph, providers=["CPUExecutionProvider"])
-            self._classifiers[of_vocabulary(CLASSIFY, each.name)] = session
-        self._image = image_tensor(facts.image_spec.size_px).name
-        self._embedding = embedding_tensor(facts.embed_dim).name
+            model = of_vocabulary(CLASSIFY, each.name)
+            self._classifiers[model] = session
+            refuse_wrong_classifier(self._classify, model, truth_from_bundle(source))
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipship-local")
 
     def infer(
@@ -97,13 +114,46 @@ class LocalTransport:
         self._thread.shutdown()
 
     def _answer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> Tensors:
-        embedding = self._encode(inputs[self._image])
-        answer = {self._embedding: embedding}
+        pixels = inputs[self._image]
+        self._refuse_wrong_encoder(few=len(pixels) < available_cores())
+        embedding = self._encode(pixels)
         classes = [name for name in outputs if name != self._embedding]
-        if classes:
-            answer.update(zip(classes, self._classifiers[model].run(classes, answer), strict=True))
+        answer = self._classify(model, self._embedding, embedding, classes) if classes else {}
+        return {name: embedding if name == self._embedding else answer[name] for name in outputs}
+
+    def _classify(self, model: str, name: str, rows: NDArray[np.float32], outputs: Sequence[str]) -> Tensors:
+        answer = dict(zip(outputs, self._classifiers[model].run(list(outputs), {name: rows}), strict=True))
         # ONNX Runtime gives str, a server gives bytes
-        return {name: _as_bytes(answer[name]) if answer[name].dtype.kind in "OU" else answer[name] for name in outputs}
+        return {name: _as_bytes(array) if array.dtype.kind in "OU" else array for name, array in answer.items()}
+
+    def _refuse_wrong_encoder(self, *, few: bool) -> None:
+        """Batches of fewer rows than cores are computed otherwise, and OpenVINO compiles for them when they come.
+
+        So the larger ones are checked at once, and these before the first of them is answered.
+        """
+        if few in self._right:
+            return
+        golden, form = self._golden, self._form
+        count = 1 if few else max(len(golden.pixels), available_cores())
+        problem = encoder_problem(self._encode, golden.pixels, golden.embedding, form.precision, count)
+        if problem:
+            raise CheckFailed(
+                f"{self.url}/{form.file} ({form.precision}) by {runtime_name(form.runtime)} on {this_processor()} "
+                f"answers wrongly: {problem}: {advice(form.precision)}"
+            )
+        self._right.add(few)
+
+
+def _refuse_wrong_decoder(bundle: Bundle) -> None:
+    """What turns files into pixels in this process, on the bundle's first files."""
+    golden = bundle.golden()
+    files = [(bundle.path / GOLDEN / name).read_bytes() for name in golden.files[:FILES]]
+    pixels = np.stack([pixels_from_bytes(data, bundle.image_spec) for data in files])
+    problem = pixels_problem(golden.pixels[:FILES], pixels)
+    if problem:
+        raise CheckFailed(
+            f"Pillow {PIL.__version__} decodes wrongly: {problem}: install the one that packed the bundle"
+        )
 
 
 def _runtimes() -> tuple[Runtime, ...]:
@@ -113,6 +163,4 @@ def _runtimes() -> tuple[Runtime, ...]:
 
 
 def _as_bytes(strings: Any) -> Any:
-    import numpy as np
-
     return np.array([text.encode() for text in strings.ravel()], np.object_).reshape(strings.shape)

@@ -37,6 +37,7 @@ from clipship.serving.names import (
     ENCODER,
     ENCODER_DIGEST,
     IMAGE_SPEC,
+    MEASURED_WITH,
     OPSET,
     PRECISION,
     PREPROCESS,
@@ -91,6 +92,8 @@ class Facts:
     """Which form of the image encoder runs where there is no plan."""
     encoder_digest: str = ""
     """Of the ONNX file that runs, or that the plans were built from."""
+    measured_with: tuple[str, ...] = ()
+    """Instruction sets of the processor that the encoder's speed was measured on; none where nobody knows."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
     others: tuple[VocabularyFacts, ...] = ()
@@ -136,6 +139,7 @@ def facts_from_bundle(
         max_batch_size=max_batch_size,
         encoder=encoder,
         encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
+        measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
         plans=tuple(plan.info for plan in plans),
         others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
         tuning=tuning,
@@ -224,6 +228,8 @@ def _form_settings(facts: Facts) -> dict[str, Any]:
     form = facts.encoder
     runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
     runs[ENCODER_DIGEST] = facts.encoder_digest
+    if form.runtime != "onnx" and facts.measured_with:
+        runs[MEASURED_WITH] = " ".join(facts.measured_with)
     threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
     accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
     return {"parameters": {**_parameters(facts), **runs, **threads}, "tensorrt_accelerator": accelerator}

@@ -20,6 +20,8 @@ OPSET = "opset"
 
 PRECISION = "precision"
 RUNTIME = "runtime"
+MEASURED_WITH = "measured_with"
+"""The instruction sets of the processor that the runtime was the fastest on; one without them takes the portable."""
 THREADS = "intra_op_thread_count"
 """Of one product on the CPU; the ONNX Runtime backend knows it by this name."""
 

@@ -11,6 +11,9 @@ from clipship.core.errors import UsageError
 from clipship.serving.check import largest_message_bytes, uses_cache, uses_gpu, version_compatible_plans_of
 from clipship.serving.secret import restriction
 
+FLOAT32_IN_FULL = {"NVIDIA_TF32_OVERRIDE": "0"}
+"""Environment of a server: on a GPU float32 products are float32, not TF32, whose 10 bits are out of its tolerance."""
+
 _MIB = 2**20
 _SHARED_MEMORY = "/dev/shm"
 _LEAST_REGIONS = 32

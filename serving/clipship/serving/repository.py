@@ -10,6 +10,7 @@
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
 
+The golden samples lie beside the models, see samples.py.
 A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
@@ -26,11 +27,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipship.core import cpu, images
+from clipship.core import cpu, images, processor, tolerances
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.plan import Plan, Target, form_of, refuse_mismatch
+from clipship.core.processor import emulates, never_runs, this_processor
+from clipship.core.progress import log
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.check import refuse_bad_repository
 from clipship.serving.config import MODEL_FILES, config_from_text, text_from_config
@@ -54,7 +57,8 @@ from clipship.serving.names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
-from clipship.serving.publish.versions import remove_folder, write_version
+from clipship.serving.publish.versions import Classifier, copy_sources, remove_folder, write_version
+from clipship.serving.samples import write_samples
 from clipship.serving.tuning import DEFAULT_TUNING, Tuning
 from clipship.serving.vocabularies import checked_name, refuse_others
 
@@ -73,8 +77,11 @@ __all__ = [
 IMAGES_COPY = "clipship_images.py"
 """The name of the copy of ``clipship/core/images.py`` that lies beside the preprocess model."""
 
-CPU_COPY = "clipship_cpu.py"
-"""The name of the copy of ``clipship/core/cpu.py`` that lies beside the image encoder in Python."""
+ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_cpu.py": cpu, "clipship_processor.py": processor}
+"""By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
+
+TOLERANCES_COPY = "clipship_tolerances.py"
+"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
 
 _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
     "python": ("onnx", "openvino"),
@@ -121,7 +128,7 @@ def repository_from_bundle(
     _refuse_foreign_folder(out)
     tuning.refuse_unfit(backend, max_batch_size)
     _refuse_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else bundle.fastest_encoder(precision, _RUNTIMES[backend])
+    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
     refuse_others(bundle, others, _form_of_plans(plans, bundle) or encoder)
     settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
@@ -131,6 +138,7 @@ def repository_from_bundle(
         _write_classifiers(folder, facts, (bundle, *others.values()))
         _write_sources(folder, backend)
         _write_warmup_files(bundle, folder)
+        write_samples(folder, bundle)
         refuse_bad_repository(folder)
     return out
 
@@ -156,7 +164,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
             _write_config(folder, config)
             if model == CLASSIFIER:
                 write_version(folder / "1", bundle, int(config.parameters[TOP_K].string_value))
-                _copy_model_source(repository / model, folder / "1")
+                copy_sources(repository / model / str(Classifier(repository / model).active()), folder / "1")
         if (repository / config.name).exists():
             remove_folder(repository / config.name, aside=repository / CLASSIFIER)
         staged.rename(repository / config.name)
@@ -193,12 +201,6 @@ def _read_config(folder: Path) -> Any:
         return config_from_text(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
-
-
-def _copy_model_source(model: Path, version: Path) -> None:
-    """The Python source that the model's newest version has beside its graph, where there is one."""
-    for source in sorted(model.glob(f"*/{MODEL_FILES['python']}"))[-1:]:
-        shutil.copyfile(source, version / source.name)
 
 
 def sources_folder() -> Path:
@@ -251,6 +253,22 @@ def _refuse_plans(
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
 
 
+def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
+    """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
+    gpu = backend == "onnxruntime" and tuning.on_gpu
+    if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
+        raise UsageError(
+            f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
+            f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
+            "--precision fp32, or --backend python where the bundle has it by OpenVINO"
+        )
+    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
+    if here:
+        log(f"the server must have another processor than this machine, or it will not load the model: {here}")
+    return form
+
+
 def _form_of_plans(plans: Sequence[Plan], bundle: Bundle) -> EncoderForm | None:
     return form_of(plans[0].info, bundle) if plans else None
 
@@ -290,9 +308,11 @@ def _write_sources(folder: Path, backend: Backend) -> None:
     for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
         source = sources_folder() / "python" / name.partition("-")[0] / "model.py"
         shutil.copyfile(source, folder / name / "1" / MODEL_FILES["python"])
+        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
     _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
     if backend == "python":
-        _copy_source(cpu, folder / ENCODER / "1" / CPU_COPY)
+        for name, module in ENCODER_COPIES.items():
+            _copy_source(module, folder / ENCODER / "1" / name)
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:

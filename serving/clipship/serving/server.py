@@ -25,9 +25,10 @@ from clipship.serving import guard
 from clipship.serving.check import model_names, refuse_bad_repository
 from clipship.serving.environment import Environment
 from clipship.serving.errors import ServerFailed
-from clipship.serving.options import DEFAULT_OPTIONS, ServerOptions, triton_options
+from clipship.serving.options import DEFAULT_OPTIONS, FLOAT32_IN_FULL, ServerOptions, triton_options
 from clipship.serving.prepare import prepared_environment
 from clipship.serving.secret import usual_secret_file, write_secret
+from clipship.serving.selfcheck import refuse_wrong_server
 
 _POLL_S = 0.05
 _DRAIN_S = 10
@@ -116,7 +117,7 @@ def start_server(
     environment: Environment | None = None,
     options: ServerOptions = DEFAULT_OPTIONS,
 ) -> Server:
-    """Start Triton on ``repository`` and return when every model is ready. Port 0 takes a free one.
+    """Start Triton on ``repository`` and return when every model is ready and answers right. Port 0 takes a free one.
 
     Models are loaded by explicit control only, and by those who have the secret in ``Server.secret_file``.
 
@@ -124,6 +125,7 @@ def start_server(
         RepositoryError: Triton would not load the repository.
         UsageError: a port is in use, or no Triton here can run the repository; says what to do.
         ServerFailed: Triton ended, or was not ready after ``timeout_s`` seconds; with the last lines of its log.
+        CheckFailed: what it answers for the golden samples is out of tolerance; see ``selfcheck.py``.
     """
     refuse_bad_repository(repository)
     chosen = environment or prepared_environment(repository)
@@ -136,6 +138,7 @@ def start_server(
     server = Server(_launch(repository, chosen, endpoints, log, more), endpoints, log, secret_file)
     try:
         _wait_until_ready(server, model_names(repository), timeout_s)
+        refuse_wrong_server(repository, endpoints.http_host, endpoints.http_port)
     except BaseException:
         server.stop()
         raise
@@ -213,7 +216,7 @@ def _launch(
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment.variables},
+        env={**FLOAT32_IN_FULL, **os.environ, **environment.variables},
         start_new_session=True,
     )
 

@@ -68,6 +68,11 @@ class Tuning:
         if self.gpus and self.device == "cpu":
             raise UsageError("GPUs were named for the device cpu: leave them out, or take the device gpu")
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the image encoder runs on a GPU or not at all."""
+        return self.device == "gpu" or bool(self.gpus)
+
     def refuse_unfit(self, backend: str, max_batch_size: int) -> None:
         """Nothing when ``backend`` can do all this.
 

@@ -29,6 +29,7 @@ from clipship.serving.publish.golden import refuse_wrong_graph
 from clipship.serving.publish.publisher import publish, refuse_other_encoder, rollback
 from clipship.serving.publish.versions import classifier_in, locked, read_entries, vocabularies_in
 from clipship.serving.repository import repository_from_bundle
+from clipship.serving.samples import SAMPLES, read_truth
 from clipship.serving.server import Server, start_server
 from clipship.serving.transport import Tensors, TritonTransport
 from tests.serving.bundles import write_bundle
@@ -166,6 +167,10 @@ def test_a_vocabulary_is_published_and_taken_back_by_the_command_line(
     actions = [(entry.action, entry.version) for entry in read_entries(repository)]
     assert actions == [("publish", 2), ("publish", 3), ("rollback", 2), ("rollback", 1)]
     assert check_repository(repository) == []
+    for version, each in enumerate((bundle, *variants[:2]), start=1):
+        truth = read_truth(repository / "classifier" / str(version))
+        assert truth is not None
+        assert truth.names == each.vocabulary.names, "what a version must answer goes with it"
     with start_server(repository) as again:
         assert best_label(again, bundle) in bundle.vocabulary.names
 
@@ -196,18 +201,20 @@ def test_wrong_golden_answers_are_found_before_the_server_hears_of_them(
 def test_what_fails_on_the_server_is_taken_back_without_a_failed_request(
     bundle: Bundle, variants: list[Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks: str
 ) -> None:
-    """The graph is exchanged after it was checked here: by rubbish, or by another vocabulary's."""
+    """The graph is exchanged after it was checked here: by rubbish, or by another vocabulary's that loads unchecked."""
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="python", max_batch_size=8)
     other = repository / "classifier/1/model.onnx"
 
     def check_then_break(checked: Bundle, version: Path) -> None:
         refuse_wrong_graph(checked, version)
         (version / "model.onnx").write_bytes(b"rubbish" if breaks == "load" else other.read_bytes())
+        (version / SAMPLES).unlink()
 
     monkeypatch.setattr("clipship.serving.publish.publisher.refuse_wrong_graph", check_then_break)
     with start_server(repository) as server, control_of(server) as control:
         with load(server, [bundle], clients=2) as result:
-            with pytest.raises((CheckFailed, ServingError), match="version 1 is served as before"):
+            kind = ServingError if breaks == "load" else CheckFailed
+            with pytest.raises(kind, match="version 1 is served as before"):
                 publish(repository, variants[0], control)
             time.sleep(0.3)
         assert result.failures == []
@@ -239,6 +246,9 @@ def test_a_further_vocabulary_is_added_beside_the_first(
             rollback(repository, control, vocabulary="bird")
     assert vocabularies_in(repository) == ["birds"]
     assert check_repository(repository) == []
+    with start_server(repository) as again:  # which checks both vocabularies, by models that check themselves
+        assert "nothing was checked" not in again.log()
+        assert best_label(again, bundle, "-birds") in variants[1].vocabulary.names
 
 
 @pytest.mark.triton

@@ -128,7 +128,8 @@ def text_features(clip: Clip, tokens: Tensor, prompts: Tensor | None = None) -> 
         x_CLW = block(x_CLW, attn_mask=mask)
     x_CLW = text.ln_final(x_CLW)
     pool_type, eos = text_pool_of(text)
-    pooled: Tensor = text_global_pool(x_CLW, tokens, pool_type, eos_token_id=eos)
+    # int32: exported, this is an ArgMax, which ONNX Runtime has for int64 since 1.20 only
+    pooled: Tensor = text_global_pool(x_CLW, tokens.int(), pool_type, eos_token_id=eos)
     return _projected(pooled, text.text_projection)
 
 

@@ -1,6 +1,7 @@
 """The classifier on ONNX Runtime inside Triton's Python backend: float32 [N, D] -> scores, indices, labels [N, k].
 
 The embedding is handed on to those who ask for it; see ``passthrough_tensor`` in ``clipship/core/tensors.py``.
+``clipship_tolerances.py`` beside this file is a copy of ``clipship/core/tolerances.py``.
 """
 
 import json
@@ -8,6 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import clipship_tolerances
 import numpy as np
 import onnxruntime
 import triton_python_backend_utils as pb_utils
@@ -21,12 +23,28 @@ class TritonPythonModel:
     """Runs the graph that the ONNX Runtime backend would run, so both give the same answers."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, on as many threads as the parameters say."""
-        path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
+        """Load ``model.onnx``, which lies beside this file, on as many threads as the parameters say, and check it."""
+        version = os.path.join(args["model_repository"], args["model_version"])
+        path = os.path.join(version, "model.onnx")
         options = onnxruntime.SessionOptions()
         parameters = json.loads(args["model_config"])["parameters"]
         options.intra_op_num_threads = int(parameters["intra_op_thread_count"]["string_value"])
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._check(version, f"{path} by ONNX Runtime {onnxruntime.__version__}")
+
+    def _check(self, version: str, about: str) -> None:
+        golden = os.path.join(version, "golden.npz")
+        truth = clipship_tolerances.golden_arrays(golden)
+        if truth is None:
+            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
+            return
+        with open(os.path.join(version, "labels.txt"), encoding="utf-8", newline="\n") as file:
+            names = file.read().split("\n")[:-1]
+        scores, indices, labels = self.session.run(list(OUTPUTS), {INPUT: truth["embedding"]})
+        limit = clipship_tolerances.RULE_ATOL
+        problem = clipship_tolerances.classes_problem(truth["scores"], names, scores, indices, labels, limit)
+        if problem:
+            raise pb_utils.TritonModelException(f"{about}: {problem}: publish the vocabulary again")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order; labels as UTF-8 bytes."""

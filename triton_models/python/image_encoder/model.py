@@ -1,6 +1,7 @@
 """The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
-``clipship_cpu.py`` beside this file is a copy of ``clipship/core/cpu.py``: the server runs what was verified.
+``clipship_cpu.py``, ``clipship_processor.py`` and ``clipship_tolerances.py`` beside this file are copies of modules of
+``clipship/core``: the server runs what was verified, and does not load where it would answer otherwise.
 """
 
 import json
@@ -8,6 +9,8 @@ import os
 from typing import Any
 
 import clipship_cpu
+import clipship_processor
+import clipship_tolerances
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -19,12 +22,36 @@ class TritonPythonModel:
     """All requests that Triton hands over at once run as one batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name."""
+        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name, and check it.
+
+        On another kind of processor than that runtime was the fastest on, ONNX Runtime takes the same file.
+        """
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         parameters = json.loads(args["model_config"])["parameters"]
         runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
+        measured_with = parameters.get("measured_with", {"string_value": ""})["string_value"].split()
+        here = clipship_processor.this_processor()
+        runtime, why = clipship_processor.runtime_here(runtime, precision, measured_with, here)
+        if why:
+            pb_utils.Logger.log_warn(f"image_encoder: ONNX Runtime runs it, not OpenVINO: {why}")
         threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
-        self.encode = clipship_cpu.open_encoder(path, runtime, precision, int(threads) or None)
+        cores = int(threads) or clipship_cpu.available_cores()
+        self.encode = clipship_cpu.open_encoder(path, runtime, precision, cores)
+        by = f"{clipship_cpu.runtime_name(runtime)} on {here}"
+        golden = os.path.join(args["model_repository"], "golden.npz")
+        self._check(golden, f"{path} ({precision}) by {by}", precision, cores)
+
+    def _check(self, golden: str, about: str, precision: str, cores: int) -> None:
+        samples = clipship_tolerances.golden_arrays(golden)
+        if samples is None:
+            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
+            return
+        pixels, embedding = samples["pixels"], samples["embedding"]
+        for count in (max(len(pixels), cores), 1):  # fewer rows than cores are computed otherwise
+            problem = clipship_tolerances.encoder_problem(self.encode, pixels, embedding, precision, count)
+            if problem:
+                advice = clipship_tolerances.advice(precision)
+                raise pb_utils.TritonModelException(f"{about} answers wrongly: {problem}: {advice}")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""

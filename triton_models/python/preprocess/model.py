@@ -1,7 +1,8 @@
 """Decoding and resizing inside Triton's Python backend: file bytes [N, 1] -> uint8 [N, H, W, 3] and an error [N, 1].
 
-``clipship_images.py`` beside this file is a copy of ``clipship/core/images.py``: the server runs the client's own
-lines. An image that cannot be decoded gives zeros and says why in ``error``; its neighbours are not affected.
+``clipship_images.py`` and ``clipship_tolerances.py`` beside this file are copies of ``images.py`` and ``tolerances.py``
+in ``clipship/core``: the server runs the client's own lines. An image that cannot be decoded gives zeros and says why
+in ``error``; its neighbours are not affected.
 """
 
 import json
@@ -10,7 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import clipship_images
+import clipship_tolerances
 import numpy as np
+import PIL
 import triton_python_backend_utils as pb_utils
 
 INPUT = "encoded"
@@ -22,10 +25,27 @@ class TritonPythonModel:
     """Decodes the images of all requests in a pool of threads: Pillow works outside the interpreter's lock."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Read the image specification from the model's parameters."""
+        """Read the image specification from the model's parameters, and check the decoder."""
         parameters = json.loads(args["model_config"])["parameters"]
         self.spec = clipship_images.ImageSpec.from_json(json.loads(parameters["image_spec"]["string_value"]))
         self.pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
+        self._check(os.path.join(args["model_repository"], "golden.npz"))
+
+    def _check(self, golden: str) -> None:
+        samples = clipship_tolerances.golden_arrays(golden)
+        if samples is None:
+            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
+            return
+        files = np.split(samples["files"], np.cumsum(samples["lengths"])[:-1])
+        decoded = list(self.pool.map(self._decode, [file.tobytes() for file in files]))
+        errors = [error.decode() for _, error in decoded if error]
+        pixels = np.stack([pixels for pixels, _ in decoded])
+        problem = errors[0] if errors else clipship_tolerances.pixels_problem(samples["pixels"], pixels)
+        if problem:
+            about = f"{os.path.dirname(golden)} by Pillow {PIL.__version__}"
+            raise pb_utils.TritonModelException(
+                f"{about}: {problem}: install the Pillow that the bundle was packed with"
+            )
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""

@@ -25,6 +25,7 @@ from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures, read_bundle, refuse_foreign_folder, write_manifest_content
 from clipship.core.errors import BundleError, CheckFailed, DataError
 from clipship.core.files import locked_folder, replace_folder, write_json_atomic
+from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.vocab.encode import BATCH_SIZE, WordEncoder, encode_words, remove_work_folders
 from clipship.export.vocab.names import (
@@ -226,8 +227,6 @@ def _check_kept(encoder: WordEncoder, classifier: VocabularyFeatures) -> dict[st
     Raises:
         CheckFailed: they differ by more than the tolerance of text features.
     """
-    from clipship.export.comparison import TOLERANCES
-
     old, tolerance = encoder.bundle.vocabulary, TOLERANCES["text-fp32"].max_abs
     assert tolerance is not None
     places = sorted({round(place) for place in np.linspace(0, len(old) - 1, _CHECKED_CLASSES)})

@@ -31,7 +31,7 @@ from clipship.serving.names import (
     of_vocabulary,
 )
 from clipship.serving.publish.control import Control
-from clipship.serving.publish.golden import refuse_other_answers, refuse_wrong_answers, refuse_wrong_graph
+from clipship.serving.publish.golden import refuse_other_answers, refuse_wrong_graph, refuse_wrong_vocabulary
 from clipship.serving.publish.versions import (
     Action,
     Classifier,
@@ -187,7 +187,7 @@ def _publish_version(
             classifier,
             version,
             control,
-            lambda: refuse_wrong_answers(control, ensemble, bundle, precision),
+            lambda: refuse_wrong_vocabulary(control, classifier.name, ensemble, bundle, precision),
             "publish",
         )
     except BaseException:
@@ -262,7 +262,7 @@ def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary:
         for model in models:
             control.load(model)
         precision = _encoder_parameter(repository, PRECISION)
-        refuse_wrong_answers(control, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
+        refuse_wrong_vocabulary(control, classifier.name, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
     except BaseException as error:
         facts = facts_of(bundle)
         remove_vocabulary(repository, vocabulary)

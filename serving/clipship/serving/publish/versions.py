@@ -7,8 +7,8 @@
       .publish.lock                held by the one publish that runs
       classifier/
         config.pbtxt               names the version that is served, and its vocabulary's digest
-        1/  model.onnx  vocabulary.json
-        2/  model.onnx  vocabulary.json
+        1/  model.onnx  vocabulary.json  golden.npz  labels.txt
+        2/  model.onnx  vocabulary.json  golden.npz  labels.txt
 
 A version's folder means nothing to Triton until ``config.pbtxt`` names it (``version_policy: specific``), and that file
 is replaced in one step. So whenever a publish is killed, the repository holds the old vocabulary or the new one.
@@ -35,6 +35,7 @@ from clipship.serving.config import MODEL_FILES, config_from_text, text_from_con
 from clipship.serving.errors import RepositoryError
 from clipship.serving.graphs import classifier_graph
 from clipship.serving.names import BUNDLE_DIGEST, CLASSIFIER, CLASSIFY_ENCODED, TOP_K, VOCABULARY_DIGEST, of_vocabulary
+from clipship.serving.samples import truth_from_bundle, write_truth
 
 RECORD = "publications.json"
 RECORD_FORMAT = "clipship-publications"
@@ -142,9 +143,7 @@ class Classifier:
         version = max([0, *self.versions(), self.active()]) + 1
         with replace_folder(self.folder / str(version)) as folder:
             write_version(folder, bundle, self.top_k())
-            source = self.folder / str(self.active()) / MODEL_FILES["python"]
-            if source.is_file():
-                shutil.copyfile(source, folder / source.name)
+            copy_sources(self.folder / str(self.active()), folder)
         return version
 
     def commit(self, version: int) -> None:
@@ -204,7 +203,7 @@ def facts_of(bundle: Bundle) -> VersionFacts:
 
 
 def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
-    """The graph of ``bundle``'s vocabulary, and which one it is, in a version's ``folder``.
+    """The graph of ``bundle``'s vocabulary, which one it is, and its golden samples, in a version's ``folder``.
 
     Raises:
         MissingExtraError: the ``onnx`` package is not installed.
@@ -212,6 +211,13 @@ def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
     graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), top_k)
     (folder / MODEL_FILES["onnxruntime"]).write_bytes(graph)
     write_json_atomic(folder / FACTS, asdict(facts_of(bundle)))
+    write_truth(folder, truth_from_bundle(bundle))
+
+
+def copy_sources(version: Path, target: Path) -> None:
+    """The Python sources that ``version`` has beside its graph, where there are any, to another version's folder."""
+    for source in version.glob("*.py"):
+        shutil.copyfile(source, target / source.name)
 
 
 def remove_folder(folder: Path, aside: Path | None = None) -> None:

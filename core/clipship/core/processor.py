@@ -1,0 +1,113 @@
+"""This machine's processor, and whether a form of the image encoder runs on it as it did where it was measured.
+
+What a runtime lacks an instruction for it emulates, several times slower and without a word. So a form's speed is worth
+something only where the processor has what the one had that it was measured on.
+
+This file needs the standard library only; a copy of it lies beside the model that runs inside Triton.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CPUINFO = Path("/proc/cpuinfo")
+"""Where Linux says what its processors can do."""
+
+INSTRUCTION_SETS = (
+    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("asimd", "asimdhp", "asimddp", "i8mm", "bf16"),
+)
+"""Those that runtimes have products of matrices for, by Linux's names."""
+
+NEEDED = {("openvino", "bf16"): ("avx512_bf16", "amx_bf16")}
+"""By runtime and precision: one of these, or the runtime emulates the precision."""
+
+FASTER_WITH = {
+    "fp32": ("avx2", "avx512f", "asimd"),
+    "int8": ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm"),
+}
+"""By precision: what decides which runtime is the faster one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """What is known about a processor."""
+
+    name: str
+    """As its maker calls it; "an unknown processor" where the system does not say."""
+    instruction_sets: tuple[str, ...]
+    """Of :data:`INSTRUCTION_SETS`; none where the system does not say."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every field."""
+        return {"name": self.name, "instruction_sets": list(self.instruction_sets)}
+
+    def lacks(self, instruction_sets: Collection[str]) -> tuple[str, ...]:
+        """Those of ``instruction_sets`` that it does not have."""
+        return tuple(one for one in instruction_sets if one not in self.instruction_sets)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({' '.join(self.instruction_sets) or 'instruction sets unknown'})"
+
+
+def processor_from_cpuinfo(text: str) -> Processor:
+    """The first processor in the text of Linux's ``/proc/cpuinfo``, of x86-64 or Arm."""
+    found = {key: value for key, value in re.findall(r"^(.*?)\s*: (.*)$", text.partition("\n\n")[0], re.MULTILINE)}
+    flags = found.get("flags", found.get("Features", "")).split()
+    name = found.get("model name") or platform.processor() or "an unknown processor"
+    return Processor(name=name, instruction_sets=tuple(one for one in INSTRUCTION_SETS if one in flags))
+
+
+def this_processor() -> Processor:
+    """The processor of this machine."""
+    try:
+        text = CPUINFO.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        text = ""
+    return processor_from_cpuinfo(text)
+
+
+def never_runs(runtime: str, precision: str) -> str:
+    """Why no processor computes a form of ``precision`` by ``runtime``; empty where some do."""
+    if (runtime, precision) == ("onnx", "bf16"):
+        return "it has bfloat16 kernels for GPUs only"
+    return ""
+
+
+def emulates(runtime: str, precision: str, processor: Processor) -> str:
+    """Why ``processor`` does not compute a form of ``precision`` by ``runtime`` as what it is; empty where it does."""
+    needed = NEEDED.get((runtime, precision), ())
+    if needed and len(processor.lacks(needed)) == len(needed):
+        return f"{processor.name} has neither {' nor '.join(needed)}, so it would emulate {precision}, slower than fp32"
+    return ""
+
+
+def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> str:
+    """Why the speed of a form says nothing about ``processor``; empty where it does, and for ONNX Runtime's forms.
+
+    Those are the portable ones, which need no speed to be chosen.
+
+    Args:
+        measured_with: instruction sets of the processor that the speed was measured on; none where nobody knows.
+    """
+    decisive = [one for one in FASTER_WITH.get(precision, ()) if one in measured_with]
+    lacking = () if runtime == "onnx" else processor.lacks(decisive)
+    return f"its speed was measured with {', '.join(lacking)}, which {processor.name} lacks" if lacking else ""
+
+
+def runtime_here(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> tuple[str, str]:
+    """Who runs, on ``processor``, a form that ``runtime`` was the fastest with; and why that is another one, if it is.
+
+    Raises:
+        RuntimeError: nobody does, at the speed that the precision is for; says what to do.
+    """
+    problem = never_runs(runtime, precision) or emulates(runtime, precision, processor)
+    if problem:
+        raise RuntimeError(f"{precision}: {problem}: write the repository again with another --precision")
+    why = measured_elsewhere(runtime, precision, measured_with, processor)
+    return ("onnx" if why else runtime), why

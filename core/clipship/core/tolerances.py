@@ -1,0 +1,288 @@
+"""What a form, a decoder or a classifier may differ from its reference by, and whether it does.
+
+**Cosine.** All CLIP features of one model share a large part, and in a model with random weights little else, so that
+two quite different images have a cosine of 0.99 and an error hides in it. The *centred* cosine is taken after the mean
+of the expected features is subtracted from both sides (from both the same, so that a constant error is seen too). It
+needs two different images; where there are none it is not measured, and the plain gates stand alone.
+
+**Golden samples.** ``pack`` and ``verify`` hold many images to the table; whoever is about to answer (this process, a
+model inside Triton, a server) holds the few golden ones to it, see ``docs/verify.md``. What went wrong is a text here,
+because this file needs NumPy only: a copy of it lies beside the models that run inside Triton.
+
+Shape legend: N inputs, C classes, D features, k best classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tolerance:
+    """What a form may differ from its reference by; an infinite limit is none."""
+
+    max_abs: float = math.inf
+    """Largest difference of any value of the unit features."""
+    top1_agreement: float
+    """Smallest share of images whose best class is the same, near-ties excused (``export/comparison.py``)."""
+    min_cosine: float = -math.inf
+    mean_cosine: float = -math.inf
+    min_centred_cosine: float = -math.inf
+    mean_centred_cosine: float = -math.inf
+    max_norm_error: float = 1e-3
+    """Largest difference of a feature's length from 1; a cosine cannot see a missing normalisation."""
+    max_score: float = 1e-3
+    """Largest difference of a served probability."""
+
+    def error_lengths(self, centred_lengths: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
+        """The length [N] of an error that just passes on average, for features with these lengths after centring."""
+        if math.isfinite(self.max_abs):
+            return np.full_like(centred_lengths, max(self.max_abs, 0.0) * math.sqrt(dim))
+        if math.isfinite(self.mean_centred_cosine):
+            return centred_lengths * math.sqrt(2 - 2 * self.mean_centred_cosine)
+        return np.full_like(centred_lengths, math.sqrt(2 - 2 * max(self.mean_cosine, -1.0)))
+
+    def of_few(self, images: int = 0) -> Tolerance:
+        """The same limits for each image, and wider ones for the means of few ``images``; 0: none for the means.
+
+        A form may be held to the means on hundreds of images and just reach them; those of a few of these images are
+        below by chance. The errors' spread is about half their mean, so ``2 / sqrt(images)`` of it is four standard
+        deviations: the golden samples refuse no such form, and all that is clearly worse.
+        """
+        if images == 0:
+            return replace(self, mean_cosine=-math.inf, mean_centred_cosine=-math.inf)
+        slack = 1 + 2 / math.sqrt(images)
+        means = {name: 1 - (1 - getattr(self, name)) * slack for name in ("mean_cosine", "mean_centred_cosine")}
+        return replace(self, **means)
+
+    def to_json(self) -> dict[str, float | None]:
+        """A JSON object; null where there is no limit."""
+        return {name: finite_or_none(value) for name, value in asdict(self).items()}
+
+
+TOLERANCES: dict[str, Tolerance] = {
+    "fp32": Tolerance(max_abs=1e-4, min_centred_cosine=1 - 1e-8, top1_agreement=1.0),
+    "fp16": Tolerance(
+        min_cosine=0.9995, mean_cosine=0.9999, min_centred_cosine=0.9999, top1_agreement=0.998, max_score=0.02
+    ),
+    "bf16": Tolerance(
+        min_cosine=0.999, min_centred_cosine=0.999, mean_centred_cosine=0.9995, top1_agreement=0.99, max_score=0.05
+    ),
+    "int8": Tolerance(
+        min_cosine=0.995, min_centred_cosine=0.99, mean_centred_cosine=0.998, top1_agreement=0.98, max_score=0.1
+    ),
+    "text-fp32": Tolerance(max_abs=1e-5, top1_agreement=1.0),
+}
+"""By precision.
+
+fp32 has a gate on the centred cosine that is far above its noise (1e-12): weights that went through float16, or the
+tanh formula of GELU, move single values by about 1e-4, and in a model with more dimensions by less than that. Text
+features are averaged and kept, so they are held to a tenth of the image features' tolerance. Errors below the rounding
+of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a form is made from an
+fp32 graph that has passed; what int8 costs on labelled images benchmarks/precision.py measures.
+"""
+
+RULE_ATOL = 1e-4
+"""Of a score against the classification rule on the same embedding: float32 against float32."""
+
+PIXEL_LIMIT = 2
+"""Of 255, between two decoders of the same file: what rounding makes. A wrong crop, order or filter makes far more."""
+
+GATES: Mapping[str, Callable[[float, float], bool]] = {
+    "max_abs": lambda given, limit: given <= limit,
+    "max_norm_error": lambda given, limit: given <= limit,
+    "min_cosine": lambda given, limit: given >= limit,
+    "mean_cosine": lambda given, limit: given >= limit,
+    "min_centred_cosine": lambda given, limit: given >= limit,
+    "mean_centred_cosine": lambda given, limit: given >= limit,
+}
+"""The numbers of :class:`Closeness` that a :class:`Tolerance` limits, and when they hold."""
+
+_NEEDS_TWO = ("min_centred_cosine", "mean_centred_cosine")
+
+
+def tolerance_of(precision: str) -> Tolerance:
+    """Of "fp16", say; of the precisions of several plans ("bf16, fp16") the widest."""
+    known = [TOLERANCES[name] for name in precision.split(", ") if name in TOLERANCES]
+    return max(known, key=lambda tolerance: tolerance.max_score, default=TOLERANCES["fp32"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Closeness:
+    """How near unit features [N, D] are to the expected ones."""
+
+    max_abs: float
+    max_norm_error: float
+    cosines: NDArray[np.float64]
+    """[N]"""
+    centred_cosines: NDArray[np.float64]
+    """[N], NaN where the image is as good as the mean."""
+
+    def numbers(self) -> dict[str, float]:
+        """By the names of :data:`GATES`; NaN is not measured."""
+        measured = self.centred_cosines[~np.isnan(self.centred_cosines)]
+        return {
+            "max_abs": self.max_abs,
+            "max_norm_error": self.max_norm_error,
+            "min_cosine": float(self.cosines.min()),
+            "mean_cosine": float(self.cosines.mean()),
+            "min_centred_cosine": float(measured.min()) if len(measured) else math.nan,
+            "mean_centred_cosine": float(measured.mean()) if len(measured) else math.nan,
+        }
+
+    def to_rank_by(self) -> NDArray[np.float64]:
+        """A cosine an image [N], centred where that is measured."""
+        return np.where(np.isnan(self.centred_cosines), self.cosines, self.centred_cosines)
+
+
+def closeness(
+    expected: NDArray[np.float32], given: NDArray[np.float32], centre: NDArray[np.float32] | None = None
+) -> Closeness:
+    """Of features [N, D]. In float64: near 1, float32 knows only steps of 6e-8.
+
+    Args:
+        centre: the mean [D] of more features than these; None: that of ``expected``.
+    """
+    first, second = expected.astype(np.float64), given.astype(np.float64)
+    mean = first.mean(axis=0) if centre is None else centre.astype(np.float64)
+    centred = _row_cosines(first - mean, second - mean)
+    centred[np.linalg.norm(first - mean, axis=1) < _FLAT] = math.nan
+    return Closeness(
+        max_abs=float(np.abs(first - second).max()),
+        max_norm_error=float(np.abs(np.linalg.norm(second, axis=1) - 1).max()),
+        cosines=_row_cosines(first, second),
+        centred_cosines=centred,
+    )
+
+
+def _row_cosines(first: NDArray[np.float64], second: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    products: NDArray[np.float64] = (first * second).sum(axis=1) / np.maximum(lengths, 1e-30)
+    return products
+
+
+def broken_gates(numbers: Mapping[str, float], tolerance: Tolerance) -> Iterator[str]:
+    """Each number of a :class:`Closeness` that is out of ``tolerance``, with its limit."""
+    for name, holds in GATES.items():
+        given, limit = numbers[name], getattr(tolerance, name)
+        unmeasured = name in _NEEDS_TWO and math.isnan(given)
+        if not unmeasured and not holds(given, limit):
+            yield f"{name} {_text(given)}, limit {_text(limit)}"
+
+
+def _text(value: float) -> str:
+    """Three digits, of the distance to 1 where a cosine is nearly that."""
+    return f"1-{1 - value:.2g}" if 0.999 < value < 1 else f"{value:.3g}"
+
+
+def finite_or_none(value: Any) -> Any:
+    """NaN and infinity are no JSON."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def array_problem(expected: NDArray[Any], given: NDArray[Any]) -> str:
+    """What is wrong with the shape, the type or the numbers [N, ...] themselves; empty when nothing is."""
+    if given.shape != expected.shape or given.dtype != expected.dtype:
+        return f"gives {given.dtype} {list(given.shape)} instead of {expected.dtype} {list(expected.shape)}"
+    broken = int((~np.isfinite(given).all(axis=1)).sum())
+    return f"gives NaN or infinite values for {broken} of {len(given)} inputs" if broken else ""
+
+
+def features_problem(
+    expected: NDArray[np.float32],
+    given: NDArray[np.float32],
+    tolerance: Tolerance,
+    centre: NDArray[np.float32] | None = None,
+) -> str:
+    """What is out of ``tolerance`` of unit features [N, D], centred as in :func:`closeness`; empty when nothing is."""
+    problem = array_problem(expected, given)
+    return problem or ", ".join(broken_gates(closeness(expected, given, centre).numbers(), tolerance))
+
+
+def encoder_problem(
+    encode: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    pixels: NDArray[np.uint8],
+    expected: NDArray[np.float32],
+    precision: str,
+    count: int,
+) -> str:
+    """What is wrong with what ``encode`` makes of a batch of ``count`` golden images; empty when nothing is.
+
+    Args:
+        pixels: [N, H, W, 3], repeated where they are fewer than ``count``.
+        expected: by PyTorch [N, D].
+    """
+    problem = golden_problem(expected, encode(pixels[np.arange(count) % len(pixels)]), precision)
+    return problem and f"{problem} (a batch of {count})"
+
+
+def golden_problem(expected: NDArray[np.float32], given: NDArray[np.float32], precision: str) -> str:
+    """What is wrong with the features ``given`` [n, D] of the first n golden images; empty when nothing is.
+
+    Args:
+        expected: of all of them [N, D], by PyTorch; where n is above N they were repeated.
+    """
+    tolerance, total = tolerance_of(precision), len(expected)
+    limits = tolerance.of_few(0 if len(given) < total else total)
+    problem = features_problem(expected[np.arange(len(given)) % total], given, limits, expected.mean(axis=0))
+    return problem and f"golden features are not PyTorch's: {problem}"
+
+
+def pixels_problem(expected: NDArray[np.uint8], given: NDArray[np.uint8]) -> str:
+    """What is wrong with decoded golden images uint8 [N, H, W, 3]; empty when nothing is."""
+    problem = array_problem(expected, given)
+    if problem:
+        return problem
+    largest = int(np.abs(expected.astype(np.int16) - given).max())
+    return "" if largest <= PIXEL_LIMIT else f"golden pixels differ by {largest} of 255, limit {PIXEL_LIMIT}"
+
+
+def classes_problem(
+    truth: NDArray[np.float32],
+    names: Sequence[str],
+    scores: NDArray[np.float32],
+    indices: NDArray[np.int64],
+    labels: NDArray[Any],
+    limit: float,
+) -> str:
+    """What is wrong with the best k classes [n, k] of golden images; empty when nothing is.
+
+    Of equally good classes either may come first.
+
+    Args:
+        truth: the probabilities [n, C] of all ``names``.
+        labels: as text, or as UTF-8.
+        limit: of the difference of two scores.
+    """
+    if indices.shape[:1] != truth.shape[:1] or indices.min() < 0 or indices.max() >= len(names):
+        return "answers with classes that the vocabulary does not have"
+    told = [label.encode() if isinstance(label, str) else label for label in labels.flat]
+    if told != [names[index].encode() for index in indices.ravel().tolist()]:
+        return "labels are not the vocabulary's names at the indices"
+    best = -np.sort(-truth, axis=1)[:, : scores.shape[1]]
+    own = np.take_along_axis(truth, indices, axis=1)
+    largest = float(max(np.abs(best - scores).max(), np.abs(own - scores).max()))
+    return "" if largest <= limit else f"scores differ from the golden ones by {largest:.2g}, above {limit:g}"
+
+
+def advice(precision: str) -> str:
+    """What to do about an encoder that is out of tolerance."""
+    other = "" if precision == "fp32" else "choose --precision fp32, "
+    return f"pack the bundle again on this machine, {other}or take another version of the runtime"
+
+
+def golden_arrays(path: str) -> dict[str, NDArray[Any]] | None:
+    """The arrays of the ``golden.npz`` at ``path``; None where there is none: repositories before 0.6 had none."""
+    try:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return dict(arrays)
+    except FileNotFoundError:
+        return None
