@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipship.core.bundle import EncoderForm, read_bundle
+from clipship.core.bundle import EncoderForm, VocabularyFeatures, read_bundle
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, DataError, UsageError
 from clipship.core.processor import this_processor
@@ -54,7 +54,7 @@ def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
         ("image_encoder.bf16.onnx", "bf16", 20),
         ("image_encoder.int8.onnx", "int8", 20),
     ]
-    if find_spec("openvino"):  # no files of its own; whether it has bfloat16 depends on the processor
+    if importlib.util.find_spec("openvino"):  # no files of its own; whether it has bfloat16 depends on the processor
         assert forms_of["openvino"][0] == ("image_encoder.onnx", "fp32", 20)
         assert forms_of["openvino"][-1] == ("image_encoder.int8.onnx", "int8", 20)
         assert all(set(one.speed) == {"1", "8"} for one in bundle.image_encoders if one.runtime == "openvino")
@@ -117,6 +117,21 @@ def test_verify_passes_without_the_form_that_pack_left_out_and_names_it(
     assert str(this_processor()) in reason
     assert "min_centred_cosine" in reason
     assert bundle.manifest.measured_on == this_processor()
+
+
+def test_a_bundle_packed_without_openvino_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    features = np.eye(2, 4, dtype=np.float32)
+    classifier = VocabularyFeatures(features=features, logit_scale=1.0)
+    evidence = forms.Evidence(pixels=np.zeros((2, 4, 4, 3), np.uint8), expected=features, classifier=classifier)
+    offered, verification = forms.openvino_forms(tmp_path, [], evidence)
+    assert offered == []
+    assert verification.skipped == (
+        "the bundle offers no form by OpenVINO, which was not installed where it was packed",
+    )
+    assert capsys.readouterr().err == "", "who has not installed it does not miss it"
 
 
 def test_golden_samples_differ_in_a_folder_that_is_sorted() -> None:

@@ -155,7 +155,8 @@ def openvino_forms(
     that this processor cannot compute, is left out: nobody asked for it. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
-        return [], _left_out("the bundle offers no form by OpenVINO, which was not installed where it was packed")
+        missing = "the bundle offers no form by OpenVINO, which was not installed where it was packed"
+        return [], Verification((), skipped=(missing,))
     portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
     offered, total = [], Verification(())
     for form in forms:
