@@ -10,7 +10,14 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from clipship.core.cpu import OnnxRuntimeEncoder, OpenVinoEncoder, available_cores, open_encoder
+from clipship.core.cpu import (
+    INSTRUCTION_SETS,
+    OnnxRuntimeEncoder,
+    OpenVinoEncoder,
+    available_cores,
+    open_encoder,
+    processor,
+)
 
 WEIGHTS = np.random.default_rng(3).normal(size=(12, 5)).astype(np.float32)
 
@@ -70,3 +77,36 @@ def test_a_file_that_is_no_model(tmp_path: Path) -> None:
     broken.write_bytes(b"no model")
     with pytest.raises(Exception, match=r"broken\.onnx"):
         open_encoder(str(broken), "onnxruntime", "fp32")
+
+
+EPYC = """processor\t: 0
+model name\t: AMD EPYC 7763 64-Core Processor
+flags\t\t: fpu sse2 fma avx avx2 sha_ni
+
+processor\t: 1
+model name\t: AMD EPYC 7763 64-Core Processor
+flags\t\t: fpu sse2 fma avx avx2 sha_ni
+"""
+XEON_FLAGS = "fma avx avx2 avx512f avx_vnni avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8 avx512_vnni_other"
+
+
+def test_a_processor_is_told_by_its_name_and_what_decides_speed_and_sums(tmp_path: Path) -> None:
+    file = tmp_path / "cpuinfo"
+    file.write_text(EPYC)
+    found = processor(file)
+    assert (found.name, found.instruction_sets) == ("AMD EPYC 7763 64-Core Processor", ("avx2", "fma"))
+    cores = "1 core" if available_cores() == 1 else f"{available_cores()} cores"
+    assert str(found) == f"AMD EPYC 7763 64-Core Processor, {cores}: avx2 fma"
+    file.write_text(EPYC.replace("fma avx avx2", XEON_FLAGS))
+    assert processor(file).instruction_sets == INSTRUCTION_SETS
+
+
+def test_a_processor_that_linux_does_not_describe_so(tmp_path: Path) -> None:
+    """ARM has features instead of flags, and mostly no name."""
+    file = tmp_path / "cpuinfo"
+    file.write_text("processor\t: 0\nFeatures\t: fp asimd\nCPU implementer\t: 0x41\n")
+    for path in (file, tmp_path / "absent"):
+        found = processor(path)
+        assert found.name
+        assert found.instruction_sets == ()
+        assert ": plain " in str(found)

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from clipship.core.caches import settle_home
 from clipship.core.errors import ClipshipError, MissingExtraError, UsageError, near
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -78,6 +79,7 @@ def root() -> None:
 
     Example: clipship world --out world && clipship train sync-clip-tiny --data world/prints --out runs/prints
     """
+    settle_home()
 
 
 def option_group(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -11,8 +11,13 @@ Legend: N rows (images or class names), D features.
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
+import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +33,43 @@ OPENVINO_TYPES = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}
 def available_cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+INSTRUCTION_SETS = (
+    *("avx2", "fma", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16"),
+    *("amx_tile", "amx_int8", "amx_bf16"),
+)
+"""Those that decide how fast an encoder is, and in which way int8 and bfloat16 are computed; Linux's names."""
+
+
+@dataclass(frozen=True)
+class Processor:
+    """What this process computes on; as text "AMD EPYC, 2 cores: avx2 fma"."""
+
+    name: str
+    cores: int
+    """Those that this process may use."""
+    instruction_sets: tuple[str, ...]
+    """Of :data:`INSTRUCTION_SETS`, in that order."""
+
+    def __str__(self) -> str:
+        sets = " ".join(self.instruction_sets) or f"plain {platform.machine()}"
+        return f"{self.name}, {self.cores} core{'s' * (self.cores > 1)}: {sets}"
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
+    """The processor that ``cpuinfo`` describes: its name and those of its instruction sets that matter here."""
+    try:
+        text = cpuinfo.read_text()
+    except OSError:  # no Linux
+        text = ""
+    fields = dict((part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line)
+    flags = fields.get("flags", "").split()
+    return Processor(
+        name=fields.get("model name") or platform.processor() or platform.machine(),
+        cores=available_cores(),
+        instruction_sets=tuple(one for one in INSTRUCTION_SETS if one in flags),
+    )
 
 
 class OnnxRuntimeEncoder:
@@ -81,16 +123,27 @@ class OpenVinoEncoder:
         return np.concatenate([request.get_output_tensor(0).data for request in running])
 
     def _compile(self, parts: int) -> Any:
-        import openvino
-
         settings = {
             "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._precision],
             "INFERENCE_NUM_THREADS": self.cores,
             "NUM_STREAMS": parts,
         }
-        compiled = openvino.Core().compile_model(self._path, "CPU", settings)
+        compiled = _openvino().Core().compile_model(self._path, "CPU", settings)
         self._requests[parts] = [compiled.create_infer_request() for _ in range(parts)]
         return compiled
+
+
+def _openvino() -> Any:
+    """The package, whose telemetry wants a home: without one it raises, and one that is read-only fills the log."""
+    if not os.environ.get("HOME"):
+        os.environ["HOME"] = tempfile.gettempdir()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import openvino
+    finally:
+        logging.disable(disabled)
+    return openvino
 
 
 def open_encoder(path: str, runtime: str, precision: str, cores: int | None = None) -> Run:
