@@ -34,6 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core import images
+from clipship.core.cpu import processor
 from clipship.core.images import (
     IMAGE_SUFFIXES,
     ImageSpec,
@@ -219,7 +220,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, Table]:
     """Markdown of what was measured, by the name of its part."""
     return {
         "one_core": Table(
-            title="One core",
+            title=f"One core of {processor()}",
             header=("size", "way", "ms an image", "times open_clip"),
             rows=tuple(
                 (row["size"], row["way"], with_spread(row["ms"]), with_spread(row["ratio"]))
@@ -227,7 +228,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, Table]:
             ),
         ),
         "threads": Table(
-            title="Threads",
+            title=f"Threads on {processor()}",
             header=("way", "threads", "images/s"),
             rows=tuple((row["way"], str(row["threads"]), f"{row['images_per_s']:.0f}") for row in found["threads"]),
         ),

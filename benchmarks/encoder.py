@@ -32,7 +32,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.cpu import OPENVINO_TYPES, available_cores, open_encoder
+from clipship.core.cpu import OPENVINO_TYPES, available_cores, open_encoder, processor
 from clipship.core.tables import Table, with_spread, write_table
 
 MODELS = ("ViT-B-32/random", "ViT-B-16/random")
@@ -404,7 +404,7 @@ def table(rows: list[dict[str, Any]], model: str, limit: Limit) -> Table:
     rates = [f"batch {batch} ({int(batch) / statistics.median(took):.1f}/s = 1)" for batch, took in eager.items()]
     header = ("path", *rates, "of the limit", "differs by", "centred cosine")
     return Table(
-        title=f"{model}, {available_cores()} cores",
+        title=f"{model}, {processor()}",
         header=header,
         rows=tuple(cells),
         notes=(str(limit),),

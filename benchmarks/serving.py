@@ -29,7 +29,7 @@ from benchmarks import perf_analyzer
 from benchmarks.encoder import bundle_of
 
 from clipship.core.bundle import Precision, read_bundle
-from clipship.core.cpu import available_cores
+from clipship.core.cpu import processor
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread
@@ -235,7 +235,7 @@ def main() -> None:
         with served(model, given.bundles, given.precision, given.images) as bench:
             rows, described = race(bench, given), bench.described()
         name = model.split("/")[0]
-        made = rates_table(rows, f"{model}, {given.precision}, {available_cores()} cores")
+        made = rates_table(rows, f"{model}, {given.precision}, {processor()}")
         targets, steps = targets_table(rows), steps_table(list(rows.values()))
         found = [{"path": path, **described, **row.to_json()} for path, row in rows.items()]
         write_json_atomic(given.out / f"{name}.json", found)

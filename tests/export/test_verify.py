@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,10 +209,14 @@ def openvino_can(precision: str) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_openvino_computes_in_the_precision_it_was_asked_for(bundle: Bundle, precision: str) -> None:
+def test_openvino_computes_in_the_precision_it_was_asked_for(
+    bundle: Bundle, precision: str, tell_way: Callable[[str], None]
+) -> None:
     pytest.importorskip("openvino")
     samples = golden_samples(bundle)
-    if precision != "fp32" and not openvino_can(precision):
+    can = precision == "fp32" or openvino_can(precision)
+    tell_way(f"OpenVINO {'computes in' if can else 'refuses'} {precision}")
+    if not can:
         with pytest.raises(NotRunnable, match="was asked for"):
             openvino_function(bundle.image_encoder, precision)
         return
