@@ -20,7 +20,7 @@ _STRANGER = (
     *("setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"),
     *(f"--inh-caps={_READ_ALL}", f"--ambient-caps={_READ_ALL}"),
 )
-_READ_ONLY = ("for each in /tmp /var/tmp; do mount --bind $each $each; mount -o remount,bind,ro $each; done",)
+_READ_ONLY = ("for each in /tmp /var/tmp; do mount --rbind $each $each; mount -o remount,bind,ro $each; done",)
 
 
 def stranger(
@@ -40,7 +40,7 @@ def stranger(
     variables = [*(f"-u{name}" for name in _HOME_VARIABLES), *(f"{name}={value}" for name, value in given.items())]
     whole = ["env", f"--chdir={cwd}", *variables, *_STRANGER, *map(str, command)]
     mounts = [shlex.join(["mount", "--bind", str(shown), str(place)]) for place, shown in (mounted or {}).items()]
-    steps = [*(_READ_ONLY if read_only else ()), *mounts]
+    steps = [*mounts, *(_READ_ONLY if read_only else ())]
     if steps and not _mounts():
         pytest.skip("a file system of one's own needs the right to mount")
     return ["unshare", "--mount", "sh", "-ec", "; ".join([*steps, f"exec {shlex.join(whole)}"])] if steps else whole

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from clipship.core import cli, doctor
 from clipship.core.caches import cache_folder
 from tests.strangers import UID, own, run_as_stranger
 
@@ -105,6 +107,18 @@ def test_no_place_at_all(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_a_cache_lends_temporary_files_a_place(stranger_folder: Path) -> None:
+    """A container whose root is read-only, with one volume that is not."""
+    volume = own(stranger_folder / "volume")
+    program = (
+        "from clipship.core.caches import cache_folder; import tempfile; print(cache_folder(), tempfile.gettempdir())"
+    )
+    command = [sys.executable, "-c", program]
+    place = {"mounted": {volume: volume}, "CLIPSHIP_CACHE": str(volume)}
+    done = run_as_stranger(command, cwd=Path("/"), read_only=True, **place)
+    assert (done.stdout, done.stderr) == (f"{volume} {volume / 'tmp'}\n", "")
+
+
 def test_a_good_home_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CLIPSHIP_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
@@ -113,6 +127,18 @@ def test_a_good_home_is_left_as_it_is(tmp_path: Path, monkeypatch: pytest.Monkey
     assert dict(os.environ) == before
     monkeypatch.setenv("CLIPSHIP_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_no_place_for_temporary_files_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", list)
+    monkeypatch.setattr(cli, "settle_home", lambda: None)
+    monkeypatch.setattr(doctor, "findings", tempfile.gettempdir)
+    assert cli.main(["doctor"]) == 2
+    expected = "no folder for temporary files can be written: set TMPDIR or CLIPSHIP_CACHE to one that can"
+    assert capsys.readouterr().err == f"clipship: {expected}\n"
 
 
 @pytest.mark.parametrize("verb", [("doctor",), ("recipes",)])

@@ -24,7 +24,7 @@ def cache_folder() -> Path | None:
 
     It exists and can be written, by this user. None: there is no such place. Either is told once a process.
     """
-    lost, given = settle_home(), os.environ.get(_VARIABLE)
+    lost, given = settle_home(), _given()
     refused = None
     for place in cache_places():
         reason = _why_not_written(place)
@@ -41,8 +41,8 @@ def cache_folder() -> Path | None:
 def cache_places() -> list[Path]:
     """Where something may lie in the cache, also a read-only one that came with an image; the usual place first."""
     settle_home()
-    given, base, private = os.environ.get(_VARIABLE), _base(), _private_folder()
-    places = [Path(given) if given else None, base and base / _NAME, private and private / _NAME]
+    base, private = _base(), _private_folder()
+    places = [_given(), base and base / _NAME, private and private / _NAME]
     return list(dict.fromkeys(place for place in places if place is not None))
 
 
@@ -51,17 +51,19 @@ def settle_home() -> str | None:
     """Give this process, and those it starts, a home and a cache folder where the user's cannot be used.
 
     Libraries fail without (OpenVINO, Matplotlib), or write into a folder called ``~``; so they do for a user without a
-    name. A home that can be read keeps
-    its settings and downloads. What is wrong with the user's own is returned, None if nothing is.
+    name. A home that can be read keeps its settings and downloads.
+
+    Returns: what is wrong with the user's own, None if nothing is.
     """
     _name_user()
+    _find_temporary()
     home, base = _home(), _base()
     if home and base and _may(home, os.R_OK | os.X_OK) and _may_be_written(base):
         return None
-    given = os.environ.get(_VARIABLE)
-    place = Path(given) if given and _why_not_written(Path(given)) is None else _private_folder()
+    place = next((one for one in (_given(), _private_folder()) if one and _why_not_written(one) is None), None)
     if place is not None:
         _lend(place)
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # the number it gives a machine cannot be kept, which it logs
     return f"{base} cannot be written" if base else "there is no home folder"
 
 
@@ -76,7 +78,19 @@ def _lend(place: Path) -> None:
             os.environ["XDG_CACHE_HOME"] = str(place / ".cache")
         os.environ.setdefault("MPLCONFIGDIR", str(place / "matplotlib"))
         os.environ.setdefault("TRITON_HOME", str(place))
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # its device number cannot be kept, which it logs
+
+
+def _find_temporary() -> None:
+    """A folder for temporary files where the usual ones cannot be written, but a cache can."""
+    try:
+        tempfile.gettempdir()
+    except OSError:
+        base = _base()
+        for place in (_given(), base and base / _NAME):
+            if place and _why_not_written(place) is None:
+                (place / "tmp").mkdir(exist_ok=True)
+                os.environ["TMPDIR"] = str(place / "tmp")
+                return
 
 
 def _name_user() -> None:
@@ -85,6 +99,11 @@ def _name_user() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = f"uid_{os.geteuid()}"
+
+
+def _given() -> Path | None:
+    given = os.environ.get(_VARIABLE)
+    return Path(given) if given else None
 
 
 def _home() -> Path | None:
