@@ -83,8 +83,11 @@ def test_a_given_folder_is_taken_without_a_word_and_lends_libraries_a_home(own_t
 
 def test_a_given_folder_that_cannot_be_written(own_temporary: Path, tmp_path: Path) -> None:
     home = own(tmp_path / "home")
-    answer, log = found(own_temporary, CLIPSHIP_CACHE=str(tmp_path / "given"), HOME=str(home))
-    assert answer["folder"] == str(home / ".cache" / "clipship")
+    answer, log = found(
+        own_temporary, CLIPSHIP_CACHE=str(tmp_path / "given"), HOME=str(home), TMPDIR=str(own_temporary)
+    )
+    assert answer["folder"] == str(own_temporary / f"clipship-{UID}" / "clipship")
+    assert answer["home"] == str(home)
     assert log == [line(f"{tmp_path / 'given'} cannot be written (Permission denied)", Path(answer["folder"]))]
 
 

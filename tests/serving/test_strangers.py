@@ -102,7 +102,7 @@ def test_where_nothing_can_be_written_serve_says_what_to_do(
     folder: Path, installed: Path, has_server: bool, expected: str
 ) -> None:
     ports = ("--grpc-port", "0", "--http-port", "0", "--metrics-port", "0")
-    command = [*CLIPSHIP, "serve", folder / "repository", *ports]
+    command = [*CLIPSHIP, "serve", str(folder / "repository"), *ports]
     mounted = {folder / "cache": installed} if has_server else {}
     place = {"HOME": "/", "CLIPSHIP_CACHE": str(folder / "cache")}
     done = run_as_stranger(command, cwd=Path("/"), read_only=True, mounted=mounted, **place)

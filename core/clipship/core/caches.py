@@ -41,8 +41,8 @@ def cache_folder() -> Path | None:
 def cache_places() -> list[Path]:
     """Where something may lie in the cache, also a read-only one that came with an image; the usual place first."""
     settle_home()
-    base, private = _base(), _private_folder()
-    places = [_given(), base and base / _NAME, private and private / _NAME]
+    private = _private_folder()
+    places = [_usual(), private and private / _NAME]
     return list(dict.fromkeys(place for place in places if place is not None))
 
 
@@ -85,12 +85,10 @@ def _find_temporary() -> None:
     try:
         tempfile.gettempdir()
     except OSError:
-        base = _base()
-        for place in (_given(), base and base / _NAME):
-            if place and _why_not_written(place) is None:
-                (place / "tmp").mkdir(exist_ok=True)
-                os.environ["TMPDIR"] = str(place / "tmp")
-                return
+        place = _usual()
+        if place and _why_not_written(place) is None:
+            (place / "tmp").mkdir(exist_ok=True)
+            os.environ["TMPDIR"] = str(place / "tmp")
 
 
 def _name_user() -> None:
@@ -104,6 +102,11 @@ def _name_user() -> None:
 def _given() -> Path | None:
     given = os.environ.get(_VARIABLE)
     return Path(given) if given else None
+
+
+def _usual() -> Path | None:
+    base = _base()
+    return _given() or (base and base / _NAME)
 
 
 def _home() -> Path | None:

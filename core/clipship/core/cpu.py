@@ -63,7 +63,8 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> Processor:
         text = cpuinfo.read_text()
     except OSError:  # no Linux
         text = ""
-    fields = dict((part.strip() for part in line.split(":", 1)) for line in text.splitlines() if ":" in line)
+    pairs = (line.partition(":")[::2] for line in text.splitlines())
+    fields = {key.strip(): value.strip() for key, value in pairs}
     flags = fields.get("flags", "").split()
     return Processor(
         name=fields.get("model name") or platform.processor() or platform.machine(),

@@ -98,7 +98,7 @@ def _python_library() -> Finding:
 def _cache() -> Finding:
     folder = cache_folder()
     advice = "set CLIPSHIP_CACHE to a folder that can be written"
-    return Finding(what="cache", found=folder and str(folder), advice=advice)
+    return Finding(what="cache", found=None if folder is None else str(folder), advice=advice)
 
 
 def findings() -> list[Finding]:
