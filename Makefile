@@ -39,14 +39,14 @@ test-export:
 test-serving:
 	$(PYTEST) $(MARKS) --ignore tests/training --ignore tests/export tests
 
-test-lowest:  ## the client's and export's tests with the lowest versions that pyproject.toml allows
+test-lowest:  ## the client's and export's tests with the lowest versions that pyproject.toml allows, whose warnings are no errors
 	bash deploy/system-packages.sh $(PYTHON)
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python deploy/lowest.py > $(LOWEST)/lowest.txt
 	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt \
 		--editable '.[export,vocab,openvino,telemetry,turbo]' hatchling opentelemetry-sdk pytest pytest-timeout
 	CLIPSHIP_CACHE=$(CURDIR)/$(LOWEST)/cache OMP_NUM_THREADS=1 \
-		$(LOWEST)/bin/python -m pytest $(MARKS) --ignore tests/training tests
+		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training tests
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
