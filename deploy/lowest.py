@@ -15,9 +15,12 @@ _BOUND = re.compile(r"(?P<name>[\w.-]+)(\[[\w,]+\])?>=(?P<version>[\w.]+)")
 
 
 def lowest(requirements: Iterable[str]) -> Iterator[str]:
-    """``name==version`` of each requirement with a lower bound, once."""
-    found = (_BOUND.match(requirement) for requirement in requirements)
-    return iter(dict.fromkeys(f"{one['name']}=={one['version']}" for one in found if one))
+    """``name==version`` of each package with a lower bound, the highest of those that it has."""
+    bounds: dict[str, str] = {}
+    for found in filter(None, map(_BOUND.match, requirements)):
+        name, version = found["name"], found["version"]
+        bounds[name] = max(bounds.get(name, version), version, key=lambda one: [*map(int, one.split("."))])
+    return (f"{name}=={version}" for name, version in bounds.items())
 
 
 def main() -> None:
