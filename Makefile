@@ -1,13 +1,14 @@
 # One Python environment in .venv; PYTHON chooses the interpreter it is made with.
 PYTHON ?= python3
 VENV := .venv
+LOWEST := .venv-lowest
 BIN := $(VENV)/bin
 export PYTHONDONTWRITEBYTECODE := 1
 # The three parts of the tests run side by side, each on one thread: servers and killed clients are waited for a lot.
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes check format benchmarks clean
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -41,6 +42,15 @@ test-export:
 test-serving:
 	$(PYTEST) $(MARKS) --ignore tests/training --ignore tests/export tests
 
+test-lowest:  ## the client's and export's tests with the lowest versions that pyproject.toml allows, whose warnings are no errors
+	bash deploy/system-packages.sh $(PYTHON)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python deploy/lowest.py > $(LOWEST)/lowest.txt
+	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt \
+		--editable '.[export,vocab,openvino,telemetry,turbo]' hatchling opentelemetry-sdk pytest pytest-timeout
+	CLIPSHIP_CACHE=$(CURDIR)/$(LOWEST)/cache OMP_NUM_THREADS=1 \
+		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training tests
+
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -64,4 +74,4 @@ benchmarks: install  ## the figures of the docs
 	$(BIN)/python -m benchmarks.serving --out runs/serving
 
 clean:
-	rm -rf $(VENV) runs dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(LOWEST) runs dist build .mypy_cache .ruff_cache .pytest_cache

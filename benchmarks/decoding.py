@@ -43,7 +43,7 @@ from clipship.core.images import (
     pixels_from_bytes,
     resized_size,
 )
-from clipship.core.tables import Table, with_spread, write_table
+from clipship.core.tables import Table, machine, with_spread, write_table
 
 SIZES = ("500x375", "300x225", "1920x1080", "4000x3000")
 PICTURES = 24
@@ -219,7 +219,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, Table]:
     """Markdown of what was measured, by the name of its part."""
     return {
         "one_core": Table(
-            title="One core",
+            title=f"One core of {machine()}",
             header=("size", "way", "ms an image", "times open_clip"),
             rows=tuple(
                 (row["size"], row["way"], with_spread(row["ms"]), with_spread(row["ratio"]))
@@ -227,7 +227,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, Table]:
             ),
         ),
         "threads": Table(
-            title="Threads",
+            title=f"Threads on {machine()}",
             header=("way", "threads", "images/s"),
             rows=tuple((row["way"], str(row["threads"]), f"{row['images_per_s']:.0f}") for row in found["threads"]),
         ),

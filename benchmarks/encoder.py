@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.cpu import OPENVINO_TYPES, available_cores, open_encoder
-from clipship.core.tables import Table, with_spread, write_table
+from clipship.core.tables import Table, machine, with_spread, write_table
 
 MODELS = ("ViT-B-32/random", "ViT-B-16/random")
 BATCHES = (1, 8, 32)
@@ -404,7 +404,7 @@ def table(rows: list[dict[str, Any]], model: str, limit: Limit) -> Table:
     rates = [f"batch {batch} ({int(batch) / statistics.median(took):.1f}/s = 1)" for batch, took in eager.items()]
     header = ("path", *rates, "of the limit", "differs by", "centred cosine")
     return Table(
-        title=f"{model}, {available_cores()} cores",
+        title=f"{model}, {machine()}",
         header=header,
         rows=tuple(cells),
         notes=(str(limit),),

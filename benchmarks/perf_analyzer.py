@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.caches import cache_folder
 from clipship.core.errors import ClipshipError
-from clipship.core.files import cache_folder, replace_folder
+from clipship.core.files import replace_folder
 from clipship.serving.environment import embedded_environment
 
 VERSION = "2.51.0"
@@ -63,7 +64,10 @@ def found() -> Analyzer:
         ClipshipError: it cannot be installed here, or does not start.
     """
     on_path = shutil.which("perf_analyzer")
-    folder = cache_folder() / f"perf-analyzer-{VERSION}"
+    cache = cache_folder()
+    if cache is None:
+        raise ClipshipError("perf_analyzer has no folder: set CLIPSHIP_CACHE to one that can be written")
+    folder = cache / f"perf-analyzer-{VERSION}"
     analyzer = Analyzer(program=Path(on_path), variables={}) if on_path else _in_folder(folder)
     if not on_path and not folder.is_dir():
         _install(folder)

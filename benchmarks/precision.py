@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from clipship.core.bundle import Bundle, EncoderForm
 from clipship.core.cpu import open_encoder
 from clipship.core.images import pixels_from_image
-from clipship.core.tables import Table, write_table
+from clipship.core.tables import Table, machine, write_table
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.forms import Profile
 from clipship.export.pack import bundle_from_method
@@ -53,7 +53,7 @@ def main() -> None:
         sets = [_labelled(clip, dataset, options.per_class) for dataset in WORLD_DATASETS if options.per_class]
         rows = [_row(bundle, form, _top1(bundle, form, Path(scratch), sets)) for form in bundle.image_encoders]
     cells = tuple(tuple(row[name] for name in HEADER) for row in rows)
-    made = Table(title=options.model, header=HEADER, rows=cells)
+    made = Table(title=f"{options.model}, {machine()}", header=HEADER, rows=cells)
     write_table(options.out, options.model.split("/")[0], rows, made)
     print(made.to_markdown())
 

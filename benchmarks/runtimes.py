@@ -27,9 +27,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmarks.precision import zero_shot_of
 from numpy.typing import NDArray
 
+from benchmarks.precision import zero_shot_of
 from clipship.core.bundle import TEXT_ENCODER, Bundle, EncoderForm, VocabularyFeatures
 from clipship.core.classification import Cache
 from clipship.core.tables import Table, write_table

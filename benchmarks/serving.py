@@ -27,12 +27,10 @@ from typing import Any
 
 from benchmarks import perf_analyzer
 from benchmarks.encoder import bundle_of
-
 from clipship.core.bundle import Precision, read_bundle
-from clipship.core.cpu import available_cores
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
-from clipship.core.tables import Table, with_spread
+from clipship.core.tables import Table, machine, with_spread
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.bench.pictures import files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table
@@ -235,7 +233,7 @@ def main() -> None:
         with served(model, given.bundles, given.precision, given.images) as bench:
             rows, described = race(bench, given), bench.described()
         name = model.split("/")[0]
-        made = rates_table(rows, f"{model}, {given.precision}, {available_cores()} cores")
+        made = rates_table(rows, f"{model}, {given.precision}, {machine()}")
         targets, steps = targets_table(rows), steps_table(list(rows.values()))
         found = [{"path": path, **described, **row.to_json()} for path, row in rows.items()]
         write_json_atomic(given.out / f"{name}.json", found)

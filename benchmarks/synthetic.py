@@ -17,7 +17,6 @@ import sys
 from pathlib import Path
 
 from benchmarks.accuracy import command
-
 from clipship.training.cli import SYNTHETIC
 
 DATASETS = ("prints", "games")

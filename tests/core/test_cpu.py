@@ -10,7 +10,12 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from clipship.core.cpu import OnnxRuntimeEncoder, OpenVinoEncoder, available_cores, open_encoder
+from clipship.core.cpu import (
+    OnnxRuntimeEncoder,
+    OpenVinoEncoder,
+    available_cores,
+    open_encoder,
+)
 
 WEIGHTS = np.random.default_rng(3).normal(size=(12, 5)).astype(np.float32)
 

@@ -8,7 +8,9 @@ import json
 import pytest
 
 from clipship.core import doctor
+from clipship.core.caches import cache_folder
 from clipship.core.cli import main
+from clipship.core.tables import machine
 
 
 def test_what_is_installed_is_reported_with_its_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -17,6 +19,8 @@ def test_what_is_installed_is_reported_with_its_version(capsys: pytest.CaptureFi
     assert found["torch"] == importlib.metadata.version("torch")
     assert "CPU" in found["ONNX Runtime runs on"]
     assert "Python 3." in found["machine"]
+    assert found["processor"] == machine()
+    assert found["cache"] == str(cache_folder())
 
 
 def test_what_is_missing_says_how_to_get_it(

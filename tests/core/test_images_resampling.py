@@ -9,12 +9,21 @@ from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import patch
 
 import numpy as np
+import PIL
 import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core import images
-from clipship.core.images import ImageSpec, Resample, centred_corner, pixels_from_bytes, pixels_from_image, resized_size
+from clipship.core.images import (
+    ImageSpec,
+    Resample,
+    centred_corner,
+    pixels_from_bytes,
+    pixels_from_image,
+    resized_size,
+    vertical_pass_first,
+)
 
 RNG = np.random.default_rng(5)
 
@@ -24,9 +33,11 @@ def spec_of(size_px: int) -> ImageSpec:
 
 
 def by_pillow(image: Image.Image, size_px: int) -> NDArray[np.uint8]:
-    """The whole image resized, then cropped."""
+    """The whole image resized, then cropped. Before version 13 Pillow resized the width first, always."""
     width, height = resized_size(*image.size, size_px)
     left, top = centred_corner(width, height, size_px)
+    if int(PIL.__version__.split(".")[0]) < 13 and vertical_pass_first(*image.size, height):
+        image = image.resize((image.width, height), Image.Resampling.BICUBIC)
     whole = image.resize((width, height), Image.Resampling.BICUBIC)
     return np.asarray(whole.crop((left, top, left + size_px, top + size_px)))
 

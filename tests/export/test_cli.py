@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from clipship.core.cli import main
 from clipship.export.reference import Picture
 from clipship.training.clip import Clip
 from tests.export.conftest import method_of, write_checkpoint
+from tests.strangers import own, run_as_stranger
 
 
 @pytest.fixture(scope="module")
@@ -115,3 +117,18 @@ def test_a_picture_that_cannot_be_read(
     assert main(["pack", str(checkpoint), "--images", str(folder), "--out", str(tmp_path / "out")]) == 2
     assert "0.png: empty file (0 bytes): verify with images that can be read" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_pack_and_verify_without_a_home(checkpoint: Path, images: Path, stranger_folder: Path) -> None:
+    """OpenVINO asks for a home when it is imported, ONNX Runtime for a cache: neither is missed, nor spoken of."""
+    for name, folder in (("run", checkpoint), ("images", images)):
+        shutil.copytree(folder, stranger_folder / name)
+    (stranger_folder / "tmp").mkdir()
+    own(stranger_folder)
+    pack = ["pack", "run", "--images", "images", "--out", "bundle"]
+    for verb in (pack, ["verify", "bundle"]):
+        command = [sys.executable, "-m", "clipship.core", *verb]
+        done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"), HOME="/")
+        assert done.returncode == 0, done.stderr
+        assert done.stderr in ("", "verifying with 104 images of images\n")
+    assert {form.runtime for form in read_bundle(stranger_folder / "bundle").image_encoders} >= {"onnx"}

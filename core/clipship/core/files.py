@@ -21,14 +21,6 @@ _AT_FDCWD = -100  # fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 
 
-def cache_folder() -> Path:
-    """``CLIPSHIP_CACHE``, or ``clipship`` in the user's cache folder: what can be made again, kept between runs."""
-    given = os.environ.get("CLIPSHIP_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "clipship"
-
-
 @contextmanager
 def locked_folder(folder: Path, refusal: str) -> Iterator[None]:
     """Keep other processes that lock ``folder`` out of it; the kernel ends the lock with this process, however it ends.

@@ -10,7 +10,8 @@ Two steps, kept apart:
    (Pillow's own conversion would clip it to white), CMYK/palette/grey become RGB by Pillow's ``convert``, alpha is
    dropped, the first frame of an animation is taken.
 2. :func:`pixels_from_image`: Pillow's bicubic resize of the shorter side, then the centre crop, exactly as open_clip's
-   evaluation transform (torchvision ``Resize`` + ``CenterCrop``) does it, bit for bit.
+   evaluation transform (torchvision ``Resize`` + ``CenterCrop``) does it with Pillow 13, bit for bit, and the same with
+   every version: an older Pillow's own resize is off by 1 here and there where an image is over twice as high as wide.
 
 **How the second step is quicker than Pillow and equal to it.** Each axis is a product with a banded matrix; only the
 rows and columns that the crop keeps are computed, in blocks of a few so that the band stays narrow. The products are
@@ -271,7 +272,7 @@ def centred_corner(width: int, height: int, size_px: int) -> tuple[int, int]:
 
 
 def vertical_pass_first(width: int, height: int, resized_height: int) -> bool:
-    """Whether Pillow resizes an image of ``width`` x ``height`` along its height before its width."""
+    """Whether Pillow (from version 13 on) resizes ``width`` x ``height`` along its height before its width."""
     return height > 2 * width and resized_height < height
 
 

@@ -19,7 +19,8 @@ CPUINFO = Path("/proc/cpuinfo")
 """Where Linux says what its processors can do."""
 
 INSTRUCTION_SETS = (
-    *("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_int8", "amx_bf16", "amx_fp16"),
+    *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
+    *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16"),
 )
 """Those that runtimes have products of matrices for, by Linux's names."""

@@ -8,7 +8,15 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from clipship.core.cpu import available_cores
 from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.processor import this_processor
+
+
+def machine() -> str:
+    """What figures were measured on: "AMD EPYC 7763 (avx2 fma), 2 cores"; the cores are those this process may use."""
+    cores = available_cores()
+    return f"{this_processor()}, {cores} core{'s' * (cores > 1)}"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -73,7 +73,7 @@ class Embeddings:
         return len(self.errors)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.vectors, dtype=dtype, copy=True if copy else None)
+        return np.array(self.vectors, dtype=dtype) if copy else np.asarray(self.vectors, dtype=dtype)
 
 
 def embeddings_from_results(results: Sequence[Result], embed_dim: int | None) -> Embeddings:

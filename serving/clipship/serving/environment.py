@@ -27,8 +27,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from clipship.core.caches import cache_folder, cache_places
 from clipship.core.errors import UsageError
-from clipship.core.files import cache_folder, replace_folder, sha256_of_text
+from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
 from clipship.serving.errors import ServingError
 
@@ -166,10 +167,21 @@ def _as_here(package: str) -> str:
 
 
 def _installed_folder(packages: Sequence[str]) -> Path:
-    """The embedded server's folder, made by one process while others wait."""
+    """The embedded server's folder, made by one process while others wait; a cache that is read-only may have it.
+
+    Raises:
+        UsageError: it is nowhere, and cannot be written anywhere.
+    """
     requirements = _requirements(packages)
     digest = sha256_of_text(" ".join(requirements))[:8]
-    folder = cache_folder() / f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
+    name = f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
+    for there in cache_places():
+        if os.path.isfile(there / name / _COMPLETE):
+            return there / name
+    cache = cache_folder()
+    if cache is None:
+        raise UsageError("the embedded Triton needs 350 MB of disk: set CLIPSHIP_CACHE to a folder that can be written")
+    folder = cache / name
     if not (folder / _COMPLETE).is_file():
         with _locked(folder.with_name(f"{folder.name}.lock")):
             if not (folder / _COMPLETE).is_file():

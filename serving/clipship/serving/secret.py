@@ -6,8 +6,8 @@ import os
 import secrets
 from pathlib import Path
 
+from clipship.core.caches import cache_folder, cache_places
 from clipship.core.errors import UsageError
-from clipship.core.files import cache_folder
 
 _KEY = "clipship-admin"
 
@@ -24,8 +24,28 @@ def restriction(secret: str) -> str:
 
 
 def usual_secret_file(url: str) -> Path:
-    """Where the secret of the server at HOST:PORT on this machine lies: one a port, in the user's cache folder."""
-    return cache_folder() / "admin" / f"{url.rpartition(':')[2]}.secret"
+    """Where the secret of the server at HOST:PORT on this machine goes: one a port, in the user's cache folder.
+
+    Raises:
+        UsageError: there is no cache folder.
+    """
+    folder = cache_folder()
+    if folder is None:
+        raise UsageError(
+            "there is no folder for the secret of the admin protocols: give --admin-secret FILE or --open-admin, or "
+            "set CLIPSHIP_CACHE to a folder that can be written"
+        )
+    return folder / _place(url)
+
+
+def found_secret_file(url: str) -> Path | None:
+    """The file that ``clipship serve`` on this machine wrote for the server at HOST:PORT, where there is one."""
+    files = (folder / _place(url) for folder in cache_places())
+    return next((file for file in files if os.path.isfile(file)), None)
+
+
+def _place(url: str) -> Path:
+    return Path("admin", f"{url.rpartition(':')[2]}.secret")
 
 
 def write_secret(path: Path) -> str:

@@ -146,10 +146,17 @@ def start_server(
 
 
 def _opened_log(log_file: Path | None) -> IO[bytes]:
-    """``log_file``, or a file without a name that goes with the process."""
+    """``log_file``, or a file without a name that goes with the process.
+
+    Raises:
+        UsageError: no folder for temporary files can be written.
+    """
     if log_file is not None:
         return log_file.open("w+b")
-    return tempfile.TemporaryFile()
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        raise UsageError(f"Triton's log has no place ({error}): give --log-file FILE, or set TMPDIR") from error
 
 
 @contextmanager

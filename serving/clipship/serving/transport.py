@@ -47,7 +47,10 @@ MODEL_INFER = "/inference.GRPCInferenceService/ModelInfer"
 _RAW_INPUT_CONTENTS = 7
 """The number of that field in ModelInferRequest."""
 _OVERLOAD_SIGNS = ("maximum queue size", "Request timeout expired", "inflight")
-_TLS_SIGNS = ("CERTIFICATE_VERIFY_FAILED", "Hostname Verification", "WRONG_VERSION_NUMBER", "CERTIFICATE_REQUIRED")
+_TLS_SIGNS = (
+    *("CERTIFICATE_VERIFY_FAILED", "Hostname Verification", "WRONG_VERSION_NUMBER", "CERTIFICATE_REQUIRED"),
+    "not in peer certificate",  # gRPC before 1.68
+)
 _FAILED_WHILE_RUNNING = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "ABORTED")
 _T = TypeVar("_T")
 

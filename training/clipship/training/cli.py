@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from clipship.core.caches import cache_folder
 from clipship.core.cli import emit, existing_folder, json_option
 from clipship.core.errors import DataError, MissingExtraError, UsageError, near
-from clipship.core.files import cache_folder
 from clipship.core.progress import log, progress
 
 if TYPE_CHECKING:
@@ -230,9 +230,10 @@ def synthetic_beside(data: Path) -> Path:
     return (data if data.is_dir() else data.parent) / SYNTHETIC
 
 
-def feature_cache() -> Path:
-    """Where features of frozen image towers are kept between runs."""
-    return cache_folder() / "features"
+def feature_cache() -> Path | None:
+    """Where features of frozen image towers are kept between runs; None: nowhere."""
+    folder = cache_folder()
+    return folder and folder / "features"
 
 
 def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:

@@ -8,6 +8,7 @@ Shapes: N images, D joint dimensions.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn import functional
 
 from clipship.core.errors import DataError
 from clipship.core.files import replace_file, sha256_of_text
-from clipship.core.progress import progress
+from clipship.core.progress import log, progress
 from clipship.training import prompts
 from clipship.training.batches import ImageCache, evaluation_pixels, training_view
 from clipship.training.clip import Clip
@@ -94,8 +95,16 @@ def _kept(
     try:
         known: Tensor = load_file(file)["features"]
         return known
-    except (FileNotFoundError, SafetensorError, KeyError):
+    except (OSError, SafetensorError, KeyError):
         features = compute()
-    with replace_file(file) as temporary:
-        temporary.write_bytes(save({"features": features}))
+    try:
+        with replace_file(file) as temporary:
+            temporary.write_bytes(save({"features": features}))
+    except OSError as error:
+        _tell_unkept(cache, error.strerror or str(error))
     return features
+
+
+@functools.cache
+def _tell_unkept(folder: Path, reason: str) -> None:
+    log(f"{folder}: features cannot be kept ({reason}): they are encoded in every run")

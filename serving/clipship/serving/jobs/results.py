@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
 from clipship.core.files import replace_file
@@ -200,15 +201,13 @@ def _parquet(path: Path, header: Header) -> Iterator[Sink]:
     digests = {"clipship.bundle_digest": header.bundle_digest, "clipship.vocabulary_digest": header.vocabulary_digest}
     best = (pa.string(), pa.string(), pa.float32())
     top_k = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.int64()))
-    features = () if header.embed_dim is None else (pa.list_(pa.float32(), header.embed_dim),)
+    features = () if header.embed_dim is None else (pa.list_(pa.float32()),)
     types = (*best, *top_k, pa.string(), *features)
     schema = pa.schema(list(zip(header.columns, types, strict=True)), metadata=digests)
 
     def write_rows(columns: Mapping[str, list[Any]]) -> None:
         arrays = [
-            _embedding_array(columns[name], header.embed_dim)
-            if name == EMBEDDING
-            else pa.array(columns[name], schema.field(name).type)
+            _embedding_array(columns[name]) if name == EMBEDDING else pa.array(columns[name], schema.field(name).type)
             for name in header.columns
         ]
         writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
@@ -219,17 +218,18 @@ def _parquet(path: Path, header: Header) -> Iterator[Sink]:
         sink.flush()
 
 
-def _embedding_array(rows: list[Any], embed_dim: int | None) -> Any:
-    """Features as an Arrow array of lists of D float32, null for images that have none."""
+def _embedding_array(rows: Sequence[NDArray[np.float32] | None]) -> Any:
+    """Features as an Arrow array of lists of float32, null for images that have none.
+
+    No fixed-size lists: with nulls among them pyarrow writes and reads them from version 25 on only.
+    """
     import pyarrow as pa
 
-    assert embed_dim is not None
-    values = np.zeros((len(rows), embed_dim), dtype=np.float32)
-    for number, row in enumerate(rows):
-        if row is not None:
-            values[number] = row
+    known = [row for row in rows if row is not None]
+    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
+    values = np.concatenate([np.empty(0, np.float32), *known])
     missing = pa.array([row is None for row in rows], pa.bool_())
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), embed_dim, mask=missing)
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values, pa.float32()), mask=missing)
 
 
 _WRITERS: dict[str, Callable[[Path, Header], AbstractContextManager[Sink]]] = {

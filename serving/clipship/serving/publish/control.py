@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from clipship.core.errors import UsageError
 from clipship.serving.connection import Connection
 from clipship.serving.errors import AccessDenied, ServingError
-from clipship.serving.secret import ADMIN_HEADER, read_secret, usual_secret_file
+from clipship.serving.secret import ADMIN_HEADER, found_secret_file, read_secret
 from clipship.serving.transport import Tensors, TritonTransport, parameters_of
 
 
@@ -35,8 +35,8 @@ class Control:
         if len(connection.addresses) != 1:
             raise UsageError(f"{', '.join(connection.addresses)}: publish to one server at a time, give one HOST:PORT")
         (self.url,) = connection.addresses
-        file = secret_file or usual_secret_file(self.url)
-        secret = read_secret(file) if secret_file or file.is_file() else None
+        file = secret_file or found_secret_file(self.url)
+        secret = None if file is None else read_secret(file)
         headers = {**connection.headers, **({ADMIN_HEADER: secret} if secret else {})}
         self._timeout_s = timeout_s
         self._transport = TritonTransport(
