@@ -39,6 +39,9 @@ from clipship.serving.publish.versions import Classifier, vocabularies_in
 from clipship.serving.samples import Samples, read_samples, read_truth
 
 _BUILD_AGAIN = "build the plan again on this machine with clipship engine, or from a form of a higher precision"
+REQUEST_ID = "self-check"
+"""Of its requests, in Triton's logs and traces."""
+
 _TIMEOUT_S = 60.0
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
@@ -70,7 +73,7 @@ class HttpModels:
         data = serialize_byte_tensor(rows).item() if kind == "BYTES" else np.ascontiguousarray(rows).tobytes()
         given = {"name": name, "shape": rows.shape, "datatype": kind, "parameters": {"binary_data_size": len(data)}}
         wanted = [{"name": output, "parameters": {"binary_data": True}} for output in outputs]
-        header = json.dumps({"inputs": [given], "outputs": wanted}).encode()
+        header = json.dumps({"id": REQUEST_ID, "inputs": [given], "outputs": wanted}).encode()
         length, body = self._call("POST", f"/v2/models/{model}/infer", header + data, {_HEADER_LENGTH: len(header)})
         described, at, answers = json.loads(body[:length])["outputs"], length or 0, {}
         for tensor in described:
