@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import onnx
 import pytest
 from numpy.typing import NDArray
 
+from clipship.core.bundle import read_bundle, write_manifest_content
 from clipship.core.errors import CheckFailed
 from clipship.core.vocabulary import Vocabulary
 from clipship.export import quantize
@@ -22,6 +24,7 @@ from clipship.export.pack import bundle_from_method
 from clipship.export.quantize import quantized_onnx
 from clipship.export.reference import Picture, pixels_of
 from clipship.export.saturation import can_saturate, emulated_int8, int8_weights, saturating_product
+from clipship.export.verify import verify_bundle
 from clipship.training.clip import Clip
 from tests.export.conftest import NAMES, method_of
 from tests.export.graphs import centred_cosines, features, image_encoder
@@ -124,6 +127,23 @@ def test_a_form_that_would_be_wrong_without_vnni_is_refused_on_every_processor(
     bundle = bundle_from_method(method, vocabulary, pictures[:40], tmp_path / "bundle", provenance={}, profile=profile)
     rows = [one for one in bundle.verification()["comparisons"] if one["provider"] == "int8, emulated"]
     assert [(one["count"], one["passed"]) for one in rows] == [(8, True)]
+
+
+def test_verify_finds_it_in_a_bundle_that_was_packed_before(
+    clip: Clip, pictures: list[Picture], pixels: NDArray[np.uint8], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    method, profile = method_of(clip, "zero-shot"), Profile(precisions=("int8",))
+    folder = tmp_path / "bundle"
+    bundle_from_method(method, Vocabulary(names=NAMES), pictures[:40], folder, provenance={}, profile=profile)
+    assert not [one for one in verify_bundle(read_bundle(folder)).comparisons if one.provider == "int8, emulated"]
+    monkeypatch.setattr(quantize, "int8_weights", weights_of_all_steps)
+    monkeypatch.setattr(quantize, "_compared", lambda *_: _Passes())
+    quantized_onnx(folder / "image_encoder.onnx", folder / "image_encoder.int8.onnx", pixels)
+    content = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    write_manifest_content(folder, content)
+    (row,) = (one for one in verify_bundle(read_bundle(folder)).comparisons if one.provider == "int8, emulated")
+    assert not row
+    assert row.form == "image_encoder.int8.onnx"
 
 
 class _Passes:

@@ -77,6 +77,8 @@ ACCELERATED = {"tuning": Tuning(accelerator="tensorrt")}
 CHOICES: list[tuple[Backend, dict[str, Any], str]] = [
     ("python", {}, "25.08"),
     ("onnxruntime", form(opset=23), "25.08"),
+    ("onnxruntime", form(opset=23, precision="int8"), "26.02"),
+    ("onnxruntime", form(opset=20, precision="int8"), "25.08"),
     ("onnxruntime", {**form(precision="fp16"), **ACCELERATED}, "25.08"),
     ("onnxruntime", {**form(precision="bf16"), **ACCELERATED}, "26.02"),
     ("onnxruntime", form(precision="bf16"), "25.08"),

@@ -15,7 +15,7 @@ from typing import Any
 
 from clipship.serving.config import MODEL_FILES, config_from_text
 from clipship.serving.errors import RepositoryError
-from clipship.serving.names import ENCODER, OPSET, PREPROCESS, RUNTIME, TENSORRT_VERSION, VERSION_COMPATIBLE
+from clipship.serving.names import ENCODER, OPSET, PRECISION, PREPROCESS, RUNTIME, TENSORRT_VERSION, VERSION_COMPATIBLE
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
@@ -101,8 +101,9 @@ def version_compatible_plans_of(path: Path) -> str | None:
     return next(iter(_parameter_values(path, VERSION_COMPATIBLE)), None)
 
 
-def opset_of(path: Path) -> int | None:
-    """The opset of the image encoder that the ONNX Runtime backend runs; None where it is another's, or not said.
+def opset_of(path: Path) -> tuple[int, str] | None:
+    """Opset and precision of the image encoder that the ONNX Runtime backend runs; None where another does, or where
+    they are not said.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
@@ -111,7 +112,7 @@ def opset_of(path: Path) -> int | None:
     encoder = configs.get(ENCODER)
     if encoder is None or encoder.backend != "onnxruntime" or OPSET not in encoder.parameters:
         return None
-    return int(encoder.parameters[OPSET].string_value)
+    return int(encoder.parameters[OPSET].string_value), encoder.parameters[PRECISION].string_value
 
 
 def accelerator_of(path: Path) -> dict[str, str]:

@@ -186,12 +186,15 @@ def _plan_need(repository: Path) -> Iterator[Need]:
 
 
 def _opset_need(repository: Path) -> Iterator[Need]:
-    opset = opset_of(repository)
-    if opset is not None:
+    """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: docs/precision.md, which versions run what."""
+    found = opset_of(repository)
+    if found is not None:
+        opset, precision = found
+        int8 = precision == "int8" and opset == 23
         yield Need(
-            what=f"an ONNX Runtime that takes opset {opset}",
+            what=f"an ONNX Runtime that takes {'int8 of ' if int8 else ''}opset {opset}",
             advice="pack the bundle with --opset 18 or 20",
-            met_by=lambda release: release.opset >= opset,
+            met_by=lambda release: release.opset >= opset + int8,
         )
 
 
