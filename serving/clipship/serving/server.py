@@ -212,7 +212,7 @@ def _launch(
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**os.environ, **environment.variables},
+        env={**os.environ, **environment.variables, "CLIPSHIP_SHM_PREFIX": shm_prefix},
         start_new_session=True,
     )
 

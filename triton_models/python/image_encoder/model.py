@@ -8,6 +8,7 @@ import os
 from typing import Any
 
 import clipship_cpu
+import clipship_doors
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
@@ -25,11 +26,14 @@ class TritonPythonModel:
         runtime, precision = (parameters[name]["string_value"] for name in ("runtime", "precision"))
         threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
         self.encode = clipship_cpu.open_encoder(path, runtime, precision, int(threads) or None)
+        self.door = clipship_doors.Door(args["model_instance_name"])
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
         images = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
-        embedding = self.encode(np.concatenate(images))
+        batch = np.concatenate(images)
+        with self.door.closed(len(batch)):
+            embedding = self.encode(batch)
         ends = np.cumsum([len(image) for image in images])[:-1]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, np.ascontiguousarray(part))])
