@@ -6,9 +6,9 @@ Every way to run the queues gets real Tritons of its own on this machine, with c
 a storm, 64 clients send for some seconds, each with a deadline of 1 second, again as soon as the last request has
 ended: single photographs of 6 megapixels, or 64 images as pixels. They are bare gRPC clients, which tell the server
 nothing but by leaving. Then one request of somebody who waits is timed. Without a storm, closed loops of pixels and of
-files are counted, and bursts: many requests at once and nothing after them. Triton's trace tells of every batch how
-much later it started than it could have: its oldest request had come and waited for company, and the batch before was
-done. The ways take turns in every round.
+files are counted, and bursts, many requests at once and nothing after them, in short turns with a second server.
+Triton's trace tells of every batch how much later it started than it could have: its oldest request had come and waited
+for company, and the batch before was done.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from clipship.core.bundle import Bundle, read_bundle
 from clipship.core.images import pixels_from_bytes
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread, write_table
-from clipship.serving.bench.load import ClosedLoop, counted
+from clipship.serving.bench.load import Done, Send, measure
 from clipship.serving.bench.pictures import made_up_files
 from clipship.serving.bench.wire import Wire, encoded_request, pixels_request
 from clipship.serving.config import config_from_text, text_from_config
@@ -52,6 +52,7 @@ DEADLINE_S = 1.0
 LATE_S = 0.1
 _PHOTO_PX = (3000, 2000)
 _BATCH, _IN_FLIGHT, _BURST, _CROWDED = 8, 16, 32, 64
+_TURNS = 3
 _PATIENT_S = 180.0
 _QUIET_S = 2.0
 
@@ -110,14 +111,14 @@ WAYS: Mapping[str, Way] = {
 
 @dataclass(kw_only=True)
 class Figures:
-    """What was measured of one way, a value a round."""
+    """What was measured of one way; a value a round where nothing else is said."""
 
     next_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """By kind of storm, from its end: the answer of somebody who waits."""
     idle_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """By kind of storm, from its end: the server has nothing more to do."""
-    rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Images a second by kind of load."""
+    ratios: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """By kind of load: images a second beside those of the first way, a value a turn."""
     late: list[float] = field(default_factory=list)
     """The share of batches that started more than 0.1 s late."""
     latest_s: list[float] = field(default_factory=list)
@@ -153,6 +154,35 @@ def served(way: Way, bundle: Bundle, options: ServerOptions = DEFAULT_OPTIONS) -
             wire.close()
 
 
+def patient(wire: Wire, request: bytes) -> Send:
+    """Sends ``request`` until it is answered, as clipship's client does with what a server refuses to keep waiting."""
+    import grpc
+
+    def send(done: Done) -> None:
+        def land(call: Any) -> None:
+            error = call.exception()
+            if error is not None and error.code() == grpc.StatusCode.UNAVAILABLE:
+                time.sleep(0.01)
+                send(done)
+            else:
+                done(error)
+
+        wire.transport.send(request, timeout_s=_PATIENT_S).add_done_callback(land)
+
+    return send
+
+
+def answers_s(wire: Wire, request: bytes, count: int = 1) -> float:
+    """How long ``count`` requests take that are sent at once."""
+    left = threading.Semaphore(0)
+    began_s = time.perf_counter()
+    for _ in range(count):
+        patient(wire, request)(lambda error: left.release())
+    for _ in range(count):
+        left.acquire()
+    return time.perf_counter() - began_s
+
+
 def storm(wire: Wire, request: bytes, seconds: float) -> None:
     """The crowd comes and goes."""
     ends_s = time.monotonic() + seconds
@@ -172,11 +202,10 @@ def measure_storms(way: Way, bundle: Bundle, traffic: Traffic, figures: Figures,
     """A storm of each kind, and what comes after it."""
     with served(way, bundle) as wire:
         for kind, request in traffic.storms.items():
-            wire.transport.send(request, timeout_s=_PATIENT_S).result()
+            answers_s(wire, request)
             storm(wire, request, seconds)
             began_s = time.perf_counter()
-            wire.transport.send(request, timeout_s=_PATIENT_S).result()
-            figures.next_s[kind].append(time.perf_counter() - began_s)
+            figures.next_s[kind].append(answers_s(wire, request))
             figures.idle_s[kind].append(_idle_s(wire) - began_s)
 
 
@@ -193,28 +222,27 @@ def _idle_s(wire: Wire) -> float:
 
 
 def measure_calm(way: Way, bundle: Bundle, traffic: Traffic, figures: Figures, seconds: float) -> None:
-    """Rates, and how late batches start, while all are answered."""
+    """Rates beside those of a server that waits meanwhile, in short turns, and how late batches start."""
     with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        with served(way, bundle, ServerOptions(trace_file=trace, trace_rate=1)) as wire:
-            for name, request in traffic.steady.items():
-                with ClosedLoop(wire.sender([request]), _IN_FLIGHT) as loop:
-                    begin_s = loop.wait_until(time.perf_counter() + 0.5, answers=_IN_FLIGHT)
-                    end_s = loop.wait_until(begin_s + seconds, answers=2 * _IN_FLIGHT)
-                load = counted(loop.finished_s, loop.latencies_s, (begin_s, end_s), _BATCH)
-                figures.rates[name].append(load.images_per_s)
-            figures.rates["bursts of files"].append(_burst_rate(wire, traffic.steady["files"]))
+        trace, other = (Path(folder) / name for name in ("trace.json", "beside.json"))
+        options = ServerOptions(trace_file=trace, trace_rate=1)
+        same = replace(options, trace_file=other)  # tracing costs time
+        with served(WAYS[BESIDE], bundle, same) as beside, served(way, bundle, options) as wire:
+            for kind, request in traffic.steady.items():
+                pairs = [[_rate(each, request, seconds) for each in (beside, wire)] for _ in range(_TURNS)]
+                figures.ratios[kind] += [rate / beside_rate for beside_rate, rate in pairs]
+            bursts = [[answers_s(each, request, _BURST) for each in (beside, wire)] for _ in range(_TURNS)]
+            figures.ratios["bursts of files"] += [beside_s / burst_s for beside_s, burst_s in bursts]
         starts = list(late_starts(json.loads(trace.read_text(encoding="utf-8")), way.tuning.max_queue_delay_us * 1e-6))
     figures.late.append(sum(late_s > LATE_S for late_s in starts) / len(starts))
     figures.latest_s.append(max(starts))
 
 
-def _burst_rate(wire: Wire, request: bytes, bursts: int = 3) -> float:
-    began_s = time.perf_counter()
-    for _ in range(bursts):
-        for call in [wire.transport.send(request, timeout_s=_PATIENT_S) for _ in range(_BURST)]:
-            call.result()
-    return bursts * _BURST * _BATCH / (time.perf_counter() - began_s)
+def _rate(wire: Wire, request: bytes, seconds: float) -> float:
+    """Images a second."""
+    return measure(
+        patient(wire, request), concurrency=_IN_FLIGHT, batch=_BATCH, seconds=seconds / _TURNS, warm_up_s=0.2
+    ).images_per_s
 
 
 def late_starts(trace: Sequence[Mapping[str, Any]], delay_s: float) -> Iterator[float]:
@@ -240,20 +268,17 @@ def table_of(figures: Mapping[str, Figures]) -> Table:
     rows = []
     for name, each in figures.items():
         storms = [with_spread(seconds) for kind in each.next_s for seconds in (each.next_s[kind], each.idle_s[kind])]
-        ratios = [
-            with_spread([rate / other for rate, other in zip(each.rates[kind], beside.rates[kind], strict=True)])
-            for kind in beside.rates
-        ]
+        ratios = [with_spread(values) for values in each.ratios.values()]
         late = with_spread([100 * share for share in each.late], ".1f")
         rows.append((name, *storms, *ratios, late, with_spread(each.latest_s)))
     storms = [f"{kind}: {what}, s" for kind in beside.next_s for what in ("next answer", "idle")]
     notes = (
         f"After {CLIENTS} clients with deadlines of {DEADLINE_S:g} s: when a request sent then was answered, and when"
         " all that the crowd had left behind was answered or dropped.",
-        f"Without them: images a second beside those of '{BESIDE}', in closed loops of {_IN_FLIGHT} requests of"
-        f" {_BATCH} images and in bursts of {_BURST}; late: batches that started over {LATE_S:g} s late.",
+        f"Without them: images a second beside those of '{BESIDE}' in turns, in closed loops of {_IN_FLIGHT} requests"
+        f" of {_BATCH} images and in bursts of {_BURST}; late: batches that started over {LATE_S:g} s late.",
     )
-    header = ("queues", *storms, *beside.rates, "late, %", "latest, s")
+    header = ("queues", *storms, *beside.ratios, "late, %", "latest, s")
     return Table(header=header, rows=tuple(rows), notes=notes, text_columns=1)
 
 
@@ -274,9 +299,8 @@ def main() -> int:
             measure_storms(WAYS[name], bundle, traffic, each, given.seconds)
             measure_calm(WAYS[name], bundle, traffic, each, given.seconds)
             log(f"round {number + 1}, {name}: latest start {each.latest_s[-1]:.2f} s, {dict(each.next_s)}")
-    rows = [{"queue": name, **vars(each)} for name, each in figures.items()]
-    table = table_of(figures)
-    write_table(given.out, "storm", rows, table)
+        table = table_of(figures)
+        write_table(given.out, "storm", [{"queues": name, **vars(each)} for name, each in figures.items()], table)
     sys.stdout.write(table.to_markdown())
     return 0
 

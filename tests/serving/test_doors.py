@@ -49,9 +49,10 @@ def doors(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]
 
 
 def waited_s(doors: ModuleType, outside: object, work: int) -> float:
-    before_s = doors.time.now_s
+    before_s: float = doors.time.now_s
     outside.wait(work)  # type: ignore[attr-defined]
-    return round(doors.time.now_s - before_s, 3)
+    waited: float = doors.time.now_s - before_s
+    return round(waited, 3)
 
 
 def test_nobody_waits_where_there_is_no_door(doors: ModuleType) -> None:
@@ -64,7 +65,7 @@ def test_a_turns_work_sets_out_to_an_idle_model_and_more_when_that_was_dropped(d
     with door.closed(100):
         clock.sleep(1)
     assert [waited_s(doors, outside, work) for work in (20, 10)] == [0, 0]
-    assert waited_s(doors, outside, 1) == pytest.approx(0.011, abs=0.002)
+    assert waited_s(doors, outside, 1) == pytest.approx(0.021, abs=0.002)
     clock.sleep(1)
     assert waited_s(doors, outside, 1000) == 0, "a request is never parted"
 
@@ -79,6 +80,18 @@ def test_what_comes_while_a_model_works_sets_out_shortly_before_it_is_done(doors
         assert waited_s(doors, outside, 1) == doors._LONGEST_S + 0.001, (
             "not before the next turn; a dead model has none"
         )
+    with door.closed(10):
+        assert waited_s(doors, outside, 1) > 0, "20 are still on their way, a turn's work is less than that now"
+
+
+def test_a_model_between_two_turns_has_dropped_nothing(doors: ModuleType, clock: Clock) -> None:
+    door, outside = doors.Door("model_0_0"), doors.Doors("model")
+    with door.closed(100):
+        clock.sleep(1)
+    with door.closed(100):
+        assert waited_s(doors, outside, 30) == pytest.approx(0.98, abs=0.002)
+        clock.sleep(1)
+    assert waited_s(doors, outside, 1) == pytest.approx(0.021, abs=0.002)
 
 
 def test_one_of_several_instances_is_enough(doors: ModuleType, clock: Clock) -> None:

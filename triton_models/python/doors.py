@@ -24,14 +24,14 @@ TURN_S = 0.3
 """The work that may be on its way to a model."""
 AHEAD_S = 0.02
 """So long before a model is done, the next requests may set out: they are there in time."""
-_ON_THE_WAY_S = 0.01
+_ON_THE_WAY_S = 0.02
 """What has not arrived at an idle model by then was dropped."""
 _POLL_S = 0.001
 _LONGEST_S = 10.0
 """Then go on, whatever the door says: its model may have died."""
-_STATE = struct.Struct("<Qdd")
-"""Turns begun; when more may set out, by the machine's monotonic clock; work a second."""
-_IDLE_S = 0.0
+_STATE = struct.Struct("<Qddd")
+"""All work ever taken in hand; when more may set out, and since when the model is idle (0: it is not), by the machine's
+monotonic clock; work a second."""
 
 
 def work_of(array: Any) -> int:
@@ -59,24 +59,25 @@ class Door:
 
     def __init__(self, instance: str) -> None:
         self._state = _mapped(_path(instance))
-        self._begun = _STATE.unpack(self._state[:])[0]
+        self._taken = _STATE.unpack(self._state[:])[0]
         self._work_per_s = math.inf
-        self._show(_IDLE_S)
+        self._show(0.0, time.monotonic())
 
     @contextmanager
     def closed(self, work: int) -> Iterator[None]:
         """While the block does so much work."""
         began_s = time.monotonic()
-        self._begun += 1
-        self._show(began_s + work / self._work_per_s - AHEAD_S)
+        self._taken += work
+        self._show(began_s + work / self._work_per_s - AHEAD_S, 0.0)
         try:
             yield
         finally:
-            self._work_per_s = work / max(time.monotonic() - began_s, 1e-6)
-            self._show(_IDLE_S)
+            ended_s = time.monotonic()
+            self._work_per_s = work / max(ended_s - began_s, 1e-6)
+            self._show(0.0, ended_s)
 
-    def _show(self, opens_s: float) -> None:
-        self._state[:] = _STATE.pack(self._begun, opens_s, self._work_per_s)
+    def _show(self, opens_s: float, idle_s: float) -> None:
+        self._state[:] = _STATE.pack(self._taken, opens_s, idle_s, self._work_per_s)
 
 
 class Doors:
@@ -111,18 +112,20 @@ class _Outside:
 
     def __init__(self, path: str) -> None:
         self._state = _mapped(path)
-        self._begun = -1
-        self._sent = 0
+        self._taken = 0
+        self._on_the_way = 0
         self._last_s = -math.inf
 
     def admits(self, work: int) -> bool:
         """Whether so much work may set out; if so, it does."""
-        begun, opens_s, work_per_s = _STATE.unpack(self._state[:])
+        taken, opens_s, idle_s, work_per_s = _STATE.unpack(self._state[:])
         now_s = time.monotonic()
-        if begun != self._begun or (opens_s == _IDLE_S and now_s - self._last_s > _ON_THE_WAY_S):
-            self._begun, self._sent = begun, 0
-        if now_s < opens_s or (self._sent and self._sent + work > work_per_s * TURN_S):
+        self._on_the_way = max(0, self._on_the_way - (taken - self._taken))
+        self._taken = taken
+        if idle_s and now_s - max(idle_s, self._last_s) > _ON_THE_WAY_S:
+            self._on_the_way = 0
+        if now_s < opens_s or (self._on_the_way and self._on_the_way + work > work_per_s * TURN_S):
             return False
-        self._sent += work
+        self._on_the_way += work
         self._last_s = now_s
         return True
