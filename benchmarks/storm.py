@@ -53,7 +53,7 @@ LATE_S = 0.1
 _PHOTO_PX = (3000, 2000)
 _BATCH, _IN_FLIGHT, _BURST, _CROWDED = 8, 16, 32, 64
 _TURNS = 3
-_PATIENT_S = 180.0
+_PATIENT_S = 60.0
 _QUIET_S = 2.0
 
 
@@ -105,7 +105,6 @@ WAYS: Mapping[str, Way] = {
     "time limit 1 s": Way(tuning=Tuning(queue_timeout_s=1.0), change=_without_admission),
     "time limit 1 s, preprocess": Way(change=_policy(timeout_action="REJECT", default_timeout_microseconds=1_000_000)),
     "DELAY after 1 s, preprocess": Way(change=_policy(timeout_action="DELAY", default_timeout_microseconds=1_000_000)),
-    "64 requests, preprocess": Way(change=_policy(max_queue_size=64)),
 }
 
 
