@@ -72,6 +72,7 @@ benchmarks: install  ## the figures of the docs
 	$(BIN)/python benchmarks/engines.py --out runs/engines
 	$(BIN)/python benchmarks/decoding.py --out runs/decoding
 	$(BIN)/python -m benchmarks.serving --out runs/serving
+	$(BIN)/python -m benchmarks.storm --out runs/storm
 
 clean:
 	rm -rf $(VENV) $(LOWEST) runs dist build .mypy_cache .ruff_cache .pytest_cache

@@ -54,11 +54,11 @@ def take_too_much(config: Any) -> None:
 
 
 def produce_twice(config: Any) -> None:
-    config.ensemble_scheduling.step.append(config.ensemble_scheduling.step[0])
+    config.ensemble_scheduling.step.append(config.ensemble_scheduling.step[1])
 
 
 def drop_last_step(config: Any) -> None:
-    del config.ensemble_scheduling.step[1]
+    del config.ensemble_scheduling.step[-1]
 
 
 def widen_output(config: Any) -> None:

@@ -28,7 +28,12 @@ from tests.serving.processes import python
 from tests.serving.publish.vocabularies import write_variant
 
 GOLDENS = Path(__file__).parents[2] / "triton_models" / "goldens"
-MODELS = ["classifier", "classify", "classify_encoded", "embed", "image_encoder", "preprocess"]
+MODELS = ["admission", "classifier", "classify", "classify_encoded", "embed", "image_encoder", "preprocess"]
+MODELS_OF: dict[Backend, list[str]] = {
+    "python": sorted([*MODELS, "admission_pixels"]),
+    "onnxruntime": MODELS,
+    "tensorrt": MODELS,
+}
 FACTS = Facts(
     bundle_digest="b" * 64,
     vocabulary_digest="c" * 64,
@@ -55,8 +60,9 @@ PLAN = PlanInfo(
 )
 
 
-@pytest.mark.parametrize("backend", ["python", "onnxruntime", "tensorrt"])
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(
+    ("backend", "model"), [(backend, model) for backend in MODELS_OF for model in MODELS_OF[backend]]
+)
 def test_the_text_of_each_configuration_is_pinned(backend: Backend, model: str) -> None:
     plans = (PLAN, replace(PLAN, gpus=("sm80",), precision="bf16")) if backend == "tensorrt" else ()
     text = text_from_config(configs_from_facts(replace(FACTS, plans=plans), backend)[model])
@@ -90,7 +96,14 @@ TUNED: dict[str, tuple[Backend, Tuning]] = {
     "tensorrt-tuned": ("tensorrt", Tuning(cuda_graphs=True, preferred_batch_sizes=(32,), gpus=(1,))),
     "python-tuned": ("python", Tuning(threads=2, warmup_batch_sizes=(4,))),
 }
-TUNED_MODELS = ["classifier-birds", "classify-birds", "classify_encoded-birds", "image_encoder", "preprocess"]
+TUNED_MODELS = [
+    "admission",
+    "classifier-birds",
+    "classify-birds",
+    "classify_encoded-birds",
+    "image_encoder",
+    "preprocess",
+]
 BIRDS = VocabularyFacts(name="birds", bundle_digest="d" * 64, vocabulary_digest="e" * 64, top_k=3)
 
 
@@ -106,8 +119,8 @@ def test_the_text_of_tuned_configurations_is_pinned(name: str, model: str) -> No
 
 
 def test_there_is_a_golden_for_each_model_and_no_other() -> None:
-    for backend in ("python", "onnxruntime", "tensorrt"):
-        assert sorted(path.name for path in (GOLDENS / backend).iterdir()) == MODELS
+    for backend, models in MODELS_OF.items():
+        assert sorted(path.name for path in (GOLDENS / backend).iterdir()) == models
     for name in TUNED:
         assert sorted(path.name for path in (GOLDENS / name).iterdir()) == TUNED_MODELS
 
@@ -142,7 +155,9 @@ def test_several_vocabularies_share_one_encoder(
     command = ["repository", str(bundle.path), "--out", str(tmp_path / "r"), "--vocabulary"]
     assert main([*command, f"birds={birds.path}"]) == 0
     assert check_repository(tmp_path / "r") == []
-    assert model_names(tmp_path / "r") == sorted([*MODELS, *TUNED_MODELS[:3]])
+    assert model_names(tmp_path / "r") == sorted(
+        [*MODELS_OF["python"], *(name for name in TUNED_MODELS if "-" in name)]
+    )
     config = config_from_text((tmp_path / "r/classifier-birds/config.pbtxt").read_text())
     assert config.parameters["vocabulary_digest"].string_value == birds.vocabulary.digest
     assert main([*command, f"birds={foreign.path}"]) == 2
@@ -158,7 +173,7 @@ def test_several_vocabularies_share_one_encoder(
 def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, backend: Backend) -> None:
     out = repository_from_bundle(bundle, tmp_path / "repository", backend=backend)
     assert check_repository(out) == []
-    assert model_names(out) == MODELS
+    assert model_names(out) == MODELS_OF[backend]
     config = config_from_text((out / "image_encoder" / "config.pbtxt").read_text())
     assert config.backend == backend
     assert list(config.input[0].dims) == [SIZE_PX, SIZE_PX, 3]
@@ -169,6 +184,9 @@ def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, b
 def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> None:
     out = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
     assert sha256_of(out / "image_encoder/1/model.onnx") == bundle.files["image_encoder.onnx"]
+    for model in ("admission", "admission_pixels", "preprocess", "image_encoder"):
+        doors = out / model / "1/clipship_doors.py"
+        assert doors.read_bytes() == (GOLDENS.parent / "python" / "doors.py").read_bytes()
     copies = {
         "preprocess/1/clipship_images.py": images,
         "image_encoder/1/clipship_cpu.py": cpu,
@@ -213,7 +231,7 @@ def test_an_old_repository_is_replaced_as_a_whole(bundle: Bundle, tmp_path: Path
     out = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
     (out / "stray").mkdir()
     repository_from_bundle(bundle, out, backend="onnxruntime")
-    assert model_names(out) == MODELS
+    assert model_names(out) == MODELS_OF["onnxruntime"]
     assert not (out / "stray").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["repository"]
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
 from clipship.serving import environment as environment_module
-from clipship.serving.check import backends_of
+from clipship.serving.check import backends_of, model_names
 from clipship.serving.client import Classifier
 from clipship.serving.connection import Connection
 from clipship.serving.container import Ports, compose_file, container_command, image_for
@@ -106,8 +106,8 @@ def test_every_model_is_ready_and_listens_on_loopback_only(server: Server) -> No
 def test_serve_ends_in_order(repository: Path, number: signal.Signals) -> None:
     with serving(repository) as (process, endpoints):
         below = descendants(process.pid)
-        assert len(below) == 5, "the guard, Triton and three models"
-        assert len(regions(process.pid)) == 3
+        assert len(below) == 7, "the guard, Triton and five models"
+        assert len(regions(process.pid)) == 7, "of five models, and two doors"
         assert clipship("classify", "nowhere", "--url", f"127.0.0.1:{endpoints['grpc_port']}").returncode == 2
         process.send_signal(number)
         _, errors = process.communicate(timeout=30)
@@ -182,7 +182,7 @@ def test_a_model_that_does_not_load_is_named(repository: Path, bundle: Bundle, t
     (broken / "image_encoder/1/model.onnx").write_bytes(b"not onnx")
     with pytest.raises(ServerFailed, match=r"failed to load 'image_encoder'.*InvalidProtobuf"):
         start_server(broken)
-    assert regions(os.getpid()) == [] or len(regions(os.getpid())) == 3, "only the shared server's are left"
+    assert regions(os.getpid()) == [] or len(regions(os.getpid())) == 7, "only the shared server's are left"
 
 
 @pytest.mark.triton
@@ -237,7 +237,7 @@ def test_something_that_never_answers_is_no_triton() -> None:
 @pytest.mark.triton
 def test_a_server_without_our_models(tmp_path: Path, bundle: Bundle) -> None:
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
-    for name in ("classify", "classify_encoded", "embed", "preprocess", "image_encoder"):
+    for name in set(model_names(repository)) - {"classifier"}:
         (repository / name).rename(tmp_path / name)
     missing = pytest.raises(ModelsMissing, match="does not serve clipship's models; it has classifier")
     with start_server(repository, options=ServerOptions(open_admin=True)) as running, missing:

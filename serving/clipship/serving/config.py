@@ -40,6 +40,11 @@ class Batching:
     preferred_sizes: tuple[int, ...] = ()
     """Batches that are not kept waiting for more."""
 
+    @property
+    def limited(self) -> bool:
+        """Whether the server ever says no."""
+        return bool(self.max_queue_size or self.queue_timeout_us)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Warmup:
@@ -79,7 +84,8 @@ class Model:
     """Whether inputs that came before are answered from the server's cache."""
     versions: tuple[int, ...] = ()
     """The versions that are served; none: the newest."""
-    batching: Batching = field(default_factory=Batching)
+    batching: Batching | None = field(default_factory=Batching)
+    """None: each request by itself, in the order of their coming."""
     warmups: tuple[Warmup, ...] = ()
 
 
@@ -116,7 +122,8 @@ def config_from_model(model: Model) -> Any:
         config.version_policy.specific.versions.extend(model.versions)
     if model.response_cache:
         config.response_cache.enable = True
-    _set_batching(config, model.batching)
+    if model.batching is not None:
+        _set_batching(config, model.batching)
     _set_optimisation(config, model)
     for warmup in model.warmups:
         _add_warmup(config, model, warmup)

@@ -16,7 +16,7 @@ from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.errors import UsageError
 from clipship.core.images import ImageSpec
 from clipship.core.plan import Plan, PlanInfo, capability_of, form_digest, version_parts
-from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor, passthrough_tensor
+from clipship.core.tensors import ENCODED, ERROR, TensorSpec, embedding_tensor, image_tensor, passthrough_tensor
 from clipship.serving.config import (
     MODEL_FILES,
     Batching,
@@ -29,6 +29,7 @@ from clipship.serving.config import (
 )
 from clipship.serving.graphs import classifier_outputs
 from clipship.serving.names import (
+    ADMISSION,
     BUNDLE_DIGEST,
     CLASSIFIER,
     CLASSIFY,
@@ -38,7 +39,9 @@ from clipship.serving.names import (
     ENCODER_DIGEST,
     IMAGE_SPEC,
     MEASURED_WITH,
+    NEXT,
     OPSET,
+    PIXELS_ADMISSION,
     PRECISION,
     PREPROCESS,
     RUNTIME,
@@ -60,6 +63,9 @@ ONNX_BACKENDS: Mapping[Backend, str] = {"python": "python", "onnxruntime": "onnx
 
 _ENCODED_IMAGE = "encoded_image"
 """The encoder's output inside the ensembles that classify; what they answer as the embedding is the classifier's."""
+
+_ADMITTED = "admitted"
+"""What a first step hands on, in the model and in the ensembles."""
 
 _ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
 """By the graph's own types: what the accelerator must allow TensorRT to compute in."""
@@ -158,15 +164,22 @@ def vocabulary_facts(bundle: Bundle, name: str, top_k: int) -> VocabularyFacts:
 
 def configs_from_facts(facts: Facts, backend: Backend) -> dict[str, Any]:
     """The ``inference.ModelConfig`` message of every model, by name."""
-    models = [_image_encoder(facts, backend), _preprocess(facts)]
-    ensembles = [_embed(facts)]
+    models = [_image_encoder(facts, backend), _preprocess(facts), _admission(facts, ADMISSION, PREPROCESS, ENCODED)]
+    if has_doors(backend):
+        models.append(_admission(facts, PIXELS_ADMISSION, ENCODER, image_tensor(facts.image_spec.size_px)))
+    ensembles = [_embed(facts, backend)]
     for vocabulary in facts.vocabularies:
         models.append(_classifier(facts, vocabulary, backend))
-        ensembles += [_classify(facts, vocabulary), _classify_encoded(facts, vocabulary)]
+        ensembles += [_classify(facts, vocabulary, backend), _classify_encoded(facts, vocabulary)]
     return {
         **{model.name: config_from_model(model) for model in models},
         **{ensemble.name: config_from_ensemble(ensemble) for ensemble in ensembles},
     }
+
+
+def has_doors(backend: Backend) -> bool:
+    """Whether the image encoder says when it can take more, so that what waits for it can wait before it."""
+    return backend == "python"
 
 
 def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
@@ -308,14 +321,37 @@ def _preprocess(facts: Facts) -> Model:
     )
 
 
+def _admission(facts: Facts, name: str, to: str, tensor: TensorSpec) -> Model:
+    """It has a batcher only for its queue's limits: requests leave one by one."""
+    batching = replace(_batching(facts), max_queue_delay_us=0)
+    return Model(
+        name=name,
+        backend="python",
+        inputs=(tensor,),
+        outputs=(replace(tensor, name=_ADMITTED),),
+        max_batch_size=facts.max_batch_size,
+        batching=batching if batching.limited else None,
+        parameters={**_parameters(facts), NEXT: to},
+    )
+
+
 def _same(*names: str) -> dict[str, str]:
     """A step's tensors under their own names in the ensemble."""
     return {name: name for name in names}
 
 
-def _encode_step(facts: Facts, output: str) -> Step:
-    image, embedding = image_tensor(facts.image_spec.size_px), embedding_tensor(facts.embed_dim)
-    return Step(model=ENCODER, inputs=_same(image.name), outputs={embedding.name: output})
+def _encode_step(facts: Facts, image: str, output: str) -> Step:
+    pixels, embedding = image_tensor(facts.image_spec.size_px), embedding_tensor(facts.embed_dim)
+    return Step(model=ENCODER, inputs={pixels.name: image}, outputs={embedding.name: output})
+
+
+def _encode_steps(facts: Facts, backend: Backend, output: str) -> tuple[Step, ...]:
+    """From an ensemble's pixels to ``output``."""
+    image = image_tensor(facts.image_spec.size_px).name
+    if not has_doors(backend):
+        return (_encode_step(facts, image, output),)
+    admission = Step(model=PIXELS_ADMISSION, inputs=_same(image), outputs=_same(_ADMITTED))
+    return (admission, _encode_step(facts, _ADMITTED, output))
 
 
 def _classify_step(facts: Facts, vocabulary: VocabularyFacts) -> Step:
@@ -326,36 +362,38 @@ def _classify_step(facts: Facts, vocabulary: VocabularyFacts) -> Step:
     return Step(model=model, inputs={embedding: _ENCODED_IMAGE}, outputs={**outputs, passed: embedding})
 
 
-def _classify(facts: Facts, vocabulary: VocabularyFacts) -> Ensemble:
+def _classify(facts: Facts, vocabulary: VocabularyFacts, backend: Backend) -> Ensemble:
     return Ensemble(
         name=of_vocabulary(CLASSIFY, vocabulary.name),
         inputs=(image_tensor(facts.image_spec.size_px),),
         outputs=(*classifier_outputs(vocabulary.top_k), embedding_tensor(facts.embed_dim)),
         max_batch_size=facts.max_batch_size,
-        steps=(_encode_step(facts, _ENCODED_IMAGE), _classify_step(facts, vocabulary)),
+        steps=(*_encode_steps(facts, backend, _ENCODED_IMAGE), _classify_step(facts, vocabulary)),
         parameters=_parameters(facts),
     )
 
 
 def _classify_encoded(facts: Facts, vocabulary: VocabularyFacts) -> Ensemble:
     image = image_tensor(facts.image_spec.size_px)
-    decode = Step(model=PREPROCESS, inputs=_same(ENCODED.name), outputs=_same(image.name, ERROR.name))
+    admission = Step(model=ADMISSION, inputs=_same(ENCODED.name), outputs=_same(_ADMITTED))
+    decode = Step(model=PREPROCESS, inputs={ENCODED.name: _ADMITTED}, outputs=_same(image.name, ERROR.name))
+    encode = _encode_step(facts, image.name, _ENCODED_IMAGE)
     return Ensemble(
         name=of_vocabulary(CLASSIFY_ENCODED, vocabulary.name),
         inputs=(ENCODED,),
         outputs=(*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(facts.embed_dim)),
         max_batch_size=facts.max_batch_size,
-        steps=(decode, _encode_step(facts, _ENCODED_IMAGE), _classify_step(facts, vocabulary)),
+        steps=(admission, decode, encode, _classify_step(facts, vocabulary)),
         parameters=_parameters(facts),
     )
 
 
-def _embed(facts: Facts) -> Ensemble:
+def _embed(facts: Facts, backend: Backend) -> Ensemble:
     return Ensemble(
         name=EMBED,
         inputs=(image_tensor(facts.image_spec.size_px),),
         outputs=(embedding_tensor(facts.embed_dim),),
         max_batch_size=facts.max_batch_size,
-        steps=(_encode_step(facts, embedding_tensor(facts.embed_dim).name),),
+        steps=_encode_steps(facts, backend, embedding_tensor(facts.embed_dim).name),
         parameters=_parameters(facts),
     )

@@ -6,6 +6,8 @@
       image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
       classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images.py
+      admission/          encoded bytes, when preprocess is about to need them
+      admission_pixels/   uint8 [N, H, W, 3], when the encoder is (with --backend python)
       classify/           ensemble: pixels -> scores, indices, labels, embedding
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
@@ -44,14 +46,17 @@ from clipship.serving.models import (
     Facts,
     configs_from_facts,
     facts_from_bundle,
+    has_doors,
     plan_files,
 )
 from clipship.serving.names import (
+    ADMISSION,
     BUNDLE_DIGEST,
     CLASSIFIER,
     CLASSIFY,
     CLASSIFY_ENCODED,
     ENCODER,
+    PIXELS_ADMISSION,
     PREPROCESS,
     TOP_K,
     VOCABULARY_DIGEST,
@@ -82,6 +87,9 @@ ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_cpu.py": cpu, "clipship_pr
 
 TOLERANCES_COPY = "clipship_tolerances.py"
 """The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
+
+DOORS_COPY = "clipship_doors.py"
+"""The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
 
 _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
     "python": ("onnx", "openvino"),
@@ -304,11 +312,16 @@ def _write_classifiers(folder: Path, facts: Facts, bundles: Sequence[Bundle]) ->
 
 def _write_sources(folder: Path, backend: Backend) -> None:
     """What runs inside the Python backend."""
+    sources = sources_folder() / "python"
     classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
     for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
-        source = sources_folder() / "python" / name.partition("-")[0] / "model.py"
-        shutil.copyfile(source, folder / name / "1" / MODEL_FILES["python"])
+        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
         _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
+    admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
+    for name in admissions:
+        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
+    for name in (*admissions, PREPROCESS, *((ENCODER,) if has_doors(backend) else ())):
+        shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
     _copy_source(images, folder / PREPROCESS / "1" / IMAGES_COPY)
     if backend == "python":
         for name, module in ENCODER_COPIES.items():

@@ -223,7 +223,7 @@ def _launch(
         stdin=subprocess.PIPE,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env={**FLOAT32_IN_FULL, **os.environ, **environment.variables},
+        env={**FLOAT32_IN_FULL, **os.environ, **environment.variables, "CLIPSHIP_SHM_PREFIX": shm_prefix},
         start_new_session=True,
     )
 

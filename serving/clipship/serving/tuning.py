@@ -41,7 +41,11 @@ class Tuning:
     start up to half a second late, with a time limit ever more often.
     """
     queue_timeout_s: float = 0.0
-    """After so long in the queue a request is answered with UNAVAILABLE. 0: never; a client's own deadline holds."""
+    """After so long in a queue a request is answered with UNAVAILABLE. 0: never.
+
+    A request whose client has left is dropped without it, before the next model works on it; with the onnxruntime and
+    tensorrt backends not in the encoder's queue, see ``triton_models/python/doors.py``.
+    """
     preferred_batch_sizes: tuple[int, ...] = ()
     """Batches that do not wait for more; worth it for sizes that a plan or a CUDA graph was made for."""
     warmup_batch_sizes: tuple[int, ...] | None = None

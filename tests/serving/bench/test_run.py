@@ -81,7 +81,8 @@ def test_each_step_of_the_ensemble_has_its_share(rows: list[Row]) -> None:
                 continue
             assert reading.steps is not None
             names = [step.model for step in reading.steps.steps]
-            assert names == ["preprocess"] * (row.point.mode == "encoded") + ["image_encoder", "classifier"]
+            first = ["admission", "preprocess"] if row.point.mode == "encoded" else ["admission_pixels"]
+            assert names == [*first, "image_encoder", "classifier"]
             assert all(step.compute_infer_ms > 0 for step in reading.steps.steps)
             assert all(1 <= step.images_a_run <= 8 for step in reading.steps.steps)
             assert all(0 <= share <= 1 for share in reading.steps.shares().values())

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import clipship_cpu
+import clipship_doors
 import clipship_processor
 import clipship_tolerances
 import numpy as np
@@ -40,6 +41,7 @@ class TritonPythonModel:
         by = f"{clipship_cpu.runtime_name(runtime)} on {here}"
         golden = os.path.join(args["model_repository"], "golden.npz")
         self._check(golden, f"{path} ({precision}) by {by}", precision, cores)
+        self.door = clipship_doors.Door(args["model_instance_name"])
 
     def _check(self, golden: str, about: str, precision: str, cores: int) -> None:
         samples = clipship_tolerances.golden_arrays(golden)
@@ -56,7 +58,9 @@ class TritonPythonModel:
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""
         images = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
-        embedding = self.encode(np.concatenate(images))
+        batch = np.concatenate(images)
+        with self.door.closed(len(batch)):
+            embedding = self.encode(batch)
         ends = np.cumsum([len(image) for image in images])[:-1]
         return [
             pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, np.ascontiguousarray(part))])

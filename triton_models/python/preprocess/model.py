@@ -10,6 +10,7 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import clipship_doors
 import clipship_images
 import clipship_tolerances
 import numpy as np
@@ -30,6 +31,8 @@ class TritonPythonModel:
         self.spec = clipship_images.ImageSpec.from_json(json.loads(parameters["image_spec"]["string_value"]))
         self.pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
         self._check(os.path.join(args["model_repository"], "golden.npz"))
+        self.door = clipship_doors.Door(args["model_instance_name"])
+        self.encoder = clipship_doors.Doors("image_encoder")
 
     def _check(self, golden: str) -> None:
         samples = clipship_tolerances.golden_arrays(golden)
@@ -47,11 +50,15 @@ class TritonPythonModel:
                 f"{about}: {problem}: install the Pillow that the bundle was packed with"
             )
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in order."""
+    def execute(self, requests: list[Any]) -> None:
+        """One response a request, in order, each when the encoder is about to need it."""
         batches = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
-        decoded = [self.pool.map(self._decode, batch.reshape(-1)) for batch in batches]
-        return [self._response(list(images)) for images in decoded]
+        with self.door.closed(sum(map(clipship_doors.work_of, batches))):
+            decoded = [self.pool.map(self._decode, batch.reshape(-1)) for batch in batches]
+            for request, batch, images in zip(requests, batches, decoded, strict=True):
+                response = self._response(list(images))
+                self.encoder.wait(len(batch))
+                request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def finalize(self) -> None:
         """Let the threads end."""

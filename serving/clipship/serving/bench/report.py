@@ -81,7 +81,8 @@ def steps_table(rows: Sequence[Row]) -> Table:
         )
     header = ("mode", "batch", "in flight", "mean ms", *models, "between", "outside", "images a run")
     notes = (
-        f"Of a step: {', '.join(_SHORT.values())} = waiting in its queue, gathering inputs, computing, giving outputs.",
+        f"Of a step: {', '.join(_SHORT.values())} = waiting in its queue, gathering inputs, computing (an admission:"
+        " waiting for the next model), giving outputs.",
         "outside: the wire, the client, and the server's reading and writing. images a run: by step, after batching.",
     )
     return Table(title="Where a request's time goes", header=header, rows=tuple(cells), notes=notes, text_columns=1)

@@ -1,0 +1,30 @@
+"""The first step of an ensemble: hands its input on when the next model is about to need it; see ``clipship_doors.py``.
+
+What waits here for clients who have left costs a copy and is dropped by Triton before the next step.
+"""
+
+import json
+from typing import Any
+
+import clipship_doors
+import triton_python_backend_utils as pb_utils
+
+OUTPUT = "admitted"
+
+
+class TritonPythonModel:
+    """Requests leave in the order of their coming."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Find the next model's doors."""
+        config = json.loads(args["model_config"])
+        self.input = config["input"][0]["name"]
+        self.next = clipship_doors.Doors(config["parameters"]["next"]["string_value"])
+
+    def execute(self, requests: list[Any]) -> None:
+        """One response a request, each when its turn has come."""
+        for request in requests:
+            array = pb_utils.get_input_tensor_by_name(request, self.input).as_numpy()
+            response = pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, array)])
+            self.next.wait(clipship_doors.work_of(array))
+            request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)

@@ -1,0 +1,131 @@
+"""How far ahead of a model the one before it in an ensemble may run, so that its queue is never long.
+
+When a client has left, Triton drops the next step of its request, but not a step that waits in a queue already
+(triton-inference-server/server#6739): that is computed for nobody. So requests wait before the step, in the model that
+makes its inputs. A model shows at its door, some bytes of memory that other models' processes read, whether it works,
+when it expects to be done, and how fast it is; who comes before waits there until the next turn is about to begin.
+
+Nothing is refused, and the order is kept. Where there is no door, as with backends other than Python, nobody waits.
+"""
+
+import glob
+import math
+import mmap
+import os
+import struct
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+TURN_S = 0.3
+"""The work that may be on its way to a model."""
+AHEAD_S = 0.02
+"""So long before a model is done, the next requests may set out: they are there in time."""
+_ON_THE_WAY_S = 0.02
+"""What has not arrived at an idle model by then was dropped."""
+_POLL_S = 0.001
+_LONGEST_S = 10.0
+"""Then go on, whatever the door says: its model may have died."""
+_STATE = struct.Struct("<Qddd")
+"""All work ever taken in hand; when more may set out, and since when the model is idle (0: it is not), by the machine's
+monotonic clock; work a second."""
+
+
+def work_of(array: Any) -> int:
+    """How much there is to do: bytes of files [N, 1], one more each for empty ones; or images [N, H, W, 3]."""
+    return len(array) + sum(map(len, array.flat)) if array.dtype == np.object_ else len(array)
+
+
+def _path(model: str) -> str:
+    """In memory; ``clipship serve`` deletes what it has named so."""
+    prefix = os.environ.get("CLIPSHIP_SHM_PREFIX", f"clipship_{os.getppid()}_")
+    return f"/dev/shm/{prefix}door_{model}"
+
+
+def _mapped(path: str) -> mmap.mmap:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        os.ftruncate(descriptor, _STATE.size)
+        return mmap.mmap(descriptor, _STATE.size)
+    finally:
+        os.close(descriptor)
+
+
+class Door:
+    """Of an instance of a model, by its name in Triton (``preprocess_0_0``)."""
+
+    def __init__(self, instance: str) -> None:
+        self._state = _mapped(_path(instance))
+        self._taken = _STATE.unpack(self._state[:])[0]
+        self._work_per_s = math.inf
+        self._show(0.0, time.monotonic())
+
+    @contextmanager
+    def closed(self, work: int) -> Iterator[None]:
+        """While the block does so much work."""
+        began_s = time.monotonic()
+        self._taken += work
+        self._show(began_s + work / self._work_per_s - AHEAD_S, 0.0)
+        try:
+            yield
+        finally:
+            ended_s = time.monotonic()
+            self._work_per_s = work / max(ended_s - began_s, 1e-6)
+            self._show(0.0, ended_s)
+
+    def _show(self, opens_s: float, idle_s: float) -> None:
+        self._state[:] = _STATE.pack(self._taken, opens_s, idle_s, self._work_per_s)
+
+
+class Doors:
+    """Those of all instances of ``model``, seen from the model before it."""
+
+    def __init__(self, model: str) -> None:
+        self._pattern = f"{_path(model)}_*"
+        self._sides: dict[str, _Outside] = {}
+        self._looked_s = -math.inf
+
+    def wait(self, work: int) -> None:
+        """Return when so much work may set out."""
+        ends_s = time.monotonic() + _LONGEST_S
+        while self._look() and not any(side.admits(work) for side in self._sides.values()):
+            if time.monotonic() > ends_s:
+                return
+            time.sleep(_POLL_S)
+
+    def _look(self) -> bool:
+        """Whether there are doors; new ones are found within a second."""
+        now_s = time.monotonic()
+        if now_s - self._looked_s > 1.0:
+            self._looked_s = now_s
+            for path in glob.glob(self._pattern):
+                if path not in self._sides:
+                    self._sides[path] = _Outside(path)
+        return bool(self._sides)
+
+
+class _Outside:
+    """Of one door."""
+
+    def __init__(self, path: str) -> None:
+        self._state = _mapped(path)
+        self._taken = 0
+        self._on_the_way = 0
+        self._last_s = -math.inf
+
+    def admits(self, work: int) -> bool:
+        """Whether so much work may set out; if so, it does."""
+        taken, opens_s, idle_s, work_per_s = _STATE.unpack(self._state[:])
+        now_s = time.monotonic()
+        self._on_the_way = max(0, self._on_the_way - (taken - self._taken))
+        self._taken = taken
+        if idle_s and now_s - max(idle_s, self._last_s) > _ON_THE_WAY_S:
+            self._on_the_way = 0
+        if now_s < opens_s or (self._on_the_way and self._on_the_way + work > work_per_s * TURN_S):
+            return False
+        self._on_the_way += work
+        self._last_s = now_s
+        return True
