@@ -136,7 +136,7 @@ def test_the_classifier_and_the_decoder_inside_triton_refuse_to_load(bundle: Bun
     assert "golden pixels differ by" in str(error.value)
 
 
-ENCODED = "self.encode(np.concatenate(images))"
+ENCODED = "self.encode(batch)"
 MOVED = f"({ENCODED} + 0.0125 * np.random.default_rng(5).choice([-1, 1], 16)).astype(np.float32)"
 """In a random direction, by 5 % of the features' length: 16 steps of 0.0125."""
 
