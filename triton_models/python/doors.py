@@ -2,8 +2,8 @@
 
 When a client has left, Triton drops the next step of its request, but not a step that waits in a queue already
 (triton-inference-server/server#6739): that is computed for nobody. So requests wait before the step, in the model that
-makes its inputs. A model shows at its door, some bytes of memory that other models' processes read, whether it works,
-when it expects to be done, and how fast it is; who comes before waits there until the next turn is about to begin.
+makes its inputs. A model shows at its door, some bytes of memory that other models' processes read, what it has taken
+in hand and how fast it works; who comes before waits there while more than a turn's work is on its way.
 
 Nothing is refused, and the order is kept. Where there is no door, as with backends other than Python, nobody waits.
 """
@@ -22,16 +22,14 @@ import numpy as np
 
 TURN_S = 0.3
 """The work that may be on its way to a model."""
-AHEAD_S = 0.02
-"""So long before a model is done, the next requests may set out: they are there in time."""
 _ON_THE_WAY_S = 0.02
 """What has not arrived at an idle model by then was dropped."""
 _POLL_S = 0.001
 _LONGEST_S = 10.0
 """Then go on, whatever the door says: its model may have died."""
-_STATE = struct.Struct("<Qddd")
-"""All work ever taken in hand; when more may set out, and since when the model is idle (0: it is not), by the machine's
-monotonic clock; work a second."""
+_STATE = struct.Struct("<Qdd")
+"""All work ever taken in hand; since when the model is idle, by the machine's monotonic clock (0: it is not); work a
+second."""
 
 
 def work_of(array: Any) -> int:
@@ -61,23 +59,23 @@ class Door:
         self._state = _mapped(_path(instance))
         self._taken = _STATE.unpack(self._state[:])[0]
         self._work_per_s = math.inf
-        self._show(0.0, time.monotonic())
+        self._show(time.monotonic())
 
     @contextmanager
     def closed(self, work: int) -> Iterator[None]:
         """While the block does so much work."""
         began_s = time.monotonic()
         self._taken += work
-        self._show(began_s + work / self._work_per_s - AHEAD_S, 0.0)
+        self._show(0.0)
         try:
             yield
         finally:
             ended_s = time.monotonic()
             self._work_per_s = work / max(ended_s - began_s, 1e-6)
-            self._show(0.0, ended_s)
+            self._show(ended_s)
 
-    def _show(self, opens_s: float, idle_s: float) -> None:
-        self._state[:] = _STATE.pack(self._taken, opens_s, idle_s, self._work_per_s)
+    def _show(self, idle_s: float) -> None:
+        self._state[:] = _STATE.pack(self._taken, idle_s, self._work_per_s)
 
 
 class Doors:
@@ -118,13 +116,13 @@ class _Outside:
 
     def admits(self, work: int) -> bool:
         """Whether so much work may set out; if so, it does."""
-        taken, opens_s, idle_s, work_per_s = _STATE.unpack(self._state[:])
+        taken, idle_s, work_per_s = _STATE.unpack(self._state[:])
         now_s = time.monotonic()
         self._on_the_way = max(0, self._on_the_way - (taken - self._taken))
         self._taken = taken
         if idle_s and now_s - max(idle_s, self._last_s) > _ON_THE_WAY_S:
             self._on_the_way = 0
-        if now_s < opens_s or (self._on_the_way and self._on_the_way + work > work_per_s * TURN_S):
+        if self._on_the_way and self._on_the_way + work > work_per_s * TURN_S:
             return False
         self._on_the_way += work
         self._last_s = now_s

@@ -6,8 +6,8 @@
       image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
       classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images.py
-      admission/          encoded bytes, when preprocess is about to need them
-      admission_pixels/   uint8 [N, H, W, 3], when the encoder is (with --backend python)
+      admission/          encoded bytes, when preprocess can soon take them
+      admission_pixels/   uint8 [N, H, W, 3], when the encoder can (with --backend python)
       classify/           ensemble: pixels -> scores, indices, labels, embedding
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding

@@ -1,4 +1,4 @@
-"""The first step of an ensemble: hands its input on when the next model is about to need it; see ``clipship_doors.py``.
+"""The first step of an ensemble: hands its input on when the next model can soon take it; see ``clipship_doors.py``.
 
 What waits here for clients who have left costs a copy and is dropped by Triton before the next step.
 """

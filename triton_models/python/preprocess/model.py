@@ -51,7 +51,7 @@ class TritonPythonModel:
             )
 
     def execute(self, requests: list[Any]) -> None:
-        """One response a request, in order, each when the encoder is about to need it."""
+        """One response a request, in order, each when the encoder can soon take it."""
         batches = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
         with self.door.closed(sum(map(clipship_doors.work_of, batches))):
             decoded = [self.pool.map(self._decode, batch.reshape(-1)) for batch in batches]
