@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs the system packages the project needs, where they are missing: the shared library of the Python that Triton's
-# Python backend loads, openssl, and on Debian the venv module. Usage: system-packages.sh PYTHON
+# Python backend loads, openssl, qemu-user, and on Debian the venv module. Usage: system-packages.sh PYTHON
 set -euo pipefail
 PATH="$PATH:/usr/sbin:/sbin" # ldconfig, for users other than root
 
@@ -13,6 +13,9 @@ version=$("$1" -c 'import sys; print("{}.{}".format(*sys.version_info[:2]))')
 missing=()
 ldconfig -p | grep "libpython$version.so.1.0" >/dev/null || missing+=("libpython$version")
 command -v openssl >/dev/null || missing+=("openssl") # makes the certificates that tests use
+if [ "$(uname -m)" = x86_64 ]; then
+    command -v qemu-x86_64 >/dev/null || missing+=("qemu-user") # tests run kernels of older processors in it
+fi
 "$1" -c 'import ensurepip, venv' 2>/dev/null || missing+=("python$version-venv")
 if [ ${#missing[@]} -eq 0 ]; then
     exit 0

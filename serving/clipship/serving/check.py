@@ -15,7 +15,17 @@ from typing import Any
 
 from clipship.serving.config import MODEL_FILES, config_from_text
 from clipship.serving.errors import RepositoryError
-from clipship.serving.names import ENCODER, OPSET, PRECISION, PREPROCESS, RUNTIME, TENSORRT_VERSION, VERSION_COMPATIBLE
+from clipship.serving.names import (
+    ADMISSION,
+    ENCODER,
+    OPSET,
+    PIXELS_ADMISSION,
+    PRECISION,
+    PREPROCESS,
+    RUNTIME,
+    TENSORRT_VERSION,
+    VERSION_COMPATIBLE,
+)
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
@@ -198,7 +208,8 @@ def modules_of(path: Path) -> tuple[str, ...]:
         RepositoryError: there is no repository at ``path``.
     """
     configs, _ = _read_configs(path)
-    graphs = [name for name, config in configs.items() if config.backend == "python" and name != PREPROCESS]
+    bare = (PREPROCESS, ADMISSION, PIXELS_ADMISSION)
+    graphs = [name for name, config in configs.items() if config.backend == "python" and name not in bare]
     return ("numpy", "PIL", *(["onnxruntime"] if graphs else []), *packages_of(path))
 
 

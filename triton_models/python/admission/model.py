@@ -4,6 +4,7 @@ What waits here for clients who have left costs a copy and is dropped by Triton 
 """
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import clipship_doors
@@ -21,10 +22,13 @@ class TritonPythonModel:
         self.input = config["input"][0]["name"]
         self.next = clipship_doors.Doors(config["parameters"]["next"]["string_value"])
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[Any]) -> list[Any] | None:
         """One response a request, each when its turn has come."""
+        return clipship_doors.answered(requests, self._responses(requests))
+
+    def _responses(self, requests: list[Any]) -> Iterator[Any]:
         for request in requests:
             array = pb_utils.get_input_tensor_by_name(request, self.input).as_numpy()
             response = pb_utils.InferenceResponse([pb_utils.Tensor(OUTPUT, array)])
             self.next.wait(clipship_doors.work_of(array))
-            request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+            yield response

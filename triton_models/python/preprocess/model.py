@@ -7,6 +7,7 @@ in ``error``; its neighbours are not affected.
 
 import json
 import os
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -50,15 +51,18 @@ class TritonPythonModel:
                 f"{about}: {problem}: install the Pillow that the bundle was packed with"
             )
 
-    def execute(self, requests: list[Any]) -> None:
+    def execute(self, requests: list[Any]) -> list[Any] | None:
         """One response a request, in order, each when the encoder can soon take it."""
+        return clipship_doors.answered(requests, self._responses(requests))
+
+    def _responses(self, requests: list[Any]) -> Iterator[Any]:
         batches = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
         with self.door.closed(sum(map(clipship_doors.work_of, batches))):
             decoded = [self.pool.map(self._decode, batch.reshape(-1)) for batch in batches]
-            for request, batch, images in zip(requests, batches, decoded, strict=True):
+            for batch, images in zip(batches, decoded, strict=True):
                 response = self._response(list(images))
                 self.encoder.wait(len(batch))
-                request.get_response_sender().send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+                yield response
 
     def finalize(self) -> None:
         """Let the threads end."""
