@@ -101,6 +101,23 @@ def test_one_of_several_instances_is_enough(doors: ModuleType, clock: Clock) -> 
         assert [waited_s(doors, outside, 30) for _ in range(2)] == [0, 0]
 
 
+def test_all_who_send_share_what_may_be_on_its_way(doors: ModuleType, clock: Clock) -> None:
+    """Files and pixels come to the encoder from two models, and a decoder may have several instances."""
+    door, senders = doors.Door("model_0_0"), [doors.Doors("model") for _ in range(3)]
+    with door.closed(100):
+        clock.sleep(1)
+    queue, longest = 0, 0
+    for _ in range(20):
+        with door.closed(10):
+            for sender in senders:
+                while sender._look() and any(side.admits(5) for side in sender._sides.values()):
+                    queue += 5
+            clock.sleep(0.1)
+        longest = max(longest, queue)
+        queue -= min(queue, 10)
+    assert 20 <= longest <= 30, "0.3 s of work, whoever sent it"
+
+
 def test_an_instance_that_starts_again_is_seen_at_once(doors: ModuleType, clock: Clock) -> None:
     outside = doors.Doors("model")
     dead = doors.Door("model_0_0")

@@ -15,7 +15,7 @@ from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.cli import main
 from clipship.core.cpu import OnnxRuntimeEncoder
 from clipship.core.errors import CheckFailed
-from clipship.core.images import pixels_from_bytes
+from clipship.core.images import ImageDecodeError, pixels_from_bytes
 from clipship.core.processor import this_processor
 from clipship.serving.client import Classifier
 from clipship.serving.errors import RepositoryError, ServerFailed
@@ -23,7 +23,7 @@ from clipship.serving.graphs import classifier_graph
 from clipship.serving.local import LocalTransport
 from clipship.serving.publish.golden import refuse_wrong_answers
 from clipship.serving.repository import repository_from_bundle
-from clipship.serving.samples import SAMPLES, Truth, read_samples, read_truth, truth_from_bundle
+from clipship.serving.samples import SAMPLES, Truth, read_samples, read_truth, truth_from_bundle, write_truth
 from clipship.serving.selfcheck import HttpModels
 from clipship.serving.server import Server, start_server
 from tests.serving.bundles import jpeg_bytes
@@ -90,8 +90,26 @@ def test_this_process_refuses_wrong_names_and_pixels(bundle: Bundle, monkeypatch
             LocalTransport(bundle)
     blue = bundle.golden().pixels[..., ::-1]
     monkeypatch.setattr("clipship.serving.local.pixels_from_bytes", lambda data, spec: blue[0])
-    with pytest.raises(CheckFailed, match=r"Pillow .* decodes wrongly: golden pixels differ by \d+ of 255, limit 2"):
+    wrong = r"Pillow .* decodes its golden images wrongly: "
+    with pytest.raises(CheckFailed, match=rf"{wrong}golden pixels differ by \d+ of 255, limit 2"):
         LocalTransport(bundle)
+
+    def undecodable(data: bytes, spec: Any) -> None:
+        raise ImageDecodeError("no such format")
+
+    monkeypatch.setattr("clipship.serving.local.pixels_from_bytes", undecodable)
+    with pytest.raises(CheckFailed, match=f"{wrong}no such format: install the Pillow"):
+        LocalTransport(bundle)
+
+
+def test_names_with_other_line_ends_are_read_as_they_were_written(tmp_path: Path) -> None:
+    truth = Truth(
+        names=("a\rb", "c\x85", "d"), embedding=np.ones((2, 3), np.float32), scores=np.ones((2, 3), np.float32)
+    )
+    write_truth(tmp_path, truth)
+    found = read_truth(tmp_path)
+    assert found is not None
+    assert found.names == truth.names
 
 
 def refused(repository: Path) -> str:
@@ -184,6 +202,15 @@ def test_serve_is_not_ready_where_the_ensembles_answer_wrongly(
 
 
 @pytest.mark.triton
+def test_a_decoder_that_rounds_otherwise_is_served(copy: Path) -> None:
+    """By one step of 255, as another JPEG library may: float32's tolerance of the features is far smaller."""
+    right = "np.stack([image for image, _ in images])"
+    replace_in(copy / "preprocess/1/model.py", right, f"np.maximum({right}, 1) - 1")
+    with start_server(copy) as server:
+        assert server.running
+
+
+@pytest.mark.triton
 def test_a_repository_without_golden_samples_is_served_and_said_to_be_unchecked(
     copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -198,7 +225,7 @@ def test_a_repository_without_golden_samples_is_served_and_said_to_be_unchecked(
 
 @pytest.mark.triton
 def test_models_are_asked_over_http_in_batches_that_they_take(server: Server, bundle: Bundle) -> None:
-    models = HttpModels(server.endpoints.http_host, server.endpoints.http_port)
+    models = HttpModels(server.endpoints.http_host, server.endpoints.http_port, 60)
     golden = bundle.golden()
     rows = golden.pixels[np.arange(20) % 3]
     given = models.answers("classify", "image", rows, ["labels", "embedding", "indices"])
@@ -211,7 +238,7 @@ def test_models_are_asked_over_http_in_batches_that_they_take(server: Server, bu
     ):
         models.answers("classify", "image", rows, ["logits"])
     with pytest.raises(ServerFailed, match="does not answer /v2"):
-        HttpModels("127.0.0.1", 1).version()
+        HttpModels("127.0.0.1", 1, 60).version()
 
 
 @pytest.mark.parametrize("backend", ["python", "onnxruntime"])

@@ -8,6 +8,7 @@ in hand and how fast it works; who comes before waits there while more than a tu
 Nothing is refused, and the order is kept. Where there is no door, as with backends other than Python, nobody waits.
 """
 
+import fcntl
 import glob
 import math
 import mmap
@@ -30,7 +31,9 @@ _LONGEST_S = 10.0
 """Then go on, whatever the door says: its model may have died."""
 _STATE = struct.Struct("<Qdd")
 """All work ever taken in hand; since when the model is idle, by the machine's monotonic clock (0: it is not); work a
-second."""
+second. Written by the model."""
+_WAY = struct.Struct("<Qd")
+"""All work ever sent to the door, and when the last of it was. Written by whoever sends, one at a time."""
 
 
 def work_of(array: Any) -> int:
@@ -38,19 +41,37 @@ def work_of(array: Any) -> int:
     return len(array) + sum(map(len, array.flat)) if array.dtype == np.object_ else len(array)
 
 
-def _path(model: str) -> str:
+def _path(kind: str, name: str) -> str:
     """In memory; ``clipship serve`` deletes what it has named so."""
     prefix = os.environ.get("CLIPSHIP_SHM_PREFIX", f"clipship_{os.getppid()}_")
-    return f"/dev/shm/{prefix}door_{model}"
+    return f"/dev/shm/{prefix}{kind}_{name}"
 
 
-def _mapped(path: str) -> mmap.mmap:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        os.ftruncate(descriptor, _STATE.size)
-        return mmap.mmap(descriptor, _STATE.size)
-    finally:
-        os.close(descriptor)
+class _Shared:
+    """Some numbers that several processes see."""
+
+    def __init__(self, path: str, form: struct.Struct) -> None:
+        self._form = form
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.ftruncate(self._descriptor, form.size)
+        self._memory = mmap.mmap(self._descriptor, form.size)
+
+    def read(self) -> tuple[Any, ...]:
+        """All of them."""
+        return self._form.unpack(self._memory[:])
+
+    def write(self, *values: float) -> None:
+        """All of them."""
+        self._memory[:] = self._form.pack(*values)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Other processes that lock them wait; the kernel unlocks them when this one dies."""
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._descriptor, fcntl.LOCK_UN)
 
 
 def answered(requests: list[Any], responses: Iterator[Any]) -> list[Any] | None:
@@ -70,8 +91,8 @@ class Door:
     """Of an instance of a model, by its name in Triton (``preprocess_0_0``)."""
 
     def __init__(self, instance: str) -> None:
-        self._state = _mapped(_path(instance))
-        self._taken = _STATE.unpack(self._state[:])[0]
+        self._state = _Shared(_path("door", instance), _STATE)
+        self._taken = self._state.read()[0]
         self._work_per_s = math.inf
         self._show(time.monotonic())
 
@@ -89,14 +110,14 @@ class Door:
             self._show(ended_s)
 
     def _show(self, idle_s: float) -> None:
-        self._state[:] = _STATE.pack(self._taken, idle_s, self._work_per_s)
+        self._state.write(self._taken, idle_s, self._work_per_s)
 
 
 class Doors:
-    """Those of all instances of ``model``, seen from the model before it."""
+    """Those of all instances of ``model``, seen from a model before it; there may be several, and instances of them."""
 
     def __init__(self, model: str) -> None:
-        self._pattern = f"{_path(model)}_*"
+        self._model = model
         self._sides: dict[str, _Outside] = {}
         self._looked_s = -math.inf
 
@@ -113,31 +134,29 @@ class Doors:
         now_s = time.monotonic()
         if now_s - self._looked_s > 1.0:
             self._looked_s = now_s
-            for path in glob.glob(self._pattern):
+            door = _path("door", "")
+            for path in glob.glob(f"{door}{self._model}_*"):
                 if path not in self._sides:
-                    self._sides[path] = _Outside(path)
+                    self._sides[path] = _Outside(path[len(door) :])
         return bool(self._sides)
 
 
 class _Outside:
     """Of one door."""
 
-    def __init__(self, path: str) -> None:
-        self._state = _mapped(path)
-        self._taken = 0
-        self._on_the_way = 0
-        self._last_s = -math.inf
+    def __init__(self, instance: str) -> None:
+        self._state = _Shared(_path("door", instance), _STATE)
+        self._way = _Shared(_path("way", instance), _WAY)
 
     def admits(self, work: int) -> bool:
         """Whether so much work may set out; if so, it does."""
-        taken, idle_s, work_per_s = _STATE.unpack(self._state[:])
-        now_s = time.monotonic()
-        self._on_the_way = max(0, self._on_the_way - (taken - self._taken))
-        self._taken = taken
-        if idle_s and now_s - max(idle_s, self._last_s) > _ON_THE_WAY_S:
-            self._on_the_way = 0
-        if self._on_the_way and self._on_the_way + work > work_per_s * TURN_S:
-            return False
-        self._on_the_way += work
-        self._last_s = now_s
-        return True
+        with self._way.locked():
+            (taken, idle_s, work_per_s), (sent, last_s) = self._state.read(), self._way.read()
+            now_s = time.monotonic()
+            on_the_way = max(0, sent - taken)
+            if idle_s and now_s - max(idle_s, last_s) > _ON_THE_WAY_S:
+                on_the_way = 0
+            if on_the_way and on_the_way + work > work_per_s * TURN_S:
+                return False
+            self._way.write(taken + on_the_way + work, now_s)
+            return True

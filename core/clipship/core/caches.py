@@ -101,7 +101,7 @@ def _name_user() -> None:
 
 def _given() -> Path | None:
     given = os.environ.get(_VARIABLE)
-    return Path(given) if given else None
+    return Path(given).absolute() if given else None
 
 
 def _usual() -> Path | None:

@@ -304,7 +304,7 @@ def _broken(form: EncoderForm, provider: str, samples: Samples, problem: str) ->
 
 def compare_classifier(bundle: Bundle) -> Answers:
     """The bundle's own classifier and labels on the golden embeddings, against the golden scores by PyTorch."""
-    golden, names = bundle.golden(), (bundle.path / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
+    golden, names = bundle.golden(), (bundle.path / LABELS).read_bytes().decode().split("\n")[:-1]
     blank = Answers(
         what="golden scores",
         model=VOCABULARY_TENSORS,

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from clipship.core.bundle import GOLDEN, Bundle, Precision, Runtime
 from clipship.core.cpu import available_cores, open_encoder, runtime_name
 from clipship.core.errors import CheckFailed, MissingExtraError
-from clipship.core.images import pixels_from_bytes
+from clipship.core.images import ImageDecodeError, pixels_from_bytes
 from clipship.core.processor import this_processor
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, encoder_problem, pixels_problem
@@ -148,11 +148,15 @@ def _refuse_wrong_decoder(bundle: Bundle) -> None:
     """What turns files into pixels in this process, on the bundle's first files."""
     golden = bundle.golden()
     files = [(bundle.path / GOLDEN / name).read_bytes() for name in golden.files[:FILES]]
-    pixels = np.stack([pixels_from_bytes(data, bundle.image_spec) for data in files])
-    problem = pixels_problem(golden.pixels[:FILES], pixels)
+    try:
+        pixels = np.stack([pixels_from_bytes(data, bundle.image_spec) for data in files])
+        problem = pixels_problem(golden.pixels[:FILES], pixels)
+    except ImageDecodeError as error:
+        problem = str(error)
     if problem:
         raise CheckFailed(
-            f"Pillow {PIL.__version__} decodes wrongly: {problem}: install the one that packed the bundle"
+            f"{bundle.path}: Pillow {PIL.__version__} decodes its golden images wrongly: {problem}: install the Pillow "
+            "that packed the bundle"
         )
 
 

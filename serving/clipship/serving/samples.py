@@ -105,7 +105,7 @@ def read_truth(version: Path) -> Truth | None:
     if arrays is None:
         return None
     try:
-        names = (version / LABELS).read_text(encoding="utf-8").split("\n")[:-1]
+        names = (version / LABELS).read_bytes().decode().split("\n")[:-1]  # names may have other line ends
     except OSError as error:
         raise _damaged(version / LABELS, error) from error
     return Truth(names=tuple(names), embedding=arrays["embedding"], scores=arrays["scores"])

@@ -40,8 +40,8 @@ def usual_secret_file(url: str) -> Path:
 
 def found_secret_file(url: str) -> Path | None:
     """The file that ``clipship serve`` on this machine wrote for the server at HOST:PORT, where there is one."""
-    files = (folder / _place(url) for folder in cache_places())
-    return next((file for file in files if os.path.isfile(file)), None)
+    files = [folder / _place(url) for folder in cache_places()]
+    return max(filter(os.path.isfile, files), key=os.path.getmtime, default=None)  # one may be of a dead server
 
 
 def _place(url: str) -> Path:

@@ -42,15 +42,14 @@ _BUILD_AGAIN = "build the plan again on this machine with clipship engine, or fr
 REQUEST_ID = "self-check"
 """Of its requests, in Triton's logs and traces."""
 
-_TIMEOUT_S = 60.0
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class HttpModels:
     """The models of a Triton, asked over HTTP by the KServe protocol (version 2) with Triton's binary tensors."""
 
-    def __init__(self, host: str, port: int) -> None:
-        self._host, self._port = host, port
+    def __init__(self, host: str, port: int, timeout_s: float) -> None:
+        self._host, self._port, self._timeout_s = host, port, timeout_s
 
     def version(self) -> str:
         """Triton's own."""
@@ -86,7 +85,7 @@ class HttpModels:
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, Any] | None = None
     ) -> tuple[int | None, bytes]:
         """The length of the answer's JSON where binary tensors follow it, and the answer."""
-        connection = http.client.HTTPConnection(self._host, self._port, timeout=_TIMEOUT_S)
+        connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
         try:
             connection.request(method, path, body, headers or {})
             response = connection.getresponse()
@@ -110,8 +109,10 @@ def _array(tensor: dict[str, Any], data: bytes) -> NDArray[Any]:
     return array.reshape(tensor["shape"])
 
 
-def refuse_wrong_server(repository: Path, host: str, http_port: int) -> None:
+def refuse_wrong_server(repository: Path, host: str, http_port: int, *, timeout_s: float) -> None:
     """Nothing when the Triton that serves ``repository`` at ``host`` answers its golden samples within tolerance.
+
+    ``timeout_s`` is that of each request.
 
     A repository of before 0.6 has none: one line in the log says so.
 
@@ -123,16 +124,17 @@ def refuse_wrong_server(repository: Path, host: str, http_port: int) -> None:
     if samples is None:
         log(f"{repository} has no golden samples, so its answers were not checked: write it with clipship repository")
         return
-    models = HttpModels(host, http_port)
+    models = HttpModels(host, http_port, timeout_s)
     with _told(f"{repository / PREPROCESS} by Pillow in Triton's Python", "install the Pillow that packed the bundle"):
-        _refuse_wrong_decoder(models, samples)
+        decoded = _refuse_wrong_decoder(models, samples)
     config = config_from_text((repository / ENCODER / "config.pbtxt").read_text(encoding="utf-8"))
     precision = config.parameters[PRECISION].string_value
     about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
     with _told(about, _BUILD_AGAIN if config.backend == "tensorrt" else advice(precision)):
         _refuse_wrong_encoder(models, samples, precision)
+        of_files = _features_of_files(models, samples, decoded)
         for vocabulary in (None, *vocabularies_in(repository)):
-            _refuse_wrong_vocabulary(models, repository, vocabulary, samples, precision)
+            _refuse_wrong_vocabulary(models, repository, vocabulary, samples, of_files, precision)
 
 
 @contextmanager
@@ -159,17 +161,35 @@ def _refuse_wrong_encoder(models: HttpModels, samples: Samples, precision: str) 
         raise CheckFailed(f"{EMBED}: {problem}")
 
 
-def _refuse_wrong_decoder(models: HttpModels, samples: Samples) -> None:
+def _features_of_files(models: HttpModels, samples: Samples, decoded: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What the golden files must give: the golden features, or the encoder's of pixels that a decoder rounds otherwise,
+    which float32's tolerance would see."""
+    if np.array_equal(decoded, samples.pixels[: len(decoded)]):
+        return samples.embedding
+    expected, embedding = samples.embedding.copy(), embedding_tensor(1).name
+    expected[: len(decoded)] = models.answers(EMBED, image_tensor(1).name, decoded, [embedding])[embedding]
+    return expected
+
+
+def _refuse_wrong_decoder(models: HttpModels, samples: Samples) -> NDArray[np.uint8]:
+    """The pixels that it gives for the golden files."""
     image = image_tensor(1).name
     answers = models.answers(PREPROCESS, ENCODED.name, samples.files, [image, ERROR.name])
     errors = [error.decode() for error in answers[ERROR.name].ravel() if error]
     problem = errors[0] if errors else pixels_problem(samples.pixels[: len(samples.files)], answers[image])
     if problem:
         raise CheckFailed(f"{PREPROCESS}: {problem}")
+    pixels: NDArray[np.uint8] = answers[image]
+    return pixels
 
 
 def _refuse_wrong_vocabulary(
-    models: HttpModels, repository: Path, vocabulary: str | None, samples: Samples, precision: str
+    models: HttpModels,
+    repository: Path,
+    vocabulary: str | None,
+    samples: Samples,
+    of_files: NDArray[np.float32],
+    precision: str,
 ) -> None:
     """The classifier by itself, one image alone as pixels, and the files."""
     classifier = Classifier(repository / of_vocabulary(CLASSIFIER, vocabulary))
@@ -179,12 +199,12 @@ def _refuse_wrong_vocabulary(
         return
     with _told(f"{classifier.folder} by the {classifier.config().backend} backend", "publish its vocabulary again"):
         refuse_wrong_classifier(models.answers, classifier.name, truth)
-    for ensemble, name, rows in (
-        (CLASSIFY, image_tensor(1).name, samples.pixels[:1]),
-        (CLASSIFY_ENCODED, ENCODED.name, samples.files),
+    for ensemble, name, rows, expected in (
+        (CLASSIFY, image_tensor(1).name, samples.pixels[:1], samples.embedding),
+        (CLASSIFY_ENCODED, ENCODED.name, samples.files, of_files),
     ):
         model = of_vocabulary(ensemble, vocabulary)
-        refuse_wrong_answers(models.answers, model, name, rows, samples.embedding, truth, precision)
+        refuse_wrong_answers(models.answers, model, name, rows, expected, truth, precision)
 
 
 def _who(config: Any, version: str) -> str:

@@ -138,11 +138,21 @@ def start_server(
     server = Server(_launch(repository, chosen, endpoints, log, more), endpoints, log, secret_file)
     try:
         _wait_until_ready(server, model_names(repository), timeout_s)
-        refuse_wrong_server(repository, endpoints.http_host, endpoints.http_port)
+        _refuse_wrong_answers(server, repository, timeout_s)
     except BaseException:
         server.stop()
         raise
     return server
+
+
+def _refuse_wrong_answers(server: Server, repository: Path, timeout_s: float) -> None:
+    """As :func:`refuse_wrong_server`; a server that dies meanwhile has the last word."""
+    try:
+        refuse_wrong_server(repository, server.endpoints.http_host, server.endpoints.http_port, timeout_s=timeout_s)
+    except ServerFailed as error:
+        if not server.running:
+            raise server.failure() from error
+        raise
 
 
 def _opened_log(log_file: Path | None) -> IO[bytes]:
