@@ -7,8 +7,8 @@ oneDNN, which OpenVINO uses, both pair inputs 2i and 2i + 1, and both take activ
 activation of x stands there as x + 128, from 0 to 255.
 
 So weights are safe when of every pair those of equal sign have magnitudes of at most 128 together: 255 * 128 = 32640.
-(Weights of 7 bits are safe, too; the scale that a column's largest pair needs is finer by half, as few columns have
-their two largest weights side by side.)
+(Weights of 7 bits are safe, too; the step that a column's largest pair needs is finer, as few columns have their two
+largest weights side by side.)
 
 Legend: N images, M rows, K inputs and F outputs of a product, H = W pixels, D features.
 """
