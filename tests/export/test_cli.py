@@ -12,6 +12,7 @@ import pytest
 
 from clipship.core.bundle import read_bundle
 from clipship.core.cli import main
+from clipship.core.tolerances import TOLERANCES, Tolerance
 from clipship.export.reference import Picture
 from clipship.training.clip import Clip
 from tests.export.conftest import method_of, write_checkpoint
@@ -59,9 +60,8 @@ def test_verify_with_the_checkpoint(
 def test_verify_says_no_with_exit_code_1(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from clipship.export import verify
 
-    monkeypatch.setitem(verify.TOLERANCES, "fp32", verify.Tolerance(max_abs=-1.0, top1_agreement=1.0))
+    monkeypatch.setitem(TOLERANCES, "fp32", Tolerance(max_abs=-1.0, top1_agreement=1.0))
     assert main(["verify", str(bundle)]) == 1
     error = capsys.readouterr().err
     assert re.search(r"(4 of 5|8 of 9) comparisons are out of tolerance", error), "9 where OpenVINO is installed"

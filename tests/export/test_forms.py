@@ -18,6 +18,7 @@ from clipship.core.bundle import EncoderForm, VocabularyFeatures, read_bundle
 from clipship.core.cli import main
 from clipship.core.errors import CheckFailed, DataError, UsageError
 from clipship.core.processor import this_processor
+from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export import forms, runners, verify
 from clipship.export.forms import Profile, speed_line, speed_ratio
@@ -81,8 +82,8 @@ def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
 def test_a_precision_that_fails_its_gate_is_not_kept_and_nothing_is_written(
     clip: Clip, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    impossible = replace(verify.TOLERANCES["fp16"], min_centred_cosine=1.0)
-    monkeypatch.setitem(verify.TOLERANCES, "fp16", impossible)
+    impossible = replace(TOLERANCES["fp16"], min_centred_cosine=1.0)
+    monkeypatch.setitem(TOLERANCES, "fp16", impossible)
     with pytest.raises(CheckFailed, match=r"fp16 is not close enough to PyTorch, nothing was written:\n.*centred"):
         bundle_from_method(
             method_of(clip, "zero-shot"),

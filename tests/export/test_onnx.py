@@ -9,13 +9,16 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
+from torch import nn
 
 from clipship.core.bundle import Bundle, read_bundle
 from clipship.core.errors import BundleError, CheckFailed
 from clipship.core.images import ImageSpec
+from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.forms import Profile
-from clipship.export.onnx import check_onnx, external_files, refuse_unknown_operators, since_opset
+from clipship.export.onnx import check_onnx, external_files, onnx_from_module, refuse_unknown_operators, since_opset
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture, image_features, pixels_of
 from clipship.serving.repository import repository_from_bundle
@@ -32,6 +35,21 @@ def graphs(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Pa
     folder = tmp_path_factory.mktemp("graphs")
     method = method_of(clip, "sync-clip")
     return {opset: image_encoder(method, folder / f"{opset}.onnx", opset=opset) for opset in IR_VERSIONS}
+
+
+@pytest.mark.parametrize("approximate", ["none", "tanh"])
+@pytest.mark.parametrize("opset", [18, 20])
+def test_gelu_is_pytorchs_and_its_exact_form_one_kernel(approximate: str, opset: int, tmp_path: Path) -> None:
+    module, rows = nn.GELU(approximate=approximate), torch.linspace(-6, 6, 24).reshape(6, 4)
+    spec = {name: TensorSpec(name=name, dtype="float32", shape=("batch", 4)) for name in ("x", "y")}
+    path = tmp_path / "gelu.onnx"
+    onnx_from_module(module, rows, path, input_spec=spec["x"], output_spec=spec["y"], metadata={}, opset=opset)
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(tmp_path / "optimised.onnx"), 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, {"x": rows.numpy()})[0], module(rows).numpy(), atol=2e-6)
+    kinds = {node.op_type for node in onnx.load(tmp_path / "optimised.onnx").graph.node}
+    assert kinds == {"Gelu"} or approximate == "tanh"
 
 
 @pytest.mark.parametrize("opset", IR_VERSIONS)

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from clipship.core import tensors
 from clipship.core.bundle import VocabularyFeatures
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.encoders import ImageEncoder
 from clipship.export.onnx import onnx_from_module
 from clipship.export.pictures import pictures_from_world
 from clipship.export.reference import Picture, image_features, pixels_of
-from clipship.export.verify import TOLERANCES, Comparison, batch_sizes_up_to, verify_encoder
+from clipship.export.verify import Comparison, batch_sizes_up_to, verify_encoder
 from clipship.training.clip import TINY, Clip, load_clip
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.recipes import config_from_recipe

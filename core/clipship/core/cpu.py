@@ -35,9 +35,7 @@ def available_cores() -> int:
 def runtime_name(runtime: str) -> str:
     """The runtime that :func:`open_encoder` takes, with its version: "ONNX Runtime 1.23.0"."""
     if runtime == "openvino":
-        import openvino
-
-        return f"OpenVINO {openvino.__version__.partition('-')[0]}"
+        return f"OpenVINO {_openvino().__version__.partition('-')[0]}"
     import onnxruntime
 
     return f"ONNX Runtime {onnxruntime.__version__}"

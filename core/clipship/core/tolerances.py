@@ -279,6 +279,20 @@ def advice(precision: str) -> str:
     return f"pack the bundle again on this machine, {other}or take another version of the runtime"
 
 
+def checked(path: str, problem_of: Callable[[Mapping[str, NDArray[Any]]], str], warn: Callable[[str], object]) -> str:
+    """What ``problem_of`` finds with the arrays of the ``golden.npz`` at ``path``; where there is none, a warning."""
+    samples = golden_arrays(path)
+    if samples is None:
+        warn(f"{path} is missing, so nothing was checked")
+        return ""
+    return problem_of(samples)
+
+
+def golden_files(samples: Mapping[str, NDArray[Any]]) -> list[bytes]:
+    """The files in a ``golden.npz``, which has them as ``files``, one behind the other, and ``lengths``."""
+    return [part.tobytes() for part in np.split(samples["files"], np.cumsum(samples["lengths"])[:-1])]
+
+
 def golden_arrays(path: str) -> dict[str, NDArray[Any]] | None:
     """The arrays of the ``golden.npz`` at ``path``; None where there is none: repositories before 0.6 had none."""
     try:

@@ -92,12 +92,11 @@ def folded(
     return found
 
 
-def with_weights(model: onnx.ModelProto, *, outputs: bool = False) -> onnx.ModelProto:
-    """A copy of ``model`` to which nodes and outputs can be added, with or without its own outputs."""
+def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy of ``model`` to which nodes and outputs can be added, without its own outputs."""
     copy = copy_without_weights(model)
     copy.graph.initializer.extend(model.graph.initializer)
-    if not outputs:
-        del copy.graph.output[:]
+    del copy.graph.output[:]
     return copy
 
 

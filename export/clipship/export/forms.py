@@ -20,6 +20,7 @@ from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, Vocabula
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.processor import this_processor
 from clipship.core.progress import Report, log
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.calibration import refuse_few_images
 from clipship.export.onnx import EXTERNAL_BYTES, OPSET, OPSETS
 from clipship.export.precision import emulated_onnx, typed_onnx
@@ -27,7 +28,7 @@ from clipship.export.quantize import quantized_onnx
 from clipship.export.reference import GOLDEN_COUNT
 from clipship.export.runners import CPU_PROVIDER, NotRunnable, Run, Runner, onnx_function, openvino_function
 from clipship.export.saturation import emulated_int8, graph_can_saturate
-from clipship.export.verify import TOLERANCES, Comparison, Verification, verify_runner
+from clipship.export.verify import Comparison, Verification, verify_runner
 
 REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 """What can stand beside the float32 form."""
@@ -188,15 +189,14 @@ def _left_out(reason: str) -> Verification:
 
 def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
     """By ONNX Runtime's CPU provider as it is, where it can; and as other hardware computes it, emulated."""
+    if precision == "int8":
+        kernels = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
+        return (*_rows(kernels, CPU_PROVIDER, path, precision, evidence), *_as_without_vnni(path, kernels, evidence))
     try:
         run = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
         compared = _rows(run, CPU_PROVIDER, path, precision, evidence)
     except NotRunnable:  # bfloat16
-        if precision == "int8":
-            raise
         compared = ()
-    if precision == "int8":
-        return (*compared, *_as_without_vnni(path, run, evidence))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         emulation = Path(scratch) / path.name
         emulated_onnx(path, emulation)

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import CheckFailed
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.calibration import (
     MIN_IMAGES,
     add_output,
@@ -47,7 +48,6 @@ from clipship.export.onnx import (
 from clipship.export.saturation import INT8_MAX, int8_weights
 from clipship.export.verify import (
     CPU_PROVIDER,
-    TOLERANCES,
     Comparison,
     compare_features,
     onnx_session,

@@ -18,12 +18,12 @@ from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures
 from clipship.core.errors import CheckFailed, CheckpointError, DataError
 from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes
+from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
 from clipship.export.sources import Picture as Picture
 from clipship.export.verify import (
     BATCH_SIZES,
-    TOLERANCES,
     Comparison,
     Samples,
     Verification,

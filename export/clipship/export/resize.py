@@ -36,11 +36,12 @@ from clipship.core.images import (
     vertical_pass_first,
 )
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.lean import LeanImageEncoder
 from clipship.export.onnx import OPSET, onnx_from_module
 from clipship.export.reference import image_features
 from clipship.export.sources import Picture, pixels_of_sources, sources_of
-from clipship.export.verify import TOLERANCES, Comparison, verify_encoder
+from clipship.export.verify import Comparison, verify_encoder
 
 if TYPE_CHECKING:
     from clipship.export.forms import Profile

@@ -51,11 +51,9 @@ from clipship.export.sources import Picture, pixels_of_sources, sources_of
 __all__ = [
     "BATCH_SIZES",
     "CPU_PROVIDER",
-    "TOLERANCES",
     "Answers",
     "Comparison",
     "Samples",
-    "Tolerance",
     "Verification",
     "batch_sizes_up_to",
     "compare_classifier",

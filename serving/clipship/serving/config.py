@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from clipship.core.tensors import TensorSpec
+from clipship.serving.errors import RepositoryError
 
 TRITON_TYPES = {"uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "float32": "TYPE_FP32", "string": "TYPE_STRING"}
 """Triton's name of each dtype a :class:`TensorSpec` may have."""
@@ -162,6 +164,19 @@ def config_from_text(text: str) -> Any:
         return text_format.Parse(text, model_config_pb2.ModelConfig())
     except text_format.ParseError as error:
         raise ValueError(f"not a model configuration: {error}") from error
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of the model in ``folder``.
+
+    Raises:
+        RepositoryError: it is missing, or none.
+    """
+    path = folder / "config.pbtxt"
+    try:
+        return config_from_text(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
 
 
 def _common(spec: Model | Ensemble) -> Any:

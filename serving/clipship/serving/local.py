@@ -18,7 +18,7 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from clipship.core.bundle import GOLDEN, Bundle, Precision, Runtime
+from clipship.core.bundle import GOLDEN, Bundle, Golden, Precision, Runtime
 from clipship.core.cpu import available_cores, open_encoder, runtime_name
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images import ImageDecodeError, pixels_from_bytes
@@ -72,7 +72,7 @@ class LocalTransport:
         self._image = image_tensor(facts.image_spec.size_px).name
         self._embedding = embedding_tensor(facts.embed_dim).name
         self._refuse_wrong_encoder(few=False)
-        _refuse_wrong_decoder(bundle)
+        _refuse_wrong_decoder(bundle, self._golden)
         self._classifiers: dict[str, Any] = {}
         for each, source in zip(facts.vocabularies, (bundle, *(others or {}).values()), strict=True):
             graph = classifier_graph(source.vocabulary, source.vocabulary_features(), each.top_k)
@@ -144,9 +144,8 @@ class LocalTransport:
         self._right.add(few)
 
 
-def _refuse_wrong_decoder(bundle: Bundle) -> None:
+def _refuse_wrong_decoder(bundle: Bundle, golden: Golden) -> None:
     """What turns files into pixels in this process, on the bundle's first files."""
-    golden = bundle.golden()
     files = [(bundle.path / GOLDEN / name).read_bytes() for name in golden.files[:FILES]]
     try:
         pixels = np.stack([pixels_from_bytes(data, bundle.image_spec) for data in files])

@@ -38,8 +38,7 @@ from clipship.core.processor import emulates, never_runs, this_processor
 from clipship.core.progress import log
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.check import refuse_bad_repository
-from clipship.serving.config import MODEL_FILES, config_from_text, text_from_config
-from clipship.serving.errors import RepositoryError
+from clipship.serving.config import MODEL_FILES, read_config, text_from_config
 from clipship.serving.models import (
     ONNX_BACKENDS,
     Backend,
@@ -163,7 +162,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
     checked_name(name)
     added = []
     for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
-        config = _read_config(repository / model)
+        config = read_config(repository / model)
         _rename(config, name)
         staged = repository / CLASSIFIER / config.name  # in a model's folder Triton looks at numbers only
         with replace_folder(staged) as folder:
@@ -201,14 +200,6 @@ def _set_vocabulary(config: Any, bundle: Bundle) -> None:
     config.version_policy.specific.versions.append(1)
     config.parameters[BUNDLE_DIGEST].string_value = bundle.digest
     config.parameters[VOCABULARY_DIGEST].string_value = bundle.vocabulary.digest
-
-
-def _read_config(folder: Path) -> Any:
-    path = folder / "config.pbtxt"
-    try:
-        return config_from_text(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
 
 
 def sources_folder() -> Path:

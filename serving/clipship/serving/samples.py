@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import GOLDEN, LABELS, Bundle
-from clipship.core.tolerances import golden_arrays
+from clipship.core.tolerances import golden_arrays, golden_files
 from clipship.serving.errors import RepositoryError
 from clipship.serving.names import ENCODER, PREPROCESS
 
@@ -90,8 +90,7 @@ def read_samples(repository: Path) -> Samples | None:
     if encoder is None or decoder is None:
         return None
     files = np.empty((len(decoder["lengths"]), 1), np.object_)
-    parts = np.split(decoder["files"], np.cumsum(decoder["lengths"])[:-1])
-    files[:, 0] = [part.tobytes() for part in parts]
+    files[:, 0] = golden_files(decoder)
     return Samples(pixels=encoder["pixels"], embedding=encoder["embedding"], files=files)
 
 

@@ -21,7 +21,7 @@ from clipship.core.processor import this_processor
 from clipship.core.progress import log
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, golden_problem, pixels_problem
-from clipship.serving.config import config_from_text
+from clipship.serving.config import read_config
 from clipship.serving.errors import ServerFailed
 from clipship.serving.names import (
     CLASSIFIER,
@@ -127,7 +127,7 @@ def refuse_wrong_server(repository: Path, host: str, http_port: int, *, timeout_
     models = HttpModels(host, http_port, timeout_s)
     with _told(f"{repository / PREPROCESS} by Pillow in Triton's Python", "install the Pillow that packed the bundle"):
         decoded = _refuse_wrong_decoder(models, samples)
-    config = config_from_text((repository / ENCODER / "config.pbtxt").read_text(encoding="utf-8"))
+    config = read_config(repository / ENCODER)
     precision = config.parameters[PRECISION].string_value
     about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
     with _told(about, _BUILD_AGAIN if config.backend == "tensorrt" else advice(precision)):

@@ -30,21 +30,19 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         options.intra_op_num_threads = int(parameters["intra_op_thread_count"]["string_value"])
         self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        self._check(version, f"{path} by ONNX Runtime {onnxruntime.__version__}")
+        golden, self.labels = (os.path.join(version, name) for name in ("golden.npz", "labels.txt"))
+        problem = clipship_tolerances.checked(golden, self._problem, pb_utils.Logger.log_warn)
+        if problem:
+            about = f"{path} by ONNX Runtime {onnxruntime.__version__}"
+            raise pb_utils.TritonModelException(f"{about}: {problem}: publish the vocabulary again")
 
-    def _check(self, version: str, about: str) -> None:
-        golden = os.path.join(version, "golden.npz")
-        truth = clipship_tolerances.golden_arrays(golden)
-        if truth is None:
-            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
-            return
-        with open(os.path.join(version, "labels.txt"), encoding="utf-8", newline="\n") as file:
+    def _problem(self, truth: Any) -> str:
+        with open(self.labels, encoding="utf-8", newline="\n") as file:
             names = file.read().split("\n")[:-1]
         scores, indices, labels = self.session.run(list(OUTPUTS), {INPUT: truth["embedding"]})
         limit = clipship_tolerances.RULE_ATOL
-        problem = clipship_tolerances.classes_problem(truth["scores"], names, scores, indices, labels, limit)
-        if problem:
-            raise pb_utils.TritonModelException(f"{about}: {problem}: publish the vocabulary again")
+        problem: str = clipship_tolerances.classes_problem(truth["scores"], names, scores, indices, labels, limit)
+        return problem
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order; labels as UTF-8 bytes."""

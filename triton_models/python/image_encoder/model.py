@@ -40,20 +40,21 @@ class TritonPythonModel:
         self.encode = clipship_cpu.open_encoder(path, runtime, precision, cores)
         by = f"{clipship_cpu.runtime_name(runtime)} on {here}"
         golden = os.path.join(args["model_repository"], "golden.npz")
-        self._check(golden, f"{path} ({precision}) by {by}", precision, cores)
+        problem = clipship_tolerances.checked(
+            golden, lambda samples: self._problem(samples, precision, cores), pb_utils.Logger.log_warn
+        )
+        if problem:
+            advice = clipship_tolerances.advice(precision)
+            raise pb_utils.TritonModelException(f"{path} ({precision}) by {by} answers wrongly: {problem}: {advice}")
         self.door = clipship_doors.Door(args["model_instance_name"])
 
-    def _check(self, golden: str, about: str, precision: str, cores: int) -> None:
-        samples = clipship_tolerances.golden_arrays(golden)
-        if samples is None:
-            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
-            return
+    def _problem(self, samples: Any, precision: str, cores: int) -> str:
         pixels, embedding = samples["pixels"], samples["embedding"]
-        for count in (max(len(pixels), cores), 1):  # fewer rows than cores are computed otherwise
-            problem = clipship_tolerances.encoder_problem(self.encode, pixels, embedding, precision, count)
-            if problem:
-                advice = clipship_tolerances.advice(precision)
-                raise pb_utils.TritonModelException(f"{about} answers wrongly: {problem}: {advice}")
+        counts = (max(len(pixels), cores), 1)  # fewer rows than cores are computed otherwise
+        problems = (
+            clipship_tolerances.encoder_problem(self.encode, pixels, embedding, precision, count) for count in counts
+        )
+        return next(filter(None, problems), "")
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """One response a request, in order."""

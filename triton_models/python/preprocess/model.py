@@ -31,25 +31,22 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         self.spec = clipship_images.ImageSpec.from_json(json.loads(parameters["image_spec"]["string_value"]))
         self.pool = ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0)))
-        self._check(os.path.join(args["model_repository"], "golden.npz"))
+        golden = os.path.join(args["model_repository"], "golden.npz")
+        problem = clipship_tolerances.checked(golden, self._problem, pb_utils.Logger.log_warn)
+        if problem:
+            raise pb_utils.TritonModelException(
+                f"{os.path.dirname(golden)} by Pillow {PIL.__version__}: {problem}: install the Pillow that the bundle "
+                "was packed with"
+            )
         self.door = clipship_doors.Door(args["model_instance_name"])
         self.encoder = clipship_doors.Doors("image_encoder")
 
-    def _check(self, golden: str) -> None:
-        samples = clipship_tolerances.golden_arrays(golden)
-        if samples is None:
-            pb_utils.Logger.log_warn(f"{golden} is missing, so nothing was checked")
-            return
-        files = np.split(samples["files"], np.cumsum(samples["lengths"])[:-1])
-        decoded = list(self.pool.map(self._decode, [file.tobytes() for file in files]))
+    def _problem(self, samples: Any) -> str:
+        decoded = list(self.pool.map(self._decode, clipship_tolerances.golden_files(samples)))
         errors = [error.decode() for _, error in decoded if error]
         pixels = np.stack([pixels for pixels, _ in decoded])
-        problem = errors[0] if errors else clipship_tolerances.pixels_problem(samples["pixels"], pixels)
-        if problem:
-            about = f"{os.path.dirname(golden)} by Pillow {PIL.__version__}"
-            raise pb_utils.TritonModelException(
-                f"{about}: {problem}: install the Pillow that the bundle was packed with"
-            )
+        problem: str = errors[0] if errors else clipship_tolerances.pixels_problem(samples["pixels"], pixels)
+        return problem
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
         """One response a request, in order, each when the encoder can soon take it."""

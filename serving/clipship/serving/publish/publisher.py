@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, ClipshipError, UsageError
 from clipship.core.plan import form_digest
-from clipship.serving.config import config_from_text
+from clipship.serving.config import read_config
 from clipship.serving.errors import RepositoryError, ServingError
 from clipship.serving.names import (
     CLASSIFIER,
@@ -137,14 +137,12 @@ def refuse_other_encoder(repository: Path, bundle: Bundle) -> None:
 
 
 def _encoder_parameter(repository: Path, name: str) -> str:
-    path = repository / ENCODER / "config.pbtxt"
-    try:
-        parameters = config_from_text(path.read_text(encoding="utf-8")).parameters
-    except (OSError, ValueError) as error:
-        raise RepositoryError(f"{path}: cannot be read ({error}): write it again with clipship repository") from error
+    encoder = repository / ENCODER
+    parameters = read_config(encoder).parameters
     if name not in parameters:
         raise RepositoryError(
-            f"{path}: has no {name}, it is of an older version: write it again with clipship repository"
+            f"{encoder / 'config.pbtxt'}: has no {name}, it is of an older version: write it again with clipship "
+            "repository"
         )
     value: str = parameters[name].string_value
     return value
@@ -301,7 +299,7 @@ def _version_to_go_to(classifier: Classifier, versions: list[int], to: str | Non
 
 def _warmup_pixels(repository: Path) -> NDArray[np.uint8]:
     """uint8 [1, H, W, 3]: the encoder's warm-up sample, a golden image."""
-    config = config_from_text((repository / ENCODER / "config.pbtxt").read_text(encoding="utf-8"))
+    config = read_config(repository / ENCODER)
     image = config.input[0]
     data = (repository / ENCODER / "warmup" / image.name).read_bytes()
     size = int(np.prod(image.dims))

@@ -31,7 +31,7 @@ from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError, near
 from clipship.core.files import read_record, replace_folder, write_json_atomic, write_text_atomic
 from clipship.core.progress import log
-from clipship.serving.config import MODEL_FILES, config_from_text, text_from_config
+from clipship.serving.config import MODEL_FILES, read_config, text_from_config
 from clipship.serving.errors import RepositoryError
 from clipship.serving.graphs import classifier_graph
 from clipship.serving.names import BUNDLE_DIGEST, CLASSIFIER, CLASSIFY_ENCODED, TOP_K, VOCABULARY_DIGEST, of_vocabulary
@@ -100,11 +100,7 @@ class Classifier:
         Raises:
             RepositoryError: it is missing, or none.
         """
-        path = self.folder / "config.pbtxt"
-        try:
-            return config_from_text(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise RepositoryError(f"{path}: cannot be read ({error}): {_ADVICE}") from error
+        return read_config(self.folder)
 
     def active(self) -> int:
         """The version that the configuration names.
