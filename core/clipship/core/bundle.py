@@ -47,7 +47,7 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 """The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
-"""Who a form is for: ONNX Runtime and whatever else reads ONNX, or OpenVINO, which may compute another precision."""
+"""The runtime that a form is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,7 +138,7 @@ class Manifest:
     classifier_parts: tuple[str, ...] = ()
     """What the classifier has besides features and scale, of :data:`~clipship.core.classification.PARTS`."""
     measured_on: Processor | None = None
-    """The processor that the forms' speeds are of; None: nobody knows, the bundle was packed before this was kept."""
+    """The processor that the forms' speeds were measured on; None: unknown, the bundle is of version 0.5 or older."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
@@ -193,7 +193,7 @@ class Manifest:
 
 
 def _no_form(precision: Precision, fitting: Sequence[tuple[EncoderForm, str]], others: str) -> str:
-    """What is said where no form of ``precision`` can be taken: not one of ``fitting``, for the reasons beside them."""
+    """The error text where no form of ``precision`` can run: each of ``fitting`` with its reason."""
     if not fitting:
         return (
             f"no {precision} form of the image encoder: give one of {others}, or pack the checkpoint again with "
@@ -282,15 +282,15 @@ class Bundle:
     ) -> EncoderForm:
         """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
 
-        A form that is left out because this is another processor is named in the log. Those without a speed come last;
-        of equals the first.
+        A faster form that cannot run on this processor is named in the log. Forms without a measured speed come last;
+        of equally fast ones the first is taken.
 
         Args:
-            processor: who runs it; None: one that is not known yet, and that is as good as where it was packed.
-            gpu: a GPU runs it, not a processor.
+            processor: what will run it; None: not known yet, taken to be like the one where the bundle was packed.
+            gpu: the encoder runs on a GPU.
 
         Raises:
-            UsageError: there is none, or none that runs there; says why, and which there are.
+            UsageError: no form of that precision exists, or none can run there; says why, and which others there are.
         """
         forms = [form for form in self.image_encoders if form.source_size is None and form.runtime in runtimes]
         judged = [(form, "" if gpu else self._problem_of(form, processor)) for form in forms]
@@ -309,7 +309,7 @@ class Bundle:
         return fastest
 
     def _problem_of(self, form: EncoderForm, processor: Processor | None) -> str:
-        """Why ``form`` does not run, or not as fast as its speed says, on ``processor``; empty where it does."""
+        """Why ``form`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
         runtime, precision, measured_on = form.runtime, form.precision, self.manifest.measured_on
         never = never_runs(runtime, precision)
         if never or processor is None:

@@ -28,7 +28,7 @@ _HEADER = "# Written by `clipship repository`; checked by `clipship serve`.\n"
 
 @dataclass(frozen=True, kw_only=True)
 class Batching:
-    """How requests of several clients are put together, and when the server says no."""
+    """How requests of several clients are put together, and when the server refuses them."""
 
     max_queue_delay_us: int = 1_000
     """How long a request may wait for company, in microseconds."""
@@ -44,7 +44,7 @@ class Batching:
 
     @property
     def limited(self) -> bool:
-        """Whether the server ever says no."""
+        """Whether the queue has a limit, of size or of time."""
         return bool(self.max_queue_size or self.queue_timeout_us)
 
 
@@ -87,7 +87,7 @@ class Model:
     versions: tuple[int, ...] = ()
     """The versions that are served; none: the newest."""
     batching: Batching | None = field(default_factory=Batching)
-    """None: each request by itself, in the order of their coming."""
+    """None: no batching; requests run one by one, in order of arrival."""
     warmups: tuple[Warmup, ...] = ()
 
 
