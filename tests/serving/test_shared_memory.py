@@ -107,6 +107,23 @@ def test_a_server_that_was_started_anew_gets_new_regions(repository: Path) -> No
         assert regions(second.endpoints.url) == set()
 
 
+def test_a_region_that_the_new_server_got_before_the_old_ones_failed_is_taken_back_too(repository: Path) -> None:
+    pixels = np.stack(photographs(2))
+    with start_server(repository) as first:
+        transport = TritonTransport(first.endpoints.url)
+        slots = shared_memory.SharedSlots(transport)
+        old = slots.lend(pixels)
+    with start_server(repository, grpc_port=first.endpoints.grpc_port) as second:
+        new = slots.lend(pixels)  # while the request with the old region is on its way
+        assert old is not None and new is not None
+        assert regions(second.endpoints.url) == {new.name}
+        slots.forget([old])
+        slots.give_back([new])
+        slots.close()
+        assert regions(second.endpoints.url) == set()
+        transport.close()
+
+
 def test_a_server_that_refuses_gets_messages(caplog: pytest.LogCaptureFixture) -> None:
     """The small server has no shared memory at all."""
     with caplog.at_level(logging.WARNING), serving(Triton()) as url, Classifier(shared(url)) as classifier:

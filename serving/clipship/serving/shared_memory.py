@@ -86,6 +86,7 @@ class SharedSlots:
         self._lock = threading.Lock()
         self._free: list[Slot] = []
         self._all: dict[str, Slot] = {}
+        self._forgotten: set[str] = set()
         self._on = True
         self._is_clean = False
 
@@ -104,17 +105,22 @@ class SharedSlots:
             self._free += [slot for slot in slots if slot.name in self._all]
 
     def forget(self, slots: list[Slot]) -> None:
-        """The server does not know ``slots`` any more: it was started anew, so it knows none."""
+        """The server does not know ``slots`` any more: it was started anew, so it knows none that is older.
+
+        One that was registered since then is not used again either; :meth:`close` takes it back.
+        """
         with self._lock:
             if any(slot.name in self._all for slot in slots):
+                self._forgotten |= self._all.keys()
                 self._all.clear()
                 self._free.clear()
 
     def close(self) -> None:
         """Take the regions back from the server, if it is still there."""
         with self._lock:
-            names, self._on = list(self._all), False
+            names, self._on = [*self._all, *self._forgotten], False
             self._all.clear()
+            self._forgotten.clear()
             self._free.clear()
         try:
             for name in names:
