@@ -115,7 +115,8 @@ def test_a_region_that_the_new_server_got_before_the_old_ones_failed_is_taken_ba
         old = slots.lend(pixels)
     with start_server(repository, grpc_port=first.endpoints.grpc_port) as second:
         new = slots.lend(pixels)  # while the request with the old region is on its way
-        assert old is not None and new is not None
+        assert old is not None
+        assert new is not None
         assert regions(second.endpoints.url) == {new.name}
         slots.forget([old])
         slots.give_back([new])
