@@ -27,6 +27,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -158,27 +159,33 @@ def patient(wire: Wire, request: bytes) -> Send:
     import grpc
 
     def send(done: Done) -> None:
+        ends_s = time.monotonic() + _PATIENT_S
+
+        def again() -> None:
+            wire.transport.send(request, timeout_s=_PATIENT_S).add_done_callback(land)
+
         def land(call: Any) -> None:
             error = call.exception()
-            if error is not None and error.code() == grpc.StatusCode.UNAVAILABLE:
+            if error is not None and error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() < ends_s:
                 time.sleep(0.01)
-                send(done)
+                again()
             else:
                 done(error)
 
-        wire.transport.send(request, timeout_s=_PATIENT_S).add_done_callback(land)
+        again()
 
     return send
 
 
 def answers_s(wire: Wire, request: bytes, count: int = 1) -> float:
     """How long ``count`` requests take that are sent at once."""
-    left = threading.Semaphore(0)
+    answers: SimpleQueue[Exception | None] = SimpleQueue()
     began_s = time.perf_counter()
     for _ in range(count):
-        patient(wire, request)(lambda error: left.release())
+        patient(wire, request)(answers.put)
     for _ in range(count):
-        left.acquire()
+        if error := answers.get():
+            raise error
     return time.perf_counter() - began_s
 
 
