@@ -49,7 +49,7 @@ test-lowest:  ## the client's and export's tests with the lowest versions that p
 	$(LOWEST)/bin/python -m pip install --quiet --constraint $(LOWEST)/lowest.txt \
 		--editable '.[export,vocab,openvino,telemetry,turbo]' hatchling opentelemetry-sdk pytest pytest-timeout
 	CLIPSHIP_CACHE=$(CURDIR)/$(LOWEST)/cache OMP_NUM_THREADS=1 \
-		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training tests
+		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training --ignore tests/test_readme.py tests
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .

@@ -18,11 +18,11 @@ from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
 
-from clipship.core.cli import main as clipship
+from clipship.core.cli.main import main as clipship
 from clipship.core.files import write_text_atomic
 from clipship.training.compare.results import read_result
-from clipship.training.compare.summary import Row, Summary
-from clipship.training.world.datasets import WORLD_DATASETS
+from clipship.training.compare.summary import Summary, SummaryRow
+from clipship.world.datasets import WORLD_DATASETS
 
 METHODS = (
     *("zero-shot", "zero-shot-ensemble", "coop", "cocoop", "kgcoop", "vpt-shallow", "vpt-deep", "ivlp", "maple"),
@@ -53,7 +53,7 @@ def world(out: Path, names: Sequence[str] = ()) -> list[str]:
     return [one["path"] for one in json.loads(command("world", "--out", out, *only, "--json"))["datasets"]]
 
 
-def seeds_of(row: Row) -> int:
+def seeds_of(row: SummaryRow) -> int:
     """How many seeds a row is the mean of: those that ended on all of its data sets."""
     return 0 if row.stats["base"] is None else row.stats["base"].seeds
 

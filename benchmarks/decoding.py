@@ -33,8 +33,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipship.core import images
-from clipship.core.images import (
+from clipship.core.images import decoding as images
+from clipship.core.images.decoding import (
     IMAGE_SUFFIXES,
     ImageSpec,
     Resample,
@@ -153,7 +153,7 @@ def differences(files: Sequence[bytes], models: Sequence[str]) -> list[dict[str,
     """How far the fast pixels are from the exact ones, and the embeddings of both by each model."""
     import torch
 
-    from clipship.training.clip import load_clip
+    from clipship.training.model.clip import load_clip
 
     rows = []
     for model in models:

@@ -32,7 +32,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.cpu import OPENVINO_TYPES, available_cores, open_encoder
+from clipship.core.machine.runtimes import OPENVINO_TYPES, available_cores, open_encoder
 from clipship.core.tables import Table, machine, with_spread, write_table
 
 MODELS = ("ViT-B-32/random", "ViT-B-16/random")
@@ -56,9 +56,9 @@ _PLAIN = "plain.onnx"
 
 def bundle_of(model: str, folder: Path, images: Path | None) -> Path:
     """A bundle of ``model`` without prompts, with a form for every precision; made once."""
-    from clipship.export.forms import Profile
+    from clipship.export.image_input import pictures_for
     from clipship.export.pack import bundle_from_method
-    from clipship.export.pictures import pictures_for
+    from clipship.export.precision.encoder_variants import Profile
 
     if not (folder / "manifest.json").is_file():
         method = method_of(model)
@@ -79,8 +79,8 @@ def method_of(model: str) -> Any:
     """The plain CLIP ``model`` as a method, loaded once a process."""
     from dataclasses import replace
 
-    from clipship.training.clip import load_clip
     from clipship.training.methods import Task, build_method
+    from clipship.training.model.clip import load_clip
     from clipship.training.recipes import config_from_recipe
 
     config = replace(config_from_recipe("zero-shot"), base_model=model)
@@ -337,7 +337,7 @@ def _in_turn(workers: list[Worker], pixels: Path, rounds: int, batch: int, rows:
 
 def _pixel_files(model: str, folder: Path, images: Path | None, batches: list[int]) -> dict[int, Path]:
     """By batch size an array on disk; under 0 the images that features are compared on."""
-    from clipship.export.pictures import pictures_for
+    from clipship.export.image_input import pictures_for
     from clipship.export.reference import pixels_of
 
     spec = method_of(model).clip.image_spec

@@ -47,12 +47,12 @@ def exported(model: str, folder: Path) -> Exported:
     """Write ``image_encoder.onnx`` of ``model`` into ``folder``."""
     import torch
 
-    from clipship.export.lean import LeanImageEncoder
-    from clipship.export.onnx import onnx_from_module
-    from clipship.export.pictures import pictures_for
+    from clipship.export.fused_encoder import FusedImageEncoder
+    from clipship.export.image_input import pictures_for
+    from clipship.export.onnx_graph import onnx_from_module
     from clipship.export.reference import pixels_of
-    from clipship.training.clip import load_clip
     from clipship.training.methods import Task, build_method
+    from clipship.training.model.clip import load_clip
     from clipship.training.recipes import config_from_recipe
 
     clip = load_clip(model)
@@ -62,7 +62,7 @@ def exported(model: str, folder: Path) -> Exported:
     specs = (image_tensor(size), embedding_tensor(clip.embed_dim))
     with torch.inference_mode():
         onnx_from_module(
-            LeanImageEncoder(build_method(clip, config, task).eval()),
+            FusedImageEncoder(build_method(clip, config, task).eval()),
             torch.zeros((2, size, size, 3), dtype=torch.uint8),
             path,
             input_spec=specs[0],
@@ -74,8 +74,8 @@ def exported(model: str, folder: Path) -> Exported:
 
 def form_path(one: Exported, precision: Precision) -> Path:
     """The graph in ``precision``, written on first use."""
-    from clipship.export.precision import typed_onnx
-    from clipship.export.quantize import quantized_onnx
+    from clipship.export.precision.half_precision import typed_onnx
+    from clipship.export.precision.quantization import quantized_onnx
 
     path = one.path if precision == "fp32" else one.path.with_name(f"image_encoder.{precision}.onnx")
     if not path.exists():
@@ -88,8 +88,8 @@ def form_path(one: Exported, precision: Precision) -> Path:
 
 def built(one: Exported, precision: Precision, gpu: str) -> dict[str, Any]:
     """Build one plan; what cannot be done is told instead."""
-    from clipship.export.engines.build import Settings, build_plan
-    from clipship.export.engines.runtime import load_runtime
+    from clipship.export.tensorrt.build import Settings, build_plan
+    from clipship.export.tensorrt.runtime import load_runtime
 
     loaded = load_runtime("tensorrt-rtx")
     try:

@@ -22,7 +22,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from clipship.core.cli import main as clipship
+from clipship.core.cli.main import main as clipship
 from clipship.core.tables import Table, with_spread, write_table
 
 MANY_EPOCHS = {"coop": 20, "kgcoop": 20, "ship": 20, "clip-adapter": 1000, "tip-adapter-f": 1000}
@@ -37,9 +37,9 @@ def epoch_times(model: str, recipe: str, data: Path, shots: int, rounds: int, ca
 
     What a run needs besides its epochs is taken off: it is timed with one epoch from kept features.
     """
-    from clipship.training.clip import load_clip
-    from clipship.training.data import load_dataset
-    from clipship.training.loop import RunOptions, train
+    from clipship.training.datasets.load import load_dataset
+    from clipship.training.loop.loop import RunOptions, train
+    from clipship.training.model.clip import load_clip
     from clipship.training.recipes import config_from_recipe
 
     clip, dataset = load_clip(model), load_dataset(data)

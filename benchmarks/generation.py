@@ -27,15 +27,15 @@ import torch
 
 from clipship.core.tables import Table, with_spread, write_table
 from clipship.core.vocabulary import Vocabulary
-from clipship.training.clip import default_device
-from clipship.training.synthesis.choice import Scorer
+from clipship.training.model.clip import default_device
+from clipship.training.synthesis.candidate_filter import Scorer
+from clipship.training.synthesis.candidates import Candidate, candidates_of
+from clipship.training.synthesis.class_prompts import subjects_of
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.engine import Engine, precision_for
-from clipship.training.synthesis.folders import PipelineFolder, pipeline_folder
-from clipship.training.synthesis.plan import Candidate, candidates_of
+from clipship.training.synthesis.image_generator import ImageGenerator, precision_for
+from clipship.training.synthesis.pipelines import PipelineFolder, pipeline_folder
 from clipship.training.synthesis.recipes import synthesis_config
 from clipship.training.synthesis.run import rows_and_files
-from clipship.training.synthesis.subjects import subjects_of
 from clipship.training.synthesis.workspace import Workspace
 
 NAMES = ("red star", "blue house", "green striped heart", "three yellow fish")
@@ -58,7 +58,7 @@ def naive(pipeline: Any, config: SynthesisConfig, size_px: int, wanted: Sequence
         image.save(path, config.image_format.upper(), quality=config.quality)
 
 
-def batched(engine: Engine, size: int, wanted: Sequence[Candidate], folder: Path) -> None:
+def batched(engine: ImageGenerator, size: int, wanted: Sequence[Candidate], folder: Path) -> None:
     """What `clipship synthesize` does between loading and the filter."""
     workspace = Workspace(folder=folder)
     for start in range(0, len(wanted), size):
@@ -91,7 +91,7 @@ def measured(config: SynthesisConfig, device: torch.device, sizes: Sequence[int]
     subjects = subjects_of(config, Vocabulary(names=NAMES))
     wanted = candidates_of(config, subjects)
     folder = pipeline_folder(config)
-    plain, engine = plain_pipeline(folder, config, device), Engine(folder, config, device)
+    plain, engine = plain_pipeline(folder, config, device), ImageGenerator(folder, config, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     ways: dict[str, Callable[[Path], None]] = {NAIVE: partial(naive, plain, config, engine.size_px, wanted)}
     for size in sizes:
@@ -111,7 +111,7 @@ def measured(config: SynthesisConfig, device: torch.device, sizes: Sequence[int]
 
 
 def filter_times(
-    engine: Engine, wanted: Sequence[Candidate], device: torch.device, rounds: int, clock: Callable[[], float]
+    engine: ImageGenerator, wanted: Sequence[Candidate], device: torch.device, rounds: int, clock: Callable[[], float]
 ) -> list[float]:
     """Seconds to score the images, the scorer being loaded."""
     config = engine.config

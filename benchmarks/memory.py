@@ -34,9 +34,9 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     import torch
     from open_clip import IMAGENET_CLASSNAMES
 
-    from clipship.training.clip import load_clip
     from clipship.training.methods import Batch, Task, build_method
-    from clipship.training.precision import autocast
+    from clipship.training.model.autocast import autocast
+    from clipship.training.model.clip import load_clip
     from clipship.training.recipes import config_from_recipe
 
     config = dataclasses.replace(

@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.caches import cache_folder
 from clipship.core.errors import ClipshipError
 from clipship.core.files import replace_folder
-from clipship.serving.environment import embedded_environment
+from clipship.core.machine.caches import cache_folder
+from clipship.serving.server.install import embedded_environment
 
 VERSION = "2.51.0"
 """The last release of tritonclient with the program in its wheel."""

@@ -22,20 +22,20 @@ import torch
 from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle, EncoderForm
-from clipship.core.cpu import open_encoder
-from clipship.core.images import pixels_from_image
+from clipship.core.images.decoding import pixels_from_image
+from clipship.core.machine.runtimes import open_encoder
 from clipship.core.tables import Table, machine, write_table
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.forms import Profile
+from clipship.export.image_input import pictures_from_world
 from clipship.export.pack import bundle_from_method
-from clipship.export.pictures import pictures_from_world
-from clipship.export.precision import emulated_onnx
-from clipship.export.verify import run_in_batches
-from clipship.training.clip import Clip, load_clip
+from clipship.export.precision.encoder_variants import Profile
+from clipship.export.precision.half_precision import emulated_onnx
+from clipship.export.verification.verify import run_in_batches
 from clipship.training.methods import Method, Task, build_method
+from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
-from clipship.training.world.calibrate import picture_of
-from clipship.training.world.datasets import WORLD_DATASETS, WorldDataset
+from clipship.world.datasets import WORLD_DATASETS, WorldDataset
+from clipship.world.pretraining.calibrate import picture_of
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
 """Pixels [N, H, W, 3], labels [N], class features [C, D]."""

@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from clipship.core.cpu import OnnxRuntimeEncoder, open_encoder
+from clipship.core.machine.runtimes import OnnxRuntimeEncoder, open_encoder
 
 
 def main(graph: str, runtime: str, precision: str, rows: str, out: str) -> None:

@@ -32,19 +32,19 @@ from numpy.typing import NDArray
 from benchmarks.precision import zero_shot_of
 from clipship.core.bundle import TEXT_ENCODER, Bundle, EncoderForm, VocabularyFeatures
 from clipship.core.classification import Cache
+from clipship.core.comparison import Answers, Comparison, compare_answers, compare_features
 from clipship.core.tables import Table, write_table
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.comparison import Answers, Comparison, compare_answers, compare_features
-from clipship.export.forms import REDUCED, Profile
-from clipship.export.onnx import OPSET, OPSETS
+from clipship.export.full_frames import pixels_of_sources, sources_of
+from clipship.export.image_input import pictures_from_world
+from clipship.export.onnx_graph import OPSET, OPSETS
 from clipship.export.pack import bundle_from_method
-from clipship.export.pictures import pictures_from_world
+from clipship.export.precision.encoder_variants import REDUCED, Profile
 from clipship.export.reference import Picture, image_features
-from clipship.export.sources import pixels_of_sources, sources_of
-from clipship.serving.graphs import classifier_graph
-from clipship.training.clip import load_clip
+from clipship.serving.repository.classifier_graph import classifier_graph
 from clipship.training.methods.base import Method
+from clipship.training.model.clip import load_clip
 
 PROMISED = {
     "onnxruntime": {18: "1.17.0", 20: "1.17.0", 23: "1.24.4"},

@@ -32,12 +32,12 @@ from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
 from clipship.core.tables import Table, machine, with_spread
 from clipship.core.tensors import ENCODED, image_tensor
-from clipship.serving.bench.pictures import files_from_folder, made_up_files
+from clipship.serving.bench.photographs import files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table
-from clipship.serving.bench.run import Bench, Point, Reading, Row, opened
+from clipship.serving.bench.run import Bench, BenchRow, Point, Reading, opened
 from clipship.serving.bench.wire import Mode, model_of
-from clipship.serving.repository import repository_from_bundle
-from clipship.serving.server import start_server
+from clipship.serving.repository.write import repository_from_bundle
+from clipship.serving.server.process import start_server
 
 MODELS = ("ViT-B-32/random", "clipship-tiny")
 LARGEST_BATCH = 32
@@ -148,7 +148,7 @@ class ServerCount:
             self._seen.append((time.perf_counter(), statistics.inference_count))
 
 
-def race(bench: Bench, given: argparse.Namespace) -> dict[str, Row]:
+def race(bench: Bench, given: argparse.Namespace) -> dict[str, BenchRow]:
     """Every path once a round; rows by path."""
     points = dict(_points(given.batch, given.concurrency, given.without))
     readings: dict[str, list[Reading]] = {name: [] for name in points}
@@ -163,7 +163,7 @@ def race(bench: Bench, given: argparse.Namespace) -> dict[str, Row]:
                     counted = Reading(images_per_s=count.images_per_s(), latencies_ms={}, steps=None)
                     readings.setdefault(f"{name}, counted", []).append(counted)
     points |= {name: points[name.removesuffix(", counted")] for name in readings}
-    return {name: Row(point=point, readings=tuple(readings[name])) for name, point in points.items()}
+    return {name: BenchRow(point=point, readings=tuple(readings[name])) for name, point in points.items()}
 
 
 def _points(batch: int, concurrency: int, without: Sequence[str]) -> Iterator[tuple[str, Point]]:
@@ -189,7 +189,7 @@ def _read(bench: Bench, peer: Peer | None, name: str, point: Point, seconds: flo
     return bench.read(point, seconds)
 
 
-def rates_table(rows: dict[str, Row], title: str) -> Table:
+def rates_table(rows: dict[str, BenchRow], title: str) -> Table:
     """A row a path: images a second, latencies."""
     cells = []
     for name, row in rows.items():
@@ -200,7 +200,7 @@ def rates_table(rows: dict[str, Row], title: str) -> Table:
     return Table(title=title, header=header, rows=tuple(cells), text_columns=1)
 
 
-def targets_table(rows: dict[str, Row]) -> Table:
+def targets_table(rows: dict[str, BenchRow]) -> Table:
     """A row a target of which both paths were measured: the ratio of each round, what is wanted, whether it is met."""
     cells = []
     for target in TARGETS:

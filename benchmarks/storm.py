@@ -35,18 +35,18 @@ from PIL import Image
 
 from benchmarks.encoder import bundle_of
 from clipship.core.bundle import Bundle, read_bundle
-from clipship.core.images import pixels_from_bytes
+from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread, write_table
 from clipship.serving.bench.load import Done, Send, measure
-from clipship.serving.bench.pictures import made_up_files
+from clipship.serving.bench.photographs import made_up_files
 from clipship.serving.bench.wire import Wire, encoded_request, pixels_request
-from clipship.serving.config import config_from_text, text_from_config
-from clipship.serving.names import ADMISSION, CLASSIFY, PREPROCESS
-from clipship.serving.options import DEFAULT_OPTIONS, ServerOptions
-from clipship.serving.repository import DOORS_COPY, repository_from_bundle
-from clipship.serving.server import start_server
-from clipship.serving.tuning import DEFAULT_TUNING, Tuning
+from clipship.serving.model_names import ADMISSION, CLASSIFY, PREPROCESS
+from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
+from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
+from clipship.serving.repository.write import DOORS_COPY, repository_from_bundle
+from clipship.serving.server.process import start_server
+from clipship.serving.server.server_args import DEFAULT_OPTIONS, ServerOptions
 
 CLIENTS = 64
 DEADLINE_S = 1.0

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from benchmarks.accuracy import command
-from clipship.training.cli import SYNTHETIC
+from clipship.training.synthetic_set import SYNTHETIC
 
 DATASETS = ("prints", "games")
 """Words shared by both halves of the classes, words apart."""
@@ -35,7 +35,7 @@ def datasets(out: Path) -> list[Path]:
 
 def synthesized(data: Path, name: str, recipe: str) -> dict[str, object]:
     """The synthetic set ``name`` of ``data``: taken, or made by ``recipe``; how many images of how many were kept."""
-    from clipship.training.synthetic import SyntheticSet
+    from clipship.training.synthetic_set import SyntheticSet
 
     if name != SYNTHETIC:
         command("synthesize", recipe, "--classes", data, "--out", data / name)

@@ -34,8 +34,9 @@ from clipship.core.bundle import read_bundle
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread, write_table
 from clipship.core.vocabulary import Vocabulary, prompt_of
-from clipship.training.clip import TINY, Clip, load_clip
-from clipship.training.world.attributes import COLOURS
+from clipship.training.model.builtin import TINY
+from clipship.training.model.clip import Clip, load_clip
+from clipship.world.drawing.attributes import COLOURS
 
 CLASSES, ADDED, PACKED = 1000, 100, 10
 BATCH_SIZES = (1, 4, 8, 16, 32, 64)
@@ -51,8 +52,8 @@ def class_names() -> tuple[str, ...]:
 
 def packed_bundle(clip: Clip, names: Sequence[str], path: Path) -> None:
     """A zero-shot bundle, verified as every other."""
+    from clipship.export.image_input import pictures_for
     from clipship.export.pack import bundle_from_method
-    from clipship.export.pictures import pictures_for
     from clipship.training.methods import Task, build_method
     from clipship.training.recipes import config_from_recipe
 
@@ -72,7 +73,7 @@ def add(bundle: Path, names: Sequence[str], out: Path) -> float:
     """Seconds of one `clipship vocab add`, the process and all; the new bundle is ``out``."""
     file = out.with_suffix(".txt")
     file.write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-    command = [sys.executable, "-m", "clipship.core", "vocab", "add", str(bundle), "--from", str(file), "--json"]
+    command = [sys.executable, "-m", "clipship", "vocab", "add", str(bundle), "--from", str(file), "--json"]
     return seconds_of(lambda: subprocess.run([*command, "--out", str(out)], check=True, stdout=subprocess.DEVNULL))
 
 
@@ -86,7 +87,7 @@ def add_many(bundle: Path, count: int, out: Path, kill_after_s: float) -> Table:
     """`clipship vocab add` of ``count`` names, killed after ``kill_after_s``, and the run that goes on."""
     file = out.with_suffix(".txt")
     file.write_text("".join(f"{name}\n" for name in many_names(count)), encoding="utf-8")
-    command = [sys.executable, "-m", "clipship.core", "vocab", "add", str(bundle), "--from", str(file)]
+    command = [sys.executable, "-m", "clipship", "vocab", "add", str(bundle), "--from", str(file)]
     command += ["--out", str(out)]
     with subprocess.Popen(command) as first:
         try:

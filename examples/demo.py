@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clipship.core.bundle import Bundle, read_bundle
-from clipship.core.cli import main as clipship
+from clipship.core.cli.main import main as clipship
 from clipship.core.errors import BundleError, CheckFailed
 
 DATASET = "prints"
@@ -140,7 +140,7 @@ def serving(repository: Path) -> Iterator[str]:
     """A real Triton in a process of its own; gives its gRPC address."""
     command = ["serve", str(repository), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--json"]
     console.print(f"[bold]$ clipship {shlex.join(command)} &[/bold]", soft_wrap=True)
-    server = subprocess.Popen([sys.executable, "-m", "clipship.core", *command], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen([sys.executable, "-m", "clipship", *command], stdout=subprocess.PIPE, text=True)
     assert server.stdout is not None
     try:
         line = server.stdout.readline()
@@ -183,8 +183,8 @@ def pytorch_labels(places: Places, bundle: Bundle, paths: list[Path]) -> list[st
 
 def paired_rates(bundle: Bundle, url: str, paths: list[Path]) -> tuple[list[float], list[float]]:
     """Images per second from JPEG files to labels, in process and through the server, in turn: one pair a round."""
-    from clipship.serving.client import Classifier
-    from clipship.serving.local import LocalTransport
+    from clipship.serving.client.classifier import Classifier
+    from clipship.serving.client.in_process import LocalTransport
 
     def rate(classifier: Classifier) -> float:
         started_s = time.perf_counter()

@@ -9,12 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from deploy.structure import Structure, structure_of
 
 ROOT = Path(__file__).parents[2]
 STAGES = ("core", "training", "export", "serving")
-MAY_IMPORT = {"core": {"core"}, "training": {"core", "training"}, "serving": {"core", "serving"}} | {
-    "export": {"core", "training", "export"}
+ARROWS: dict[str, set[str]] = {
+    "__main__": {"core"},
+    "core": set(),
+    "training": {"core"},
+    "world": {"core", "training"},
+    "export": {"core", "training", "world"},
+    "serving": {"core"},
 }
+
+
+@pytest.fixture(scope="module")
+def structure() -> Structure:
+    return structure_of(ROOT)
 
 
 def sources(stage: str) -> Iterator[tuple[Path, ast.Module]]:
@@ -28,15 +39,44 @@ def test_each_stage_is_a_typed_portion_of_the_namespace(stage: str) -> None:
     assert (ROOT / stage / "clipship" / stage / "py.typed").exists()
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_imports_follow_the_arrows(stage: str) -> None:
-    for path, tree in sources(stage):
-        for node in ast.walk(tree):
-            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            for name in names:
-                if name.startswith("clipship."):
-                    assert name.split(".")[1] in MAY_IMPORT[stage], f"{path.relative_to(ROOT)} imports {name}"
+def test_imports_follow_the_arrows(structure: Structure) -> None:
+    assert structure.upward(ARROWS) == []
+
+
+def test_no_import_runs_in_a_circle(structure: Structure) -> None:
+    """Neither between modules nor between the modules and folders of one folder."""
+    assert structure.circles() == []
+
+
+def test_no_folder_is_crowded(structure: Structure) -> None:
+    assert structure.crowded() == []
+
+
+def test_only_command_lines_import_command_lines(structure: Structure) -> None:
+    assert structure.command_lines() == []
+
+
+def test_the_guard_sees_circles_crowds_and_wrong_arrows(tmp_path: Path) -> None:
+    def write(name: str, text: str) -> None:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    write("core/clipship/core/__init__.py", "")
+    write("core/clipship/core/low/__init__.py", "")
+    write("core/clipship/core/low/a.py", "from clipship.core import b")
+    write("core/clipship/core/low/c.py", "")
+    write("core/clipship/core/b.py", "def f():\n    from clipship.core.low.c import g")
+    write("core/clipship/core/cli.py", "import clipship.serving.d")
+    write("serving/clipship/serving/__init__.py", "")
+    for number in range(13):
+        write(f"serving/clipship/serving/m{number}.py", "")
+    write("serving/clipship/serving/d.py", "from clipship.core.cli import main")
+    found = structure_of(tmp_path)
+    assert [circle.partition(":")[0] for circle in found.circles()] == ["modules", "clipship", "clipship.core"]
+    assert found.crowded() == ["clipship.serving has 14 modules, at most 12"]
+    assert found.command_lines() == ["clipship.serving.d imports clipship.core.cli"]
+    assert found.upward({"core": set(), "serving": {"core"}}) == ["clipship.core.cli imports clipship.serving.d"]
 
 
 @pytest.mark.parametrize("stage", STAGES)

@@ -11,20 +11,27 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from PIL import Image
 from torch import nn
 
 from clipship.export import pack
-from clipship.export.onnx import onnx_from_module
+from clipship.export.onnx_graph import onnx_from_module
 from clipship.export.reference import Picture
 from clipship.training.checkpoint import Checkpoint, save_checkpoint
-from clipship.training.clip import Clip, digest_of_tensors, load_clip
 from clipship.training.methods import Method, Task, build_method
+from clipship.training.model.clip import Clip, digest_of_tensors, load_clip
 from clipship.training.recipes import config_from_recipe
 
 NAMES = ("red star", "blue_ring", "green fish", "Straße", "tree")
+
+
+RUNTIME = tuple(map(int, onnxruntime.__version__.split(".")[:2]))
+"""The installed ONNX Runtime's version."""
+OPSETS = (18, 20, 23) if RUNTIME >= (1, 23) else (18, 20)
+"""The opsets that it reads."""
 
 
 @pytest.fixture(scope="session", autouse=True)

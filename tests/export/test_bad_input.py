@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from clipship.core.bundle import read_bundle
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.export.reference import Picture
-from clipship.training.clip import Clip, has_random_weights
+from clipship.training.model.clip import Clip, has_random_weights
 from tests.export.conftest import method_of, write_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -64,7 +64,7 @@ def test_a_folder_called_random_has_weights_of_its_own(clip_folder: Path, tmp_pa
 
 def run_pack(given: list[str], prepare: Callable[[], None] | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "clipship.core", *given]
+    command = [sys.executable, "-m", "clipship", *given]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True, preexec_fn=prepare)
 
 

@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle, Manifest, read_bundle, write_manifest
 from clipship.core.classification import VocabularyFeatures
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.errors import BundleError, CheckFailed, DataError, UsageError
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import bundle_from_method
-from clipship.export.reference import Picture, check_classifier, image_features, pixels_of
-from clipship.serving.graphs import classifier_graph
-from clipship.training.clip import Clip
-from clipship.training.inference import distinguishable_names
+from clipship.export.reference import Picture, image_features, pixels_of, validate_classifier
+from clipship.serving.repository.classifier_graph import classifier_graph
+from clipship.training.evaluation.inference import distinguishable_names
 from clipship.training.methods import Method, Task, build_method
+from clipship.training.model.clip import Clip
 from clipship.training.recipes import config_from_recipe
 from tests.export.conftest import NAMES, write_checkpoint
 
@@ -129,7 +129,7 @@ def test_any_names_in_any_order(recipe: str, names: tuple[str, ...], clip: Clip,
             method.exported_classifier(names)
         return
     features = method.exported_classifier(names)
-    check_classifier(method, names, features)
+    validate_classifier(method, names, features)
     embedding = embeddings(method, pictures)
     given = by_the_graph(Vocabulary(names=names), features.tempered(TEMPERATURE), embedding)
     np.testing.assert_allclose(given, by_pytorch(method, names, embedding, TEMPERATURE), atol=1e-5, rtol=0)
@@ -188,9 +188,9 @@ def test_a_wrong_classifier_is_not_packed(sabotage: str, clip: Clip, pictures: l
         "alpha": replace(right, cache=replace(right.cache, alpha=1.001 * right.cache.alpha)),
         "features": replace(right, features=right.features[::-1].copy()),
     }[sabotage]
-    check_classifier(method, NAMES, right)
+    validate_classifier(method, NAMES, right)
     with pytest.raises(CheckFailed, match="differs from PyTorch"):
-        check_classifier(method, NAMES, wrong)
+        validate_classifier(method, NAMES, wrong)
 
 
 def test_a_bundle_whose_parts_are_not_those_of_its_manifest_is_refused(

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from clipship.core.bundle import read_bundle
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.tolerances import TOLERANCES, Tolerance
 from clipship.export.reference import Picture
-from clipship.training.clip import Clip
+from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of, write_checkpoint
 from tests.strangers import own, run_as_stranger
 
@@ -127,7 +127,7 @@ def test_pack_and_verify_without_a_home(checkpoint: Path, images: Path, stranger
     own(stranger_folder)
     pack = ["pack", "run", "--images", "images", "--out", "bundle"]
     for verb in (pack, ["verify", "bundle"]):
-        command = [sys.executable, "-m", "clipship.core", *verb]
+        command = [sys.executable, "-m", "clipship", *verb]
         done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"), HOME="/")
         assert done.returncode == 0, done.stderr
         assert done.stderr in ("", "verifying with 104 images of images\n")

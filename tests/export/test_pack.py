@@ -16,12 +16,13 @@ from PIL import Image
 from clipship.core.bundle import Bundle, read_bundle
 from clipship.core.errors import BundleError, CheckFailed, UsageError
 from clipship.core.vocabulary import Vocabulary
-from clipship.export import pack, verify
-from clipship.export.lean import LeanImageEncoder
-from clipship.export.pack import bundle_from_method, refuse_foreign_folder
+from clipship.export import pack
+from clipship.export.fused_encoder import FusedImageEncoder
+from clipship.export.pack import bundle_from_method, validate_folder
 from clipship.export.reference import Picture, pixels_of, verify_against_method
-from clipship.export.verify import onnx_session, run_in_batches, session_function, verify_bundle
-from clipship.training.clip import Clip
+from clipship.export.verification import verify
+from clipship.export.verification.verify import onnx_session, run_in_batches, session_function, verify_bundle
+from clipship.training.model.clip import Clip
 from tests.export.conftest import NAMES, method_of
 
 VOCABULARY = Vocabulary(names=NAMES)
@@ -172,11 +173,11 @@ def test_a_wrong_export_is_refused_and_nothing_is_written(
 ) -> None:
     """Sabotage: channels swapped on the way into the exported graph, right in PyTorch."""
 
-    class Swapped(LeanImageEncoder):
+    class Swapped(FusedImageEncoder):
         def forward(self, image: torch.Tensor) -> torch.Tensor:
             return super().forward(image.flip(-1))
 
-    monkeypatch.setattr(pack, "LeanImageEncoder", Swapped)
+    monkeypatch.setattr(pack, "FusedImageEncoder", Swapped)
     with pytest.raises(CheckFailed, match="FAILED images"):
         bundle_from_method(method_of(clip, "coop"), VOCABULARY, pictures, tmp_path / "bundle", provenance={})
     assert list(tmp_path.iterdir()) == []
@@ -197,13 +198,13 @@ def test_nothing_verified_is_not_verified() -> None:
 
 def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
-    refuse_foreign_folder(tmp_path / "mine")
+    validate_folder(tmp_path / "mine")
     (tmp_path / "mine" / "thesis.txt").write_text("irreplaceable")
     with pytest.raises(UsageError, match="is no bundle"):
-        refuse_foreign_folder(tmp_path / "mine")
+        validate_folder(tmp_path / "mine")
     with pytest.raises(UsageError, match="is no bundle"):
-        refuse_foreign_folder(tmp_path / "mine" / "thesis.txt")
-    refuse_foreign_folder(tmp_path / "new")
+        validate_folder(tmp_path / "mine" / "thesis.txt")
+    validate_folder(tmp_path / "new")
 
 
 def test_a_provider_that_is_not_here_is_an_error(packed: tuple[str, Bundle]) -> None:

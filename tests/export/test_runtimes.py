@@ -26,10 +26,10 @@ from benchmarks.runtimes import (
 
 from clipship.core.bundle import TEXT_ENCODER, Bundle
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.onnx import OPSETS
+from clipship.export.onnx_graph import OPSETS
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture
-from clipship.training.clip import Clip
+from clipship.training.model.clip import Clip
 from tests.export.conftest import NAMES, method_of
 from tests.export.graphs import value_types
 

@@ -18,15 +18,15 @@ from numpy.typing import NDArray
 from clipship.core.bundle import read_bundle, write_manifest_content
 from clipship.core.errors import CheckFailed
 from clipship.core.vocabulary import Vocabulary
-from clipship.export import quantize
-from clipship.export.forms import Profile
 from clipship.export.pack import bundle_from_method
-from clipship.export.quantize import quantized_onnx
+from clipship.export.precision import quantization as quantize
+from clipship.export.precision.encoder_variants import Profile
+from clipship.export.precision.quantization import quantized_onnx
 from clipship.export.reference import Picture, pixels_of
 from clipship.export.saturation import can_saturate, emulated_int8, int8_weights, saturating_product
-from clipship.export.verify import verify_bundle
-from clipship.training.clip import Clip
-from tests.export.conftest import NAMES, method_of
+from clipship.export.verification.verify import verify_bundle
+from clipship.training.model.clip import Clip
+from tests.export.conftest import NAMES, OPSETS, method_of
 from tests.export.graphs import centred_cosines, features, image_encoder
 
 
@@ -109,7 +109,7 @@ def test_no_product_of_the_default_form_can_saturate_and_its_emulation_is_the_fo
     assert centred_cosines(features(source, pixels[:8]), given).mean() > 0.998
 
 
-@pytest.mark.parametrize("opset", [18, 20, 23])
+@pytest.mark.parametrize("opset", OPSETS)
 def test_a_form_that_would_be_wrong_without_vnni_is_refused_on_every_processor(
     clip: Clip, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int
 ) -> None:
@@ -158,7 +158,7 @@ class _Passes:
 
 ON_HASWELL = """
 import sys, numpy
-from clipship.core.cpu import open_encoder
+from clipship.core.machine.runtimes import open_encoder
 for file, runtime, result in zip(*[iter(sys.argv[2:])] * 3):
     numpy.save(result, open_encoder(file, runtime, "int8", 1)(numpy.load(sys.argv[1])))
 """

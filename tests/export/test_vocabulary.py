@@ -23,15 +23,15 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle, read_bundle, write_manifest_content
 from clipship.core.classification import Cache, VocabularyFeatures
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture
-from clipship.export.verify import verify_bundle
+from clipship.export.verification.verify import verify_bundle
 from clipship.export.vocab import edit, encode
 from clipship.export.vocab.edit import add_classes, remove_classes
-from clipship.training.clip import Clip
 from clipship.training.methods import Method
+from clipship.training.model.clip import Clip
 from tests.export.conftest import NAMES, method_of
 
 NEW = ("violet whale", "blue_whale", "Grüße", "日本", "a name with 3 digits: 123")
@@ -438,7 +438,7 @@ def names_in(path: Path, count: int) -> Path:
 
 
 def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, "-m", "clipship.core", "vocab", *map(str, arguments)]
+    return [sys.executable, "-m", "clipship", "vocab", *map(str, arguments)]
 
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": ":".join(sys.path)}
@@ -564,7 +564,7 @@ def test_no_verb_imports_pytorch(arguments: list[str], needs: str, one: Path) ->
     absent += [] if needs else ["onnxruntime", "ftfy", "regex"]
     script = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}));"
-        f"from clipship.core.cli import main; sys.exit(main(sys.argv[1:]))"
+        f"from clipship.core.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     given = [argument.format(bundle=one) for argument in arguments]
     done = subprocess.run(
@@ -577,7 +577,8 @@ def test_no_verb_imports_pytorch(arguments: list[str], needs: str, one: Path) ->
 @pytest.mark.parametrize("package", ["onnxruntime", "ftfy", "regex"])
 def test_a_missing_package_names_the_extra_without_pytorch(package: str, one: Path) -> None:
     script = (
-        f"import sys; sys.modules[{package!r}] = None;from clipship.core.cli import main; sys.exit(main(sys.argv[1:]))"
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from clipship.core.cli.main import main; sys.exit(main(sys.argv[1:]))"
     )
     given = ["vocab", "add", str(one), "--name", "new"]
     done = subprocess.run([sys.executable, "-c", script, *given], env=ENVIRONMENT, capture_output=True, text=True)

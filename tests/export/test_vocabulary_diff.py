@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from clipship.core.bundle import EncoderForm, Manifest, read_bundle, write_manifest
-from clipship.core.cli import main
-from clipship.core.images import ImageSpec
+from clipship.core.cli.main import main
+from clipship.core.images.decoding import ImageSpec
 from clipship.core.tensors import embedding_tensor, image_tensor, tokens_tensor
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.vocab.diff import VocabularyDiff, _moved, vocabulary_diff

@@ -12,7 +12,7 @@ from PIL import Image
 
 from clipship.core.bundle import Bundle, Manifest, read_bundle, write_manifest
 from clipship.core.files import write_json_atomic
-from clipship.core.images import ImageSpec, pixels_from_bytes
+from clipship.core.images.decoding import ImageSpec, pixels_from_bytes
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor, tokens_tensor
 from clipship.core.vocabulary import Vocabulary
 

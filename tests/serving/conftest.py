@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from clipship.core.bundle import Bundle
-from clipship.serving.repository import repository_from_bundle
-from clipship.serving.server import Server, start_server
+from clipship.serving.repository.write import repository_from_bundle
+from clipship.serving.server.process import Server, start_server
 from tests.serving.bundles import jpeg_bytes, write_bundle
 
 

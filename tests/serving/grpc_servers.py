@@ -15,15 +15,15 @@ from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
-from clipship.serving.transport import Tensors
-from tests.serving.greys import answer, configs
+from clipship.serving.transport.grpc import Tensors
+from tests.serving.fake_server import answer, configs
 
 Infer = Callable[[Any, grpc.ServicerContext], Any]
 """A handler of ModelInfer: the request and its context -> the answer's message."""
 
 
 class Triton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore[misc]
-    """Serves the function of ``greys.py`` under its models' names; what it was sent is kept."""
+    """Serves the function of ``fake_server.py`` under its models' names; what it was sent is kept."""
 
     def __init__(self, infer: Infer | None = None, told: dict[str, dict[str, Any]] | None = None) -> None:
         self.infer = infer or good_answer

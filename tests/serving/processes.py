@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clipship.serving.server import Server
+from clipship.serving.server.process import Server
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": os.pathsep.join(str(ROOT / stage) for stage in ("core", "serving"))}
-CLIPSHIP = (sys.executable, "-m", "clipship.core")
+CLIPSHIP = (sys.executable, "-m", "clipship")
 
 
 def clipship(*arguments: str | Path) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clipship.core.bundle import Bundle
-from clipship.serving.server import Server
+from clipship.serving.server.process import Server
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT, ROOT
 
 URL = "127.0.0.1:8001"

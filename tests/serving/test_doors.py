@@ -11,7 +11,7 @@ from uuid import uuid4
 import numpy as np
 import pytest
 
-from clipship.serving.repository import sources_folder
+from clipship.serving.repository.write import sources_folder
 
 
 class Clock:

@@ -19,15 +19,15 @@ import pytest
 from PIL import Image
 
 from clipship.core.bundle import Bundle
-from clipship.core.images import ImageDecodeError, pixels_from_bytes
+from clipship.core.images.decoding import ImageDecodeError, pixels_from_bytes
 from clipship.core.tensors import ENCODED, ERROR
-from clipship.serving.client import Classifier, Result
-from clipship.serving.config import config_from_text, text_from_config
+from clipship.serving.client.classifier import Classifier, Result
+from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import DeadlineExceeded, ModelsMissing, RequestRejected, ServerOverloaded
 from clipship.serving.jobs.inputs import inputs_from_arguments
-from clipship.serving.local import LocalTransport
-from clipship.serving.server import Server, start_server
-from clipship.serving.transport import TritonTransport
+from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
+from clipship.serving.server.process import Server, start_server
+from clipship.serving.transport.grpc import TritonTransport
 from tests.serving.bundles import NAMES, SIZE_PX, SPEC, image_encoder_model, jpeg_bytes, reference_answers
 from tests.serving.processes import clipship, frozen
 

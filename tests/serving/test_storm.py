@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipship.serving.bench.wire import Wire, encoded_request, pixels_request
-from clipship.serving.server import start_server
+from clipship.serving.server.process import start_server
 from tests.serving.bundles import SIZE_PX, jpeg_bytes
 
 CROWD = 100

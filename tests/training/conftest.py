@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clipship.training.clip import Clip, load_clip
-from clipship.training.data import Dataset, load_dataset
-from clipship.training.synthetic import SyntheticSet, write_synthetic_set
+from clipship.training.datasets.load import Dataset, load_dataset
+from clipship.training.model.clip import Clip, load_clip
+from clipship.training.synthetic_set import SyntheticSet, write_synthetic_set
 
 COLOURS = {
     "red": (220, 30, 30),

@@ -16,9 +16,9 @@ from clipship.training.checkpoint import (
     save_checkpoint,
     save_scores,
 )
-from clipship.training.clip import Clip, load_clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods import Task, build_method
+from clipship.training.model.clip import Clip, load_clip
 
 from .conftest import write_model
 

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 
 from clipship.core.errors import CheckpointError, DataError, UsageError
-from clipship.core.images import pixels_from_bytes, pixels_from_image
-from clipship.core.pictures import ImageLike
-from clipship.training.calibration import Calibration
+from clipship.core.images.decoding import pixels_from_bytes, pixels_from_image
+from clipship.core.images.inputs import ImageLike
 from clipship.training.checkpoint import RECORD, Checkpoint, method_from_checkpoint, save_checkpoint
 from clipship.training.classifier import Classifier, Prediction
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.data import Dataset
+from clipship.training.datasets.load import Dataset
+from clipship.training.evaluation.temperature import Calibration
 from clipship.training.methods import build_method
+from clipship.training.model.clip import Clip
 
 CALIBRATION = Calibration(temperature=2.5, num_images=40, classes="base", ece_before=9.0, ece_after=3.0)
 

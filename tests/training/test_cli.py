@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from clipship.core import cli as command_line
+from clipship.core.cli import main as command_line
 from clipship.training import cli
 from clipship.training.recipes import RECIPES
-from clipship.training.synthetic import SyntheticSet, write_synthetic_set
-from clipship.training.world import datasets
+from clipship.training.synthetic_set import SyntheticSet, write_synthetic_set
+from clipship.world import cli as world_cli
+from clipship.world import datasets
 from tests.strangers import own, run_as_stranger
-
-from .conftest import write_model
+from tests.training.conftest import write_model
 
 
 def _run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
@@ -54,7 +54,7 @@ def test_train_and_evaluate_without_a_home(data_folder: Path, model_folder: Path
     own(stranger_folder)
     train = ["train", "clip-adapter-tiny", "--data", "data", "--out", "run", "--base-model", "model", "--epochs", "1"]
     for verb in ([*train, "--shots", "2"], ["evaluate", "run", "--data", "data"]):
-        command = [sys.executable, "-m", "clipship.core", *verb]
+        command = [sys.executable, "-m", "clipship", *verb]
         done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"))
         assert done.returncode == 0, done.stderr
         (line,) = done.stderr.splitlines()
@@ -100,7 +100,7 @@ def test_the_world_is_written_once(
     small = replace(datasets.dataset_named("neon"), train_per_class=2, val_per_class=1, test_per_class=1)
     monkeypatch.setattr(datasets, "WORLD_DATASETS", (small,))
     write_model(tmp_path / "models" / "clipship-tiny")
-    monkeypatch.setattr("clipship.training.clip._MODELS", tmp_path / "models")
+    monkeypatch.setattr("clipship.training.model.builtin.MODELS", tmp_path / "models")
     world = ("world", "--out", tmp_path / "world", "--only", "neon", "--json")
     code, out, _ = _run(capsys, *world, "--no-synthetic")
     assert (code, json.loads(out)["datasets"][0]["synthetic"]) == (0, None)
@@ -173,6 +173,6 @@ def test_a_missing_torch_says_what_to_install(
     assert "pip install 'clipship[training]'" in err
 
 
-@pytest.mark.parametrize("verb", [cli.world, cli.recipes, cli.train, cli.evaluate])
+@pytest.mark.parametrize("verb", [world_cli.world, cli.recipes, cli.train, cli.evaluate])
 def test_every_help_has_an_example(verb: object) -> None:
     assert f"Example: clipship {getattr(verb, 'name', '')}" in str(getattr(verb, "help", ""))

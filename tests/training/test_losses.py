@@ -7,11 +7,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from clipship.training import losses, prompts
-from clipship.training.clip import Clip
+from clipship.training import losses
 from clipship.training.config import TrainConfig
 from clipship.training.methods import Batch, Method, SyncClip, Task, build_method
 from clipship.training.methods.cocoop import CoCoOp
+from clipship.training.model import prompts
+from clipship.training.model.clip import Clip
 
 Array = NDArray[np.float64]
 

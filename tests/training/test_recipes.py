@@ -7,7 +7,7 @@ import pytest
 
 from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
-from clipship.training.data import PUBLISHED_DATASETS
+from clipship.training.datasets.load import PUBLISHED_DATASETS
 from clipship.training.recipes import PROMPTSRC_LATE_AVERAGE, RECIPES, SYNC_CLIP_PUBLISHED, config_from_recipe
 
 

@@ -19,8 +19,8 @@ from clipship.core.classification import PARTS
 from clipship.core.classification import VocabularyFeatures as VocabularyFeatures
 from clipship.core.errors import BundleError, UsageError
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
-from clipship.core.images import ImageSpec
-from clipship.core.processor import Processor, emulates, measured_elsewhere, never_runs
+from clipship.core.images.decoding import ImageSpec
+from clipship.core.machine.processor import Processor, emulates, measured_elsewhere, never_runs
 from clipship.core.progress import log
 from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
@@ -396,7 +396,7 @@ def write_manifest_content(
     return whole
 
 
-def refuse_foreign_folder(out: Path) -> None:
+def validate_folder(out: Path) -> None:
     """Refuse to put a bundle in the place of anything but an older bundle.
 
     Raises:
@@ -441,11 +441,11 @@ def read_bundle(path: Path) -> Bundle:
     if digest != content.get("digest"):
         raise BundleError(f"{manifest_path} has changed since it was packed: copy the bundle again, or pack it anew")
     files = content.get("files", {})
-    _check_files(path, files)
+    _validate_files(path, files)
     return Bundle(path=path, manifest=manifest, files=files, digest=digest)
 
 
-def _check_files(path: Path, files: Mapping[str, str]) -> None:
+def _validate_files(path: Path, files: Mapping[str, str]) -> None:
     missing = [name for name in REQUIRED_FILES if name not in files]
     if missing:
         raise BundleError(f"{path}: the manifest does not list {', '.join(missing)}: write it again with clipship pack")

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from clipship.core.cpu import available_cores
 from clipship.core.files import write_json_atomic, write_text_atomic
-from clipship.core.processor import this_processor
+from clipship.core.machine.processor import this_processor
+from clipship.core.machine.runtimes import available_cores
 
 
 def machine() -> str:

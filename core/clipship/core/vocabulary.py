@@ -33,20 +33,20 @@ class Vocabulary:
     def __post_init__(self) -> None:
         if not self.names:
             raise DataError("the vocabulary has no class names: give at least one, one a line")
-        _check_lines("class name", self.names)
+        _validate_lines("class name", self.names)
         if self.synonyms:
-            self._check_synonyms()
+            self._validate_synonyms()
         for template in self.templates:
             if template.count("{}") != 1:
                 raise DataError(f"template {template!r} must hold {{}} exactly once, where the class name goes")
 
-    def _check_synonyms(self) -> None:
+    def _validate_synonyms(self) -> None:
         if len(self.synonyms) != len(self.names):
             raise DataError(f"words for {len(self.synonyms)} of {len(self.names)} classes: give them for every class")
         for name, words in zip(self.names, self.synonyms, strict=True):
             if not words:
                 raise DataError(f"class {name!r} has no words: give at least one, such as its name")
-        _check_lines("word", self.words)
+        _validate_lines("word", self.words)
         if all(words == (name,) for name, words in zip(self.names, self.synonyms, strict=True)):
             object.__setattr__(self, "synonyms", ())  # the plain vocabulary of these names, with its digest
 
@@ -106,7 +106,7 @@ class Vocabulary:
 _FORMS = "{'names': [...], 'templates': [...]} or {'classes': {'cat': ['cat', 'kitten'], ...}}"
 
 
-def _check_lines(what: str, lines: Sequence[str]) -> None:
+def _validate_lines(what: str, lines: Sequence[str]) -> None:
     seen: set[str] = set()
     for position, line in enumerate(lines, start=1):
         if not line.strip() or "\n" in line:

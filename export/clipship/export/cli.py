@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clipship.core.bundle import Bundle, Precision, read_bundle
-from clipship.core.cli import emit, json_option
+from clipship.core.cli.main import emit, json_option
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.files import sha256_of
 from clipship.core.progress import log
 from clipship.core.vocabulary import Vocabulary, vocabulary_from_file
 
 if TYPE_CHECKING:
-    from clipship.export.comparison import Verification
-    from clipship.export.verify import Samples
+    from clipship.core.comparison import Verification
+    from clipship.export.verification.verify import VerificationSamples
     from clipship.training.checkpoint import Checkpoint
     from clipship.training.methods.base import Method
 
@@ -76,18 +76,18 @@ def pack(
     Example: clipship pack runs/prints --images world/prints --out bundles/prints --precision fp16 --precision int8
     """
     _require_export_packages()
-    from clipship.export.forms import Profile, speed_line
-    from clipship.export.pack import bundle_from_method, refuse_foreign_folder, refuse_random_weights
-    from clipship.export.pictures import pictures_for
-    from clipship.export.resize import source_size_from_text
+    from clipship.export.image_input import pictures_for
+    from clipship.export.pack import bundle_from_method, validate_folder, validate_weights
+    from clipship.export.precision.encoder_variants import Profile, speed_line
+    from clipship.export.resize_graph import source_size_from_text
     from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-    from clipship.training.inference import distinguishable_names
+    from clipship.training.evaluation.inference import distinguishable_names
 
-    refuse_foreign_folder(out)
+    validate_folder(out)
     sizes = tuple(dict.fromkeys(map(source_size_from_text, source_sizes)))
     saved = load_checkpoint(checkpoint)
     if not allow_random_weights:
-        refuse_random_weights(saved.config.base_model)
+        validate_weights(saved.config.base_model)
     words = vocabulary_from_file(vocabulary) if vocabulary else None
     method = method_from_checkpoint(saved)
     words = words or Vocabulary(names=distinguishable_names(method))
@@ -157,7 +157,7 @@ def verify(bundle: Path, report: Path | None, as_json: bool, **given: Any) -> No
     Example: clipship verify bundles/prints --checkpoint runs/prints --images world/prints --report prints.html
     """
     _require_export_packages()
-    from clipship.export.report import text_from_verification, write_page
+    from clipship.export.verification.report import text_from_verification, write_page
 
     opened = read_bundle(bundle)
     samples, verification = _verified(opened, **given)
@@ -180,11 +180,17 @@ def _verified(
     precision: str,
     providers: tuple[str, ...],
     max_batch: int,
-) -> tuple[list[Samples], Verification]:
+) -> tuple[list[VerificationSamples], Verification]:
     """All that was asked for; what is quick to fail comes first."""
-    from clipship.export.live import verify_live
     from clipship.export.reference import verify_text
-    from clipship.export.verify import Verification, batch_sizes_up_to, golden_samples, verify_bundle, verify_plan
+    from clipship.export.verification.live_server import verify_live
+    from clipship.export.verification.verify import (
+        Verification,
+        batch_sizes_up_to,
+        golden_samples,
+        verify_bundle,
+        verify_plan,
+    )
 
     sizes = batch_sizes_up_to(max_batch)
     method = _method_for(bundle, checkpoint)
@@ -200,19 +206,19 @@ def _verified(
 
 
 def _method_for(bundle: Bundle, checkpoint: Path | None) -> Method | None:
-    from clipship.export.reference import refuse_other_model
+    from clipship.export.reference import validate_base_model
     from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 
     if checkpoint is None:
         return None
     method = method_from_checkpoint(load_checkpoint(checkpoint))
-    refuse_other_model(bundle, method)
+    validate_base_model(bundle, method)
     return method
 
 
-def _image_samples(bundle: Bundle, images: Path | None, method: Method | None) -> list[Samples]:
+def _image_samples(bundle: Bundle, images: Path | None, method: Method | None) -> list[VerificationSamples]:
     """Those of the folder, or the built-in world's where only a checkpoint is given."""
-    from clipship.export.pictures import pictures_for
+    from clipship.export.image_input import pictures_for
     from clipship.export.reference import samples_from_pictures
 
     if images is None and method is None:

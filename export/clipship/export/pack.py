@@ -21,32 +21,32 @@ from numpy.typing import NDArray
 from clipship.core import bundle as layout
 from clipship.core import tensors
 from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatures, read_bundle, write_manifest
-from clipship.core.bundle import refuse_foreign_folder as refuse_foreign_folder
+from clipship.core.bundle import validate_folder as validate_folder
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
-from clipship.core.processor import this_processor
+from clipship.core.machine.processor import this_processor
 from clipship.core.progress import Report, progress
 from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import TextEncoder
-from clipship.export.forms import Evidence, Profile, encoder_forms
-from clipship.export.lean import LeanImageEncoder
-from clipship.export.onnx import onnx_from_module
+from clipship.export.fused_encoder import FusedImageEncoder
+from clipship.export.onnx_graph import onnx_from_module
+from clipship.export.precision.encoder_variants import Evidence, Profile, encoder_forms
 from clipship.export.reference import (
     GOLDEN_COUNT,
     Picture,
-    check_classifier,
     compare_with_torch,
     image_features,
     pixels_of,
+    validate_classifier,
 )
-from clipship.export.resize import write_source_form
+from clipship.export.resize_graph import write_source_form
 from clipship.export.tokenizer import tokenizer_from_open_clip
-from clipship.export.verify import Verification
-from clipship.training.prompts import is_causal
+from clipship.export.verification.verify import Verification
+from clipship.training.model.prompts import is_causal
 
 if TYPE_CHECKING:
-    from clipship.training.clip import Clip
     from clipship.training.methods.base import Method
+    from clipship.training.model.clip import Clip
 
 _PLAIN = Profile()
 
@@ -75,8 +75,8 @@ def bundle_from_method(
             pictures for a reduced precision.
         UsageError: ``out`` exists and is no bundle, or the method cannot be exported.
     """
-    refuse_foreign_folder(out)
-    profile.refuse_few(len(pictures))
+    validate_folder(out)
+    profile.validate_image_count(len(pictures))
     if method.not_exportable:
         raise UsageError(f"{method.name} cannot be packed: {method.not_exportable}")
     if method.closed_vocabulary:  # what it does not know is refused now, not after minutes of export
@@ -125,13 +125,13 @@ def _golden_first(expected: NDArray[np.float32]) -> list[int]:
     return [*order, *(place for place in range(len(expected)) if place not in order)]
 
 
-def refuse_random_weights(base_model: str) -> None:
+def validate_weights(base_model: str) -> None:
     """Refuse a base model whose weights are drawn and not read: nobody wants to serve it who does not say so.
 
     Raises:
         UsageError: ``base_model`` is one.
     """
-    from clipship.training.clip import has_random_weights
+    from clipship.training.model.clip import has_random_weights
 
     if has_random_weights(base_model):
         raise UsageError(
@@ -171,7 +171,7 @@ def _export(method: Method, vocabulary: Vocabulary, profile: Profile, folder: Pa
     image_input, image_output = tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)
     report(0, "image encoder to ONNX")
     written(
-        LeanImageEncoder(method, opset=profile.opset),
+        FusedImageEncoder(method, opset=profile.opset),
         torch.zeros((2, *[int(size) for size in image_input.shape[1:]]), dtype=torch.uint8),
         folder / layout.IMAGE_ENCODER,
         input_spec=image_input,
@@ -201,7 +201,7 @@ def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path, temp
     from safetensors.numpy import save
 
     classifier = method.exported_classifier(vocabulary.words)
-    check_classifier(method, vocabulary.words, classifier)
+    validate_classifier(method, vocabulary.words, classifier)
     features = classifier.merged(vocabulary.word_rows).tempered(temperature)
     (folder / layout.VOCABULARY_TENSORS).write_bytes(save(features.tensors()))  # save_file: readable by the owner only
     (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")

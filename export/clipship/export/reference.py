@@ -17,16 +17,16 @@ from numpy.typing import NDArray
 from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures
 from clipship.core.errors import CheckFailed, CheckpointError, DataError
-from clipship.core.images import ImageDecodeError, ImageSpec, pixels_from_bytes
+from clipship.core.images.decoding import ImageDecodeError, ImageSpec, pixels_from_bytes
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
-from clipship.export.sources import Picture as Picture
-from clipship.export.verify import (
+from clipship.export.full_frames import Picture as Picture
+from clipship.export.verification.verify import (
     BATCH_SIZES,
     Comparison,
-    Samples,
     Verification,
+    VerificationSamples,
     compare_features,
     golden_samples,
     onnx_session,
@@ -35,7 +35,7 @@ from clipship.export.verify import (
     verify_bundle,
     verify_encoder,
 )
-from clipship.training.prompts import without_padding
+from clipship.training.model.prompts import without_padding
 
 if TYPE_CHECKING:
     from clipship.training.methods.base import Method
@@ -77,7 +77,7 @@ _CHECKED_EMBEDDINGS = 64
 _MAX_PROBABILITY_DIFFERENCE = 1e-5
 
 
-def check_classifier(method: Method, names: Sequence[str], given: VocabularyFeatures) -> None:
+def validate_classifier(method: Method, names: Sequence[str], given: VocabularyFeatures) -> None:
     """Refuse a ``given`` classifier of ``names`` that gives other probabilities than ``method`` in PyTorch.
 
     Compared on embeddings at its classes, at the keys of its cache and at random, so no image is needed. Where it is
@@ -172,7 +172,7 @@ def compare_vocabulary(method: Method, bundle: Bundle) -> tuple[Comparison, ...]
     return (comparison,)
 
 
-def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: Method | None) -> Samples:
+def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: Method | None) -> VerificationSamples:
     """``pictures`` and the features that PyTorch gives them, or without a method ``image_encoder.onnx`` one by one.
 
     Raises:
@@ -184,7 +184,7 @@ def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: M
     else:
         portable = session_function(onnx_session(bundle.image_encoder))
         expected, reference = run_in_batches(portable, pixels, 1), f"{layout.IMAGE_ENCODER}, one by one"
-    return Samples(
+    return VerificationSamples(
         what="images",
         names=tuple(picture.name for picture in pictures),
         files=tuple(picture.data for picture in pictures),
@@ -194,7 +194,7 @@ def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: M
     )
 
 
-def refuse_other_model(bundle: Bundle, method: Method) -> None:
+def validate_base_model(bundle: Bundle, method: Method) -> None:
     """Nothing when ``bundle`` was packed from the base model that ``method`` runs on.
 
     Raises:
@@ -214,7 +214,7 @@ def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Pic
         CheckpointError: the method runs on another base model than the bundle was packed from.
         DataError: a picture cannot be decoded.
     """
-    refuse_other_model(bundle, method)
+    validate_base_model(bundle, method)
     samples = [golden_samples(bundle), samples_from_pictures(bundle, pictures, method)]
     return verify_bundle(bundle, samples) + verify_text(bundle, method)
 

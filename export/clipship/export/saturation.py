@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.cpu import Run
-from clipship.export.onnx import copy_without_weights, load_onnx
+from clipship.core.machine.runtimes import Run
+from clipship.export.onnx_graph import copy_without_weights, load_onnx
 
 if TYPE_CHECKING:
     import onnx

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import click
 
-from clipship.core.cli import emit, existing_folder, json_option, option_group
+from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
 from clipship.core.progress import log
 
@@ -105,10 +105,10 @@ def repository(
     Example: clipship repository runs/prints/bundle --out runs/prints/repository
     """
     from clipship.core.bundle import read_bundle
-    from clipship.core.plan import read_plan
-    from clipship.serving.check import model_names
-    from clipship.serving.repository import repository_from_bundle
-    from clipship.serving.tuning import Tuning
+    from clipship.core.tensorrt_plan import read_plan
+    from clipship.serving.repository.tuning import Tuning
+    from clipship.serving.repository.validate import model_names
+    from clipship.serving.repository.write import repository_from_bundle
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
     others = {name: read_bundle(path) for name, path in map(named_bundle, vocabularies)}
@@ -182,7 +182,7 @@ def serve(
 
     Example: clipship serve runs/prints/repository
     """
-    from clipship.serving.options import ServerOptions
+    from clipship.serving.server.server_args import ServerOptions
 
     folder = existing_folder(repository, "a repository that clipship repository wrote")
     options = ServerOptions(**server)
@@ -196,8 +196,8 @@ def serve(
 
 
 def _serve(folder: Path, host: str, ports: dict[str, Any], *, as_json: bool, **settings: Any) -> None:
-    from clipship.serving.connection import is_loopback
-    from clipship.serving.server import signals_as_interrupt, start_server
+    from clipship.serving.server.process import signals_as_interrupt, start_server
+    from clipship.serving.transport.connection import is_loopback
 
     options = settings["options"]
     if not is_loopback(f"{host}:0") and not options.secure:
@@ -220,10 +220,10 @@ def _print_container(
 ) -> None:
     """The command on stdout, or the compose file on disk."""
     from clipship.core.files import write_text_atomic
-    from clipship.serving.check import refuse_bad_repository
-    from clipship.serving.container import Ports, compose_file, container_command, gpu_remark
+    from clipship.serving.repository.validate import validate_repository
+    from clipship.serving.server.container import Ports, compose_file, container_command, gpu_remark
 
-    refuse_bad_repository(folder)
+    validate_repository(folder)
     ports = Ports(**{name.removesuffix("_port"): port for name, port in given.items()})
     if compose is None:
         command = container_command(folder, ports, image=image, cache_mb=cache_mb)

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipship.core.cli import option_group
+from clipship.core.cli.main import option_group
 from clipship.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipship.serving.connection import Connection
+    from clipship.serving.transport.connection import Connection
 
 _PATH = click.Path(path_type=Path)
 
@@ -40,9 +40,9 @@ def connection_from_options(
     """The connection to ``urls`` (HOST:PORT each) that the options ask for; ``same``: settings by Connection's names.
 
     Raises:
-        UsageError: a header without a colon; as :class:`~clipship.serving.connection.Connection`.
+        UsageError: a header without a colon; as :class:`~clipship.serving.transport.connection.Connection`.
     """
-    from clipship.serving.connection import Connection
+    from clipship.serving.transport.connection import Connection
 
     files: dict[str, Any] = {"ca_file": tls_ca, "certificate_file": tls_cert, "key_file": tls_key}
     return Connection(urls=urls, headers=dict(_header(text) for text in headers), **files, **same)

@@ -18,7 +18,7 @@
     `-- UsageError                exit 2
         `-- RepositoryError       a model repository that Triton would not load
 
-The gRPC status codes are translated in one place, ``transport.py``. The first three are worth another try.
+The gRPC status codes are translated in one place, ``transport/grpc.py``. The first three are worth another try.
 """
 
 from __future__ import annotations

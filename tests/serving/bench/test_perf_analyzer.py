@@ -11,7 +11,7 @@ from benchmarks.serving import ServerCount
 
 from clipship.core.tensors import ENCODED
 from clipship.serving.bench.run import Point, opened
-from clipship.serving.server import Server
+from clipship.serving.server.process import Server
 from tests.serving.bundles import jpeg_bytes
 
 CSV = (

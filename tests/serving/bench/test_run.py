@@ -13,24 +13,24 @@ import pytest
 from tritonclient.grpc import service_pb2
 
 from clipship.core.bundle import Bundle
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.errors import DataError, UsageError
-from clipship.core.images import ImageSpec, decode_image
+from clipship.core.images.decoding import ImageSpec, decode_image
 from clipship.core.tables import Table
 from clipship.serving.bench.load import measure
-from clipship.serving.bench.paths import Samples
-from clipship.serving.bench.pictures import SIZE_PX, files_from_folder, made_up_files
+from clipship.serving.bench.paths import BenchImages
+from clipship.serving.bench.photographs import SIZE_PX, files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table, throughput_table, write_report
-from clipship.serving.bench.run import Bench, Plan, Point, Reading, Row, opened
+from clipship.serving.bench.run import Bench, BenchPlan, BenchRow, Point, Reading, opened
 from clipship.serving.bench.wire import Wire, encoded_request
-from clipship.serving.connection import Connection
 from clipship.serving.errors import ModelsMissing, RequestRejected, ServerUnreachable, ServingError
-from clipship.serving.options import ServerOptions
-from clipship.serving.server import Server, start_server
+from clipship.serving.server.process import Server, start_server
+from clipship.serving.server.server_args import ServerOptions
+from clipship.serving.transport.connection import Connection
 from tests.serving.bundles import SPEC, jpeg_bytes, write_bundle
 from tests.serving.grpc_servers import Triton, serving
 from tests.serving.processes import clipship
-from tests.serving.test_server import write_certificates
+from tests.serving.server.test_process import write_certificates
 
 FILES = [jpeg_bytes(seed) for seed in range(6)]
 QUICK: dict[str, Any] = {"seconds": 0.2, "rounds": 2}
@@ -43,13 +43,13 @@ def bench(server: Server, bundle: Bundle) -> Iterator[Bench]:
 
 
 @pytest.fixture(scope="module")
-def rows(bench: Bench) -> list[Row]:
-    plan = Plan(modes=("pixels", "encoded", "shm"), batches=(1, 4), concurrencies=(1, 3), **QUICK)
+def rows(bench: Bench) -> list[BenchRow]:
+    plan = BenchPlan(modes=("pixels", "encoded", "shm"), batches=(1, 4), concurrencies=(1, 3), **QUICK)
     return bench.run(plan)
 
 
 @pytest.mark.triton
-def test_every_point_is_read_once_a_round(rows: list[Row]) -> None:
+def test_every_point_is_read_once_a_round(rows: list[BenchRow]) -> None:
     points = [row.point for row in rows]
     assert len(set(points)) == len(points)
     server = [(point.mode, point.batch, point.concurrency) for point in points if point.where == "server"]
@@ -61,7 +61,7 @@ def test_every_point_is_read_once_a_round(rows: list[Row]) -> None:
 
 
 @pytest.mark.triton
-def test_percentiles_are_ordered(rows: list[Row]) -> None:
+def test_percentiles_are_ordered(rows: list[BenchRow]) -> None:
     for row in rows:
         for reading in row.readings:
             if row.point.where == "client":
@@ -73,7 +73,7 @@ def test_percentiles_are_ordered(rows: list[Row]) -> None:
 
 
 @pytest.mark.triton
-def test_each_step_of_the_ensemble_has_its_share(rows: list[Row]) -> None:
+def test_each_step_of_the_ensemble_has_its_share(rows: list[BenchRow]) -> None:
     for row in rows:
         for reading in row.readings:
             if row.point.where != "server":
@@ -289,7 +289,7 @@ def test_a_server_without_our_models_and_another_bundle_are_refused(
 )
 def test_a_plan_refuses_numbers_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Plan(**settings)
+        BenchPlan(**settings)
 
 
 def test_made_up_images_are_always_the_same_photographs() -> None:
@@ -309,7 +309,7 @@ def test_images_of_a_folder_are_spread_evenly(photos: Path, tmp_path: Path) -> N
 
 
 def test_requests_take_the_images_in_turn() -> None:
-    samples = Samples(FILES[:3], SPEC)
+    samples = BenchImages(FILES[:3], SPEC)
     assert samples.batches(2) == [[0, 1], [2, 0], [1, 2], [0, 1]]
     assert samples.file_batches(2)[1] == [FILES[2], FILES[0]]
     assert samples.pixel_batches(4)[0].shape == (4, 32, 32, 3)
@@ -317,12 +317,12 @@ def test_requests_take_the_images_in_turn() -> None:
     assert isinstance(samples.spec, ImageSpec)
 
 
-def made_up_rows() -> list[Row]:
+def made_up_rows() -> list[BenchRow]:
     """Two rounds: the server has 80 and 90 percent of the engine's rate, the client 40 percent of the server's."""
     rates = {"server": (80.0, 180.0), "in process": (100.0, 200.0), "client": (32.0, 72.0)}
     latencies = {"p50": 1.0, "p90": 2.0, "p95": 3.0, "p99": 4.0}
     return [
-        Row(
+        BenchRow(
             point=Point(where=where, mode="pixels", batch=8, concurrency=1 if where == "in process" else 4),  # type: ignore[arg-type]
             readings=tuple(
                 Reading(images_per_s=rate, latencies_ms={} if where == "client" else latencies, steps=None)

@@ -15,8 +15,8 @@ from clipship.serving.jobs.archives import (
     Member,
     parquet_members,
     reader_of,
-    refuse_parquet_without_images,
     tar_members,
+    validate_image_column,
 )
 from tests.serving.jobs.folders import write_tar
 
@@ -146,13 +146,13 @@ def test_which_column_holds_the_images(tmp_path: Path) -> None:
     assert [member.image for member in parquet_members(path, 0, "mask")] == [b"m"]
     for wanted, message in (("n", "n: no such column of images; columns of bytes: image, mask"), ("x", "x: no such")):
         with pytest.raises(DataError, match=message):
-            refuse_parquet_without_images(path, wanted)
+            validate_image_column(path, wanted)
     pq.write_table(pa.table({"left": [b"i"], "right": [b"m"]}), path)
     with pytest.raises(DataError, match="several columns could hold images; columns of bytes: left, right"):
-        refuse_parquet_without_images(path, None)
+        validate_image_column(path, None)
     pq.write_table(pa.table({"n": [1]}), path)
     with pytest.raises(DataError, match="columns of bytes: none"):
-        refuse_parquet_without_images(path, None)
+        validate_image_column(path, None)
     (member,) = parquet_members(path)
     assert "columns of bytes: none" in (member.error or ""), "met in mid-job it is a row"
 

@@ -9,7 +9,7 @@ import pytest
 
 from clipship.core.errors import DataError
 from clipship.serving.jobs import walk
-from clipship.serving.jobs.inputs import Inputs, Item, inputs_from_arguments
+from clipship.serving.jobs.inputs import Inputs, JobImage, inputs_from_arguments
 from tests.serving.jobs.folders import write_tar
 
 
@@ -218,6 +218,6 @@ def test_the_first_images_of_a_very_large_folder_come_at_once(here: Path) -> Non
     """Nothing is listed that is not needed: the second folder is never opened."""
     touch(here, "p/a/1.jpg", "p/b/2.jpg")
     items = inputs_from_arguments(["p"]).items()
-    assert isinstance(next(items), Item)
+    assert isinstance(next(items), JobImage)
     (here / "p" / "b" / "2.jpg").rename(here / "p" / "b" / "3.jpg")
     assert next(items).name == "p/b/3.jpg"

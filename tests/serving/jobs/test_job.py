@@ -16,15 +16,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipship.core.bundle import Bundle, EncoderForm, write_manifest
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed, UsageError
-from clipship.core.images import pixels_from_bytes
-from clipship.serving.client import Classifier
-from clipship.serving.jobs.inputs import Item
+from clipship.core.images.decoding import pixels_from_bytes
+from clipship.serving.client.classifier import Classifier
+from clipship.serving.client.in_process import LocalTransport
+from clipship.serving.jobs.inputs import JobImage
 from clipship.serving.jobs.job import Job, Tally
 from clipship.serving.jobs.results import names_in
-from clipship.serving.local import LocalTransport
-from clipship.serving.server import Server
+from clipship.serving.server.process import Server
 from tests.serving.bundles import EMBED_DIM, image_encoder_model, jpeg_bytes, reference_answers, write_bundle
 from tests.serving.jobs.folders import assert_complete, manifest_of, many_images, write_tar
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT
@@ -249,9 +249,9 @@ def test_rows_keep_their_images(job: Job) -> None:
     """Errors known before, errors met by the client and images, mixed at random."""
     kinds = [number * number % 7 % 3 for number in range(200)]
 
-    def item(number: int) -> Item:
+    def item(number: int) -> JobImage:
         image = {0: jpeg_bytes(number), 1: b"<html>", 2: b""}[kinds[number]]
-        return Item(name=str(number), image=image, error="known" if kinds[number] == 2 else None)
+        return JobImage(name=str(number), image=image, error="known" if kinds[number] == 2 else None)
 
     expected = job.classifier.classify([jpeg_bytes(number) for number in range(200)])
     tally = Tally()
@@ -273,7 +273,7 @@ def test_images_are_taken_as_they_are_needed(job: Job) -> None:
         nonlocal taken
         for number in range(10_000):
             taken += 1
-            yield Item(name=str(number), image=jpeg_bytes(0))
+            yield JobImage(name=str(number), image=jpeg_bytes(0))
 
     results = job.results(items())
     next(results)
@@ -282,11 +282,11 @@ def test_images_are_taken_as_they_are_needed(job: Job) -> None:
 
 
 def test_a_model_that_changes_in_mid_job_is_refused(job: Job, tmp_path: Path) -> None:
-    job.refuse_another_model()
+    job.validate_server_identity()
     other = LocalTransport(write_bundle(tmp_path / "other", seed=1))
     job.classifier = Classifier(other)
     with pytest.raises(CheckFailed, match="another bundle"):
-        job.refuse_another_model()
+        job.validate_server_identity()
 
 
 def test_a_top_k_out_of_range(job: Job) -> None:
@@ -297,7 +297,7 @@ def test_a_top_k_out_of_range(job: Job) -> None:
 
 def test_the_summary_shows_the_most_frequent_classes(job: Job) -> None:
     tally = Tally()
-    for _, result in job.results(Item(name="", image=jpeg_bytes(number)) for number in range(40)):
+    for _, result in job.results(JobImage(name="", image=jpeg_bytes(number)) for number in range(40)):
         tally.add(result)
     summary = job.summary(tally.progress)
     first = summary.table().splitlines()[0]

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 
 from clipship.core.errors import CheckFailed, ClipshipError, DataError, UsageError
-from clipship.serving.client import Result
-from clipship.serving.jobs.inputs import Item, Place
+from clipship.serving.client.classifier import Result
+from clipship.serving.jobs.inputs import JobImage, Place
 from clipship.serving.jobs.results import Header
 from clipship.serving.jobs.shards import results_folder
 from tests.serving.jobs.folders import SETTINGS, assert_complete, assert_whole, manifest_of, names_of
@@ -38,7 +38,7 @@ def run(folder: Path, numbers: range, *, complete: bool = True, **changes: Any) 
     settings: dict[str, Any] = {"settings": SETTINGS, "header": HEADER, "shard_size": 3, **changes}
     with results_folder(folder, **settings) as results:
         for number in numbers:
-            results.write(Item(name=NAMES[number], place=place(number)), result(number))
+            results.write(JobImage(name=NAMES[number], place=place(number)), result(number))
         if complete:
             results.complete()
 
@@ -200,7 +200,7 @@ def test_a_full_disk_keeps_the_whole_shards(small_disk: Path, kind: str) -> None
     def write(first: int) -> None:
         with results_folder(small_disk / "out", settings=settings, header=HEADER, shard_size=50) as results:
             for number in range(first, 400):
-                results.write(Item(name=names[number], place=place(number)), result(0))
+                results.write(JobImage(name=names[number], place=place(number)), result(0))
             results.complete()
 
     with pytest.raises(OSError, match=r"[Nn]o space") as caught:

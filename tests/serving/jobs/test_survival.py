@@ -24,7 +24,7 @@ import pytest
 from PIL import Image
 
 from clipship.core.bundle import Bundle
-from clipship.serving.server import Server, start_server
+from clipship.serving.server.process import Server, start_server
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.jobs.folders import assert_complete, assert_whole, manifest_of, many_images, write_tar
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT, children_of
@@ -86,7 +86,7 @@ def test_a_kill_between_a_shard_and_its_manifest(tmp_path: Path, bundle: Bundle)
     """The moment that random kills hardly ever meet: the second shard has its name, the manifest does not name it."""
     names = many_images(tmp_path / "images.tar", 350)
     program = (
-        "import os; from clipship.core.cli import main; from clipship.serving.jobs import shards\n"
+        "import os; from clipship.core.cli.main import main; from clipship.serving.jobs import shards\n"
         "whole = shards.sha256_of\n"
         "shards.sha256_of = lambda path: os.kill(os.getpid(), 9) if '000001' in path.name else whole(path)\n"
         f"main(['classify', {str(tmp_path / 'images.tar')!r}, '--bundle', {str(bundle.path)!r},\n"
@@ -105,7 +105,7 @@ def test_an_interrupted_job_says_how_to_go_on(tmp_path: Path, bundle: Bundle, nu
     names = many_images(tmp_path / "images.tar", 450)
     out = tmp_path / "out"
     program = (  # the third shard takes its time, so that the signal comes in mid-job on any machine
-        "import sys, time; from clipship.core.cli import main; from clipship.serving.jobs import shards\n"
+        "import sys, time; from clipship.core.cli.main import main; from clipship.serving.jobs import shards\n"
         "whole = shards.sha256_of\n"
         "shards.sha256_of = lambda path: '000002' in path.name and time.sleep(600) or whole(path)\n"
         "sys.exit(main(sys.argv[1:]))"

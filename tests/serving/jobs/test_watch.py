@@ -12,7 +12,7 @@ import pytest
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
-from clipship.serving.jobs.inputs import Item
+from clipship.serving.jobs.inputs import JobImage
 from clipship.serving.jobs.watch import Watch, Watcher, is_being_written
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.jobs.folders import assert_whole, manifest_of, names_of
@@ -25,9 +25,9 @@ def watcher(folder: Path, done: set[str] | None = None) -> Watcher:
     return Watch(folders=(str(folder),), settle_s=SETTLE_S).watcher(done or set())
 
 
-def eventually(watching: Watcher, count: int = 1) -> list[Item]:
+def eventually(watching: Watcher, count: int = 1) -> list[JobImage]:
     """The next ``count`` images, however slow this machine is."""
-    items: list[Item] = []
+    items: list[JobImage] = []
     while len(items) < count:
         time.sleep(SETTLE_S)
         items += watching.items()

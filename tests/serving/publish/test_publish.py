@@ -19,19 +19,19 @@ import numpy as np
 import pytest
 
 from clipship.core.bundle import Bundle
-from clipship.core.cli import main
+from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed, UsageError
-from clipship.serving.check import check_repository
-from clipship.serving.connection import Connection
 from clipship.serving.errors import AccessDenied, RepositoryError, ServingError
 from clipship.serving.publish.control import Control
-from clipship.serving.publish.golden import refuse_wrong_graph
-from clipship.serving.publish.publisher import publish, refuse_other_encoder, rollback
-from clipship.serving.publish.versions import classifier_in, locked, read_entries, vocabularies_in
-from clipship.serving.repository import repository_from_bundle
-from clipship.serving.samples import SAMPLES, read_truth
-from clipship.serving.server import Server, start_server
-from clipship.serving.transport import Tensors, TritonTransport
+from clipship.serving.publish.publisher import publish, rollback, validate_served_encoder
+from clipship.serving.repository.golden_check import validate_graph
+from clipship.serving.repository.golden_samples import SAMPLES, read_truth
+from clipship.serving.repository.validate import repository_problems
+from clipship.serving.repository.versions import classifier_in, locked, read_entries, vocabularies_in
+from clipship.serving.repository.write import repository_from_bundle
+from clipship.serving.server.process import Server, start_server
+from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.grpc import Tensors, TritonTransport
 from tests.serving.bundles import write_bundle
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT
 from tests.serving.publish.vocabularies import CLASSES, write_variant
@@ -166,7 +166,7 @@ def test_a_vocabulary_is_published_and_taken_back_by_the_command_line(
         assert "no version '77' of classifier: give one of 1 (" in capsys.readouterr().err
     actions = [(entry.action, entry.version) for entry in read_entries(repository)]
     assert actions == [("publish", 2), ("publish", 3), ("rollback", 2), ("rollback", 1)]
-    assert check_repository(repository) == []
+    assert repository_problems(repository) == []
     for version, each in enumerate((bundle, *variants[:2]), start=1):
         truth = read_truth(repository / "classifier" / str(version))
         assert truth is not None
@@ -206,11 +206,11 @@ def test_what_fails_on_the_server_is_taken_back_without_a_failed_request(
     other = repository / "classifier/1/model.onnx"
 
     def check_then_break(checked: Bundle, version: Path) -> None:
-        refuse_wrong_graph(checked, version)
+        validate_graph(checked, version)
         (version / "model.onnx").write_bytes(b"rubbish" if breaks == "load" else other.read_bytes())
         (version / SAMPLES).unlink()
 
-    monkeypatch.setattr("clipship.serving.publish.publisher.refuse_wrong_graph", check_then_break)
+    monkeypatch.setattr("clipship.serving.publish.publisher.validate_graph", check_then_break)
     with start_server(repository) as server, control_of(server) as control:
         with load(server, [bundle], clients=2) as result:
             kind = ServingError if breaks == "load" else CheckFailed
@@ -245,7 +245,7 @@ def test_a_further_vocabulary_is_added_beside_the_first(
         with pytest.raises(UsageError, match=r"no vocabulary 'bird'.*birds"):
             rollback(repository, control, vocabulary="bird")
     assert vocabularies_in(repository) == ["birds"]
-    assert check_repository(repository) == []
+    assert repository_problems(repository) == []
     with start_server(repository) as again:  # which checks both vocabularies, by models that check themselves
         assert "nothing was checked" not in again.log()
         assert best_label(again, bundle, "-birds") in variants[1].vocabulary.names
@@ -293,9 +293,9 @@ def test_what_does_not_fit_is_refused(
 
 def test_plans_are_known_by_the_onnx_file_that_they_were_built_from(bundle: Bundle, tmp_path: Path) -> None:
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="python")
-    refuse_other_encoder(repository, bundle)
+    validate_served_encoder(repository, bundle)
     with pytest.raises(UsageError, match="another image encoder"):
-        refuse_other_encoder(repository, write_bundle(tmp_path / "seeded", seed=5))
+        validate_served_encoder(repository, write_bundle(tmp_path / "seeded", seed=5))
 
 
 def test_publishes_exclude_each_other(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -345,7 +345,7 @@ def kill_publishes(served: tuple[Path, Server], bundles: list[Bundle], rounds: i
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGKILL)
             process.wait()
-        assert check_repository(repository) == []
+        assert repository_problems(repository) == []
         classifier = classifier_in(repository, None)
         facts = classifier.facts(classifier.active())
         assert facts.vocabulary_digest in {bundle.vocabulary.digest for bundle in bundles}

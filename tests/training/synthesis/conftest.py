@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from clipship.training.synthesis.class_prompts import Subjects, subjects_of, vocabulary_of
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.subjects import Subjects, subjects_of, vocabulary_of
 
 TOKENS = 40
 SIZE_PX = 32

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from clipship.core import cli as command_line
-from clipship.training.synthetic import SyntheticSet
+from clipship.core.cli import main as command_line
+from clipship.training.synthetic_set import SyntheticSet
 
 Command = Callable[..., tuple[int, str, str]]
 

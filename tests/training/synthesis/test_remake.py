@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from clipship.core.errors import DataError
+from clipship.training.synthesis.class_prompts import Subjects, with_images
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.engine import FLAGGED
+from clipship.training.synthesis.image_generator import FLAGGED
 from clipship.training.synthesis.remake import config_of, remake
 from clipship.training.synthesis.run import file_of, synthesize
-from clipship.training.synthesis.subjects import Subjects, with_images
-from clipship.training.synthetic import SyntheticSet
+from clipship.training.synthetic_set import SyntheticSet
 
 Variant = Callable[..., SynthesisConfig]
 

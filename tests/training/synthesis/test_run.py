@@ -20,17 +20,17 @@ from PIL import Image
 from clipship.core.errors import DataError, RecipeError, UsageError
 from clipship.core.files import locked_folder
 from clipship.training.synthesis import run as run_module
+from clipship.training.synthesis.candidates import Candidate, candidates_of
+from clipship.training.synthesis.class_prompts import Subjects, with_images
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.engine import FLAGGED, Engine
-from clipship.training.synthesis.plan import Candidate, candidates_of
+from clipship.training.synthesis.image_generator import FLAGGED, ImageGenerator
 from clipship.training.synthesis.run import synthesize
-from clipship.training.synthesis.subjects import Subjects, with_images
-from clipship.training.synthetic import SyntheticSet
+from clipship.training.synthetic_set import SyntheticSet
 
 from .conftest import pixels
 
 Variant = Callable[..., SynthesisConfig]
-LIVES = Path(__file__).with_name("lives.py")
+LIVES = Path(__file__).with_name("crash_scenarios.py")
 
 
 def make(config: SynthesisConfig, subjects: Subjects, out: Path) -> SyntheticSet:
@@ -80,7 +80,7 @@ def test_a_whole_set_is_left_alone_and_others_are_refused(
     assert {image.path.suffix for image in made.images} == {".jpg"}
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
     (tmp_path / "unfinished.json").write_text("left by a kill behind the manifest")
-    monkeypatch.setattr(run_module, "Engine", None)  # nothing is loaded
+    monkeypatch.setattr(run_module, "ImageGenerator", None)  # nothing is loaded
     again = replace(config, image_format="jpeg", candidates=2, batch_size=1)
     assert make(again, subjects, tmp_path).images == made.images
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path != tmp_path} == {
@@ -128,9 +128,11 @@ def test_flagged_images_are_recorded_and_made_with_the_next_seed(
 def test_a_set_without_one_usable_image_is_no_set(
     config: SynthesisConfig, subjects: Subjects, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = Engine.make
+    plain = ImageGenerator.make
     monkeypatch.setattr(
-        Engine, "make", lambda self, batch: [replace(one, image=None, reason=FLAGGED) for one in plain(self, batch)]
+        ImageGenerator,
+        "make",
+        lambda self, batch: [replace(one, image=None, reason=FLAGGED) for one in plain(self, batch)],
     )
     with pytest.raises(DataError, match="none of 30 images can be used, the first is flagged"):
         make(replace(config, tries=2), subjects, tmp_path)
@@ -178,14 +180,14 @@ def test_a_small_card_gets_smaller_batches(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     expected = make(config, subjects, tmp_path / "large")
-    plain, most = Engine.make, 1
+    plain, most = ImageGenerator.make, 1
 
-    def cramped(self: Engine, batch: Sequence[Candidate]) -> Any:
+    def cramped(self: ImageGenerator, batch: Sequence[Candidate]) -> Any:
         if len(batch) > most:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return plain(self, batch)
 
-    monkeypatch.setattr(Engine, "make", cramped)
+    monkeypatch.setattr(ImageGenerator, "make", cramped)
     found = make(config, subjects, tmp_path / "small")
     assert "4 images at once are too many for cpu: half as many" in capsys.readouterr().err
     assert [image.batch for image in found.images] == list(range(15))

@@ -9,11 +9,10 @@ import pytest
 
 from clipship.core.errors import DataError
 from clipship.training.synthesis.workspace import Workspace, differences, is_finished
-from clipship.training.synthetic import SyntheticSet
+from clipship.training.synthetic_set import SyntheticSet
+from tests.training.synthesis.crash_scenarios import add, row
 
-from .lives import add, row
-
-LIVES = Path(__file__).with_name("lives.py")
+LIVES = Path(__file__).with_name("crash_scenarios.py")
 
 
 def names(folder: Path) -> list[str]:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from clipship.core.errors import CheckpointError, RecipeError
 from clipship.core.files import read_record, replace_folder, sha256_of, write_json_atomic
-from clipship.training.clip import Clip, load_clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods import Method, Task, build_method
+from clipship.training.model.clip import Clip, load_clip
 
 FORMAT = "clipship-checkpoint"
 FORMAT_VERSION = 2

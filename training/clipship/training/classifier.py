@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core.errors import DataError, UsageError
-from clipship.core.images import ImageDecodeError
-from clipship.core.pictures import ImageLike, pixels_from_any
+from clipship.core.images.decoding import ImageDecodeError
+from clipship.core.images.inputs import ImageLike, pixels_from_any
 from clipship.core.vocabulary import Vocabulary
-from clipship.training.calibration import Calibration
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-from clipship.training.clip import default_device, load_clip
-from clipship.training.inference import distinguishable_names, features_of_pixels, logits_over
+from clipship.training.evaluation.inference import distinguishable_names, features_of_pixels, logits_over
+from clipship.training.evaluation.temperature import Calibration
 from clipship.training.methods import Method
+from clipship.training.model.clip import default_device, load_clip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class Classifier:
         self, method: Method, *, names: Sequence[str] | None = None, calibration: Calibration | None = None
     ) -> None:
         self.method = method
-        self.names = distinguishable_names(method) if names is None else _checked_names(names)
+        self.names = distinguishable_names(method) if names is None else _validated_names(names)
         self.calibration = calibration
         self._logits = logits_over(method, self.names)
 
@@ -98,7 +98,7 @@ class Classifier:
         """
         if top_k < 1 or batch_size < 1:
             raise UsageError(f"top_k {top_k}, batch_size {batch_size}: give numbers of at least 1")
-        _refuse_single(images)
+        _validate_several(images)
         with ThreadPoolExecutor() as pool:
             batches = self._batches(images, batch_size, pool)
             return [prediction for pixels in batches for prediction in self._predicted(pixels, top_k)]
@@ -130,13 +130,13 @@ class Classifier:
             yield Prediction(label=top[0][0], probability=top[0][1], top=top)
 
 
-def _checked_names(names: Sequence[str]) -> tuple[str, ...]:
+def _validated_names(names: Sequence[str]) -> tuple[str, ...]:
     if isinstance(names, str):
         raise DataError(f"names is the one word {names!r}: give a list of names")
     return Vocabulary(names=tuple(names)).names
 
 
-def _refuse_single(images: object) -> None:
+def _validate_several(images: object) -> None:
     is_one_array = isinstance(images, np.ndarray) and images.ndim < 4
     if is_one_array or isinstance(images, str | bytes | os.PathLike | Image.Image):
         raise UsageError(f"images is a single {type(images).__name__}: give a list, [image]")

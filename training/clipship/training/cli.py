@@ -3,131 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipship.core.caches import cache_folder
-from clipship.core.cli import emit, existing_folder, json_option
-from clipship.core.errors import DataError, MissingExtraError, UsageError, near
-from clipship.core.progress import log, progress
+from clipship.core.cli.main import emit, existing_folder, json_option
+from clipship.core.machine.caches import cache_folder
+from clipship.training.requirements import needs_training, validated_device
 
 if TYPE_CHECKING:
-    from clipship.training.config import TrainConfig
-    from clipship.training.data import Dataset
-    from clipship.training.evaluate import Scores
-    from clipship.training.synthetic import SyntheticSet
-
-SYNTHETIC = "synthetic"
-"""Where ``clipship train`` looks for a synthetic set, below the data set's folder."""
-
-_CANDIDATES, _KEPT = 24, 16
-
-
-@contextmanager
-def needs_training() -> Iterator[None]:
-    """Turn a missing PyTorch or open_clip into the line that says what to install."""
-    try:
-        import open_clip
-        import torch  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(error.name or "torch", "training") from error
-    del open_clip
-    yield
-
-
-@click.command()
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the data sets.")
-@click.option("--only", multiple=True, metavar="NAME", help="Only this data set (may be given several times).")
-@click.option("--synthetic/--no-synthetic", default=True, show_default=True, help="Whether to draw synthetic images.")
-@click.option("--synthetic-seed", default=0, show_default=True, help="Seed of the synthetic images.")
-@json_option
-def world(out: Path, only: tuple[str, ...], synthetic: bool, synthetic_seed: int, as_json: bool) -> None:
-    """Write the built-in data sets in the CoOp layout, each with a synthetic set beside its images.
-
-    What is there already is kept. Variants with test images only are written when --only names them. The synthetic
-    images come from the renderer; with --no-synthetic they are left to clipship synthesize.
-
-    Example: clipship world --out world
-    """
-    with needs_training():
-        from clipship.training.world.datasets import SPLITS, WORLD_DATASETS, WORLD_VARIANTS, write_world
-    known = (*WORLD_DATASETS, *WORLD_VARIANTS)
-    names = [one.name for one in known]
-    for name in only:
-        if name not in names:
-            raise UsageError(f"unknown data set {name!r}: {near(name, names)}")
-    chosen = [one for one in known if one.name in only] if only else WORLD_DATASETS
-    absent = [one for one in chosen if not (out / one.name).exists()]
-    total = sum(one.classes * sum(map(one.per_class, SPLITS)) for one in absent)
-    with progress("drawing", total) as report:
-        folders = write_world(out, names=only or None, progress=lambda done, _, name: report(done, name))
-    written = [_describe(folder, _written(folder, synthetic_seed if synthetic else None)) for folder in folders]
-    lines = (f"{one['path']}: {one['classes']} classes, {one['images']} images" for one in written)
-    emit({"datasets": written}, "\n".join(lines), as_json=as_json)
-
-
-def _written(folder: Path, seed: int | None) -> Dataset:
-    """The data set in ``folder``, its synthetic set written with ``seed``, if there is one.
-
-    One of that seed that is there already is kept, and one that something else made; data sets with only tests have
-    none.
-    """
-    from clipship.training.clip import TINY, load_clip
-    from clipship.training.data import load_dataset
-    from clipship.training.world.synthesis import clip_scorer, write_world_synthetic_set
-
-    dataset = load_dataset(folder)
-    if seed is None or not dataset.train or _has_synthetic(folder / SYNTHETIC, seed):
-        return dataset
-    clip = load_clip(TINY)
-    with progress(f"synthetic {dataset.record.name}", len(dataset.class_names)) as report:
-        write_world_synthetic_set(
-            folder / SYNTHETIC,
-            dataset.class_names,
-            template=dataset.record.template,
-            candidates_per_class=_CANDIDATES,
-            keep_per_class=_KEPT,
-            scorer=clip_scorer(clip),
-            seed=seed,
-            progress=lambda done, _, name: report(done, name),
-        )
-    return dataset
-
-
-def _has_synthetic(folder: Path, seed: int) -> bool:
-    """Whether there is a set that is to be kept.
-
-    Raises:
-        DataError: something else is there, or a set that is not whole.
-    """
-    from clipship.training.synthetic import SyntheticSet
-    from clipship.training.world.datasets import WORLD_FORMAT
-
-    if not folder.exists():
-        return False
-    generator = SyntheticSet.load(folder).generator
-    if generator.get("kind") != WORLD_FORMAT:
-        log(f"{folder} was not drawn by the renderer: it is kept")
-        return True
-    if generator.get("seed") == seed:
-        return True
-    log(f"{folder} was made with another seed: it is written again")
-    return False
-
-
-def _describe(folder: Path, dataset: Dataset) -> dict[str, Any]:
-    images = sum(len(dataset.items(split)) for split in ("train", "val", "test"))
-    return {
-        "name": dataset.record.name,
-        "path": str(folder),
-        "synthetic": str(folder / SYNTHETIC) if (folder / SYNTHETIC).is_dir() else None,
-        "classes": len(dataset.class_names),
-        "images": images,
-    }
+    from clipship.training.evaluation.evaluate import Scores
 
 
 @click.command()
@@ -175,7 +62,7 @@ def _first_line(function: Callable[..., Any]) -> str:
 @click.option("--base-model", metavar="NAME", help="clipship-tiny, ARCHITECTURE/PRETRAINED of open_clip, or a folder.")
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that prepare images."
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Distributed that prepare images."
 )
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run; a finished one is kept as it is.")
@@ -198,9 +85,10 @@ def train(
     Example: clipship train sync-clip-tiny --data world/prints --out runs/prints
     """
     with needs_training():
-        from clipship.training.data import load_dataset
-        from clipship.training.loop import RunOptions
-        from clipship.training.loop import train as run
+        from clipship.training.datasets.load import load_dataset
+        from clipship.training.inputs.synthetic import synthetic_beside, synthetic_set_for
+        from clipship.training.loop.loop import RunOptions
+        from clipship.training.loop.loop import train as run
         from clipship.training.recipes import config_from_recipe
     dataset = load_dataset(Path(data))
     config = config_from_recipe(recipe, dataset.record.name)
@@ -214,7 +102,7 @@ def train(
         generator=None if generator is None else existing_folder(generator, "the folder of a generator's checkpoint"),
         options=RunOptions(
             resume=resume,
-            device=checked_device(device),
+            device=validated_device(device),
             workers=workers,
             cache=feature_cache(),
             tensorboard=tensorboard,
@@ -225,52 +113,15 @@ def train(
     emit(result, f"{out}: {config.method} on {config.base_model}, {learned:,} learned parameters", as_json=as_json)
 
 
-def synthetic_beside(data: Path) -> Path:
-    """Where the synthetic set of a data set lies if nobody says: in its folder, or beside its list of images."""
-    return (data if data.is_dir() else data.parent) / SYNTHETIC
-
-
 def feature_cache() -> Path | None:
     """Where features of frozen image towers are kept between runs; None: nowhere."""
     folder = cache_folder()
     return folder and folder / "features"
 
 
-def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
-    """The synthetic set in ``folder``, if a run with these settings learns from one.
-
-    Raises:
-        DataError: it does, and there is none.
-    """
-    from clipship.training.methods import method_named
-    from clipship.training.synthetic import SyntheticSet
-
-    if not method_named(config.method).needs_synthetic or config.synthetic_shots == 0:
-        return None
-    if not folder.is_dir():
-        raise DataError(
-            f"recipe {config.recipe} learns from synthetic images and {folder} is not there: "
-            "give a synthetic set with --synthetic DIR, or make one with clipship synthesize"
-        )
-    return SyntheticSet.load(folder)
-
-
 def _absolute(base_model: str | None) -> str | None:
     """A folder is noted with its whole path, so that the checkpoint can be used from anywhere."""
     return str(Path(base_model).resolve()) if base_model and Path(base_model).is_dir() else base_model
-
-
-def checked_device(name: str | None) -> str | None:
-    """``name`` checked, so that a typing error is one line."""
-    if name is None:
-        return None
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"--device {name}: {str(error).splitlines()[0]}: give cpu, cuda or cuda:N") from error
-    return name
 
 
 @click.command()
@@ -289,13 +140,13 @@ def evaluate(checkpoint: str, data: tuple[str, ...], base_model: str | None, dev
     """
     with needs_training():
         from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint, save_scores
-        from clipship.training.clip import default_device, load_clip
-        from clipship.training.data import load_dataset
-        from clipship.training.evaluate import evaluate as scores_of
+        from clipship.training.datasets.load import load_dataset
+        from clipship.training.evaluation.evaluate import evaluate as scores_of
+        from clipship.training.model.clip import default_device, load_clip
     folder = existing_folder(checkpoint, "the folder of a checkpoint")
     loaded = load_checkpoint(folder)
     datasets = [load_dataset(Path(one)) for one in data]
-    clip = load_clip(base_model or loaded.config.base_model).to(checked_device(device) or default_device())
+    clip = load_clip(base_model or loaded.config.base_model).to(validated_device(device) or default_device())
     method = method_from_checkpoint(loaded, clip)
     found = {}
     for dataset in datasets:

@@ -28,7 +28,7 @@ class TrainConfig:
     method: str
     """A name of :data:`clipship.training.methods.METHODS`."""
     base_model: str
-    """As :func:`clipship.training.clip.load_clip` takes it."""
+    """As :func:`clipship.training.model.clip.load_clip` takes it."""
     templates: tuple[str, ...] = ()
     """Prompts with ``{}`` for the class name; empty: the data set's own. Methods that learn a context ignore it."""
     reference_templates: tuple[str, ...] = ()

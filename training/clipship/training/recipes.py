@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from clipship.core.errors import RecipeError, near
-from clipship.training.clip import TINY
 from clipship.training.config import TrainConfig
+from clipship.training.model.builtin import TINY
 
 Recipe = Callable[[str], TrainConfig]
 """From the data set's name; only recipes with settings of their own per data set look at it."""
@@ -37,6 +37,22 @@ SYNC_CLIP_PUBLISHED: dict[str, tuple[int, float, float]] = {
 
 PROMPTSRC_LATE_AVERAGE = ("StanfordCars", "OxfordFlowers", "FGVCAircraft", "DescribableTextures", "EuroSAT")
 """Where PromptSRC's authors average the last few-shot epochs; elsewhere nearly all of them."""
+
+TINY_TEMPLATES: tuple[str, ...] = (
+    "a photo of a {}.",
+    "a picture of a {}.",
+    "itap of a {}.",
+    "a bad photo of the {}.",
+    "a good photo of the {}.",
+    "a origami {}.",
+    "a {} in a video game.",
+    "art of the {}.",
+    "a drawing of a {}.",
+    "a print of a {}.",
+    "a painting of a {}.",
+    "a centered photo of a {}.",
+)
+"""Prompts for class names, of the forms that pre-training has seen: for ensembles on the built-in model."""
 
 _TINY_TEXT_LAYERS, _TINY_IMAGE_LAYERS = 3, 4
 
@@ -403,9 +419,7 @@ def zero_shot_tiny(dataset: str) -> TrainConfig:
 
 def zero_shot_ensemble_tiny(dataset: str) -> TrainConfig:
     """Zero-shot on the built-in model, with the mean of twelve templates that its captions were made of."""
-    from clipship.training.world.captions import TEMPLATES
-
-    return replace(_tiny(zero_shot_ensemble(dataset)), templates=TEMPLATES)
+    return replace(_tiny(zero_shot_ensemble(dataset)), templates=TINY_TEMPLATES)
 
 
 def coop_tiny(dataset: str) -> TrainConfig:
@@ -449,9 +463,7 @@ def maple_tiny(dataset: str) -> TrainConfig:
 
 def promptsrc_tiny(dataset: str) -> TrainConfig:
     """PromptSRC on the built-in model: every layer, batches of 16, templates that its captions were made of."""
-    from clipship.training.world.captions import TEMPLATES
-
-    return replace(_wide(_tiny(promptsrc(dataset))), reference_templates=TEMPLATES)
+    return replace(_wide(_tiny(promptsrc(dataset))), reference_templates=TINY_TEMPLATES)
 
 
 def sync_clip_tiny(dataset: str) -> TrainConfig:

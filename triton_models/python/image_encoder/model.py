@@ -1,16 +1,16 @@
 """The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
-``clipship_cpu.py``, ``clipship_processor.py`` and ``clipship_tolerances.py`` beside this file are copies of modules of
-``clipship/core``: the server runs what was verified, and does not load where it would answer otherwise.
+``clipship_runtimes.py``, ``clipship_processor.py`` and ``clipship_tolerances.py`` beside this file are copies of
+modules of ``clipship/core``: the server runs the verified code, and does not load if its answers differ.
 """
 
 import json
 import os
 from typing import Any
 
-import clipship_cpu
 import clipship_doors
 import clipship_processor
+import clipship_runtimes
 import clipship_tolerances
 import numpy as np
 import triton_python_backend_utils as pb_utils
@@ -36,9 +36,9 @@ class TritonPythonModel:
         if why:
             pb_utils.Logger.log_warn(f"image_encoder: ONNX Runtime runs it, not OpenVINO: {why}")
         threads = parameters.get("intra_op_thread_count", {"string_value": "0"})["string_value"]
-        cores = int(threads) or clipship_cpu.available_cores()
-        self.encode = clipship_cpu.open_encoder(path, runtime, precision, cores)
-        by = f"{clipship_cpu.runtime_name(runtime)} on {here}"
+        cores = int(threads) or clipship_runtimes.available_cores()
+        self.encode = clipship_runtimes.open_encoder(path, runtime, precision, cores)
+        by = f"{clipship_runtimes.runtime_name(runtime)} on {here}"
         golden = os.path.join(args["model_repository"], "golden.npz")
         problem = clipship_tolerances.checked(
             golden, lambda samples: self._problem(samples, precision, cores), pb_utils.Logger.log_warn

@@ -1,8 +1,8 @@
 """Decoding and resizing inside Triton's Python backend: file bytes [N, 1] -> uint8 [N, H, W, 3] and an error [N, 1].
 
-``clipship_images.py`` and ``clipship_tolerances.py`` beside this file are copies of ``images.py`` and ``tolerances.py``
-in ``clipship/core``: the server runs the client's own lines. An image that cannot be decoded gives zeros and says why
-in ``error``; its neighbours are not affected.
+``clipship_images.py`` and ``clipship_tolerances.py`` beside this file are copies of ``images/decoding.py`` and
+``tolerances.py`` in ``clipship/core``: the server runs the client's code. An image that cannot be decoded gives zeros
+and a message in ``error``; its neighbours are not affected.
 """
 
 import json

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipship.core.bundle import read_bundle
-from clipship.core.cli import emit, json_option
+from clipship.core.cli.main import emit, json_option
 from clipship.core.errors import DataError
 from clipship.core.progress import log
 from clipship.export.vocab.names import classes_from, words_of

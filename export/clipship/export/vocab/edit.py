@@ -22,17 +22,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
-from clipship.core.bundle import Bundle, VocabularyFeatures, read_bundle, refuse_foreign_folder, write_manifest_content
+from clipship.core.bundle import Bundle, VocabularyFeatures, read_bundle, validate_folder, write_manifest_content
 from clipship.core.errors import BundleError, CheckFailed, DataError
 from clipship.core.files import locked_folder, replace_folder, write_json_atomic
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.vocab.encode import BATCH_SIZE, WordEncoder, encode_words, remove_work_folders
 from clipship.export.vocab.names import (
-    refuse_foreign_names,
-    refuse_unencodable_words,
-    refuse_unusable_words,
     twins,
+    validate_known_names,
+    validate_new_words,
+    validate_word_lengths,
     words_of,
 )
 
@@ -83,10 +83,10 @@ def add_classes(path: Path, classes: Classes, out: Path | None = None, *, batch_
     """
     with _locked(path, out) as (bundle, final):
         classifier = bundle.vocabulary_features()
-        _refuse_unknown_tensors(bundle, classifier)
+        _validate_tensors(bundle, classifier)
         classifier.extended(classifier.features[:0])  # a linear probe is refused before anything is encoded
         old = dict(zip(bundle.vocabulary.names, words_of(bundle.vocabulary), strict=True))
-        refuse_unusable_words(old, classes)
+        validate_new_words(old, classes)
         encoder = WordEncoder(bundle=bundle, batch_size=batch_size)
         new, check, same = _encoded(encoder, classes, classifier, final, among=old)
         vocabulary = _extended(bundle.vocabulary, classes)
@@ -103,9 +103,9 @@ def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) ->
         DataError: names that the bundle does not have, or no class would be left.
     """
     with _locked(path, out) as (bundle, final):
-        refuse_foreign_names(bundle.vocabulary, names)
+        validate_known_names(bundle.vocabulary, names)
         classifier = bundle.vocabulary_features()
-        _refuse_unknown_tensors(bundle, classifier)
+        _validate_tensors(bundle, classifier)
         gone = set(names)
         kept = [place for place, name in enumerate(bundle.vocabulary.names) if name not in gone]
         if not kept:
@@ -131,12 +131,12 @@ def rename_classes(
     """
     with _locked(path, out) as (bundle, final):
         old, classifier = bundle.vocabulary, bundle.vocabulary_features()
-        refuse_foreign_names(old, new_names)
+        validate_known_names(old, new_names)
         words = dict(zip(old.names, words_of(old), strict=True))
         others = {name: each for name, each in words.items() if name not in new_names}
         is_label = {name: classifier.bias is not None or words[name] != (name,) for name in new_names}
         renamed = {new: (new,) if words[name] == (name,) else words[name] for name, new in new_names.items()}
-        refuse_unusable_words(others, renamed)
+        validate_new_words(others, renamed)
         encoded = {new: (new,) for name, new in new_names.items() if not is_label[name]}
         record: dict[str, Any] = {"verb": "rename", "classes": len(new_names)}
         same: tuple[tuple[str, str], ...] = ()
@@ -164,7 +164,7 @@ def _unknown_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> dict[str
     return {name: tensors[name] for name in tensors.keys() - classifier.tensors().keys()}
 
 
-def _refuse_unknown_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
+def _validate_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
     """Where rows come or go, a tensor whose meaning is not known would be left behind."""
     unknown = sorted(_unknown_tensors(bundle, classifier))
     if unknown:
@@ -202,8 +202,8 @@ def _encoded(
         among: the classes that stay beside them.
     """
     words, others = _flat(classes.values()), _flat(among.values())
-    refuse_unencodable_words(words, encoder.templates, encoder.tokenizer, encoder.context_length)
-    check = _check_kept(encoder, classifier)
+    validate_word_lengths(words, encoder.templates, encoder.tokenizer, encoder.context_length)
+    check = _validate_kept_classes(encoder, classifier)
     features = _class_features(encode_words(encoder, words, final), list(classes.values()))
     return features, check, twins(words, others, encoder.templates[0], encoder.tokenizer)
 
@@ -221,7 +221,7 @@ def _class_features(features_WD: NDArray[np.float32], words: Sequence[tuple[str,
     return VocabularyFeatures(features=features_WD, logit_scale=1.0).merged(groups).features
 
 
-def _check_kept(encoder: WordEncoder, classifier: VocabularyFeatures) -> dict[str, Any]:
+def _validate_kept_classes(encoder: WordEncoder, classifier: VocabularyFeatures) -> dict[str, Any]:
     """Encode some classes of the bundle anew and compare them with what it holds.
 
     Raises:
@@ -257,7 +257,7 @@ def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
         UsageError: ``out`` is no bundle, or another process is at work on it.
     """
     if out is not None:
-        refuse_foreign_folder(out)
+        validate_folder(out)
     final = (out or path).resolve()  # the folder is replaced, not a link to it
     if not final.exists():
         yield read_bundle(path), final

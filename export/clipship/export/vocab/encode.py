@@ -66,7 +66,7 @@ class WordEncoder:
 
     @cached_property
     def _run(self) -> Callable[[NDArray[Any]], NDArray[np.float32]]:
-        from clipship.export.runners import onnx_session, session_function
+        from clipship.export.verification.runners import onnx_session, session_function
 
         if find_spec("onnxruntime") is None:  # the error of onnx_session names an extra that brings PyTorch
             raise MissingExtraError("onnxruntime", "vocab")
@@ -80,7 +80,7 @@ class WordEncoder:
             DataError: a prompt does not fit into the text encoder.
             MissingExtraError: onnxruntime, ftfy or regex is not installed.
         """
-        from clipship.export.runners import run_in_batches
+        from clipship.export.verification.runners import run_in_batches
 
         prompts = [prompt_of(word, template) for word in words for template in self.templates]
         tokens = self.tokenizer.tokens(prompts, self.context_length)  # [W T, L]

@@ -50,7 +50,7 @@ def _counted(names: Sequence[str], one: str, many: str) -> str:
     return f"{len(names)} name {one}" if len(names) == 1 else f"{len(names)} names {many}"
 
 
-def refuse_foreign_names(vocabulary: Vocabulary, names: Iterable[str]) -> None:
+def validate_known_names(vocabulary: Vocabulary, names: Iterable[str]) -> None:
     """Refuse names that ``vocabulary`` does not have.
 
     Raises:
@@ -70,7 +70,7 @@ def _hint(name: str, known: Sequence[str]) -> str:
     return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
 
 
-def refuse_unusable_words(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> None:
+def validate_new_words(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> None:
     """Refuse ``new`` classes (by name their words) of which ``old`` ones have the name or a word, or that are no line.
 
     Raises:
@@ -109,7 +109,7 @@ def _refuse(reasons: Mapping[Reason, Sequence[str]]) -> None:
         raise DataError(f"{'; '.join(found)}: nothing was changed, give the others without them")
 
 
-def refuse_unencodable_words(
+def validate_word_lengths(
     words: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer, context_length: int
 ) -> None:
     """Refuse words that the text encoder would not see whole, in any of the templates.

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
-from clipship.core.cli import emit, existing_folder, json_option
-from clipship.core.several import SeveralValues
+from clipship.core.cli.main import emit, existing_folder, json_option
+from clipship.core.cli.multi_value_option import MultiValueCommand
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
 
@@ -21,7 +21,7 @@ def bench() -> None:
     """
 
 
-@bench.command(cls=SeveralValues)
+@bench.command(cls=MultiValueCommand)
 @click.option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
 @connection_options
 @click.option(
@@ -84,9 +84,9 @@ def serve(
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.progress import log
-    from clipship.serving.bench.pictures import files_from_folder, made_up_files
+    from clipship.serving.bench.photographs import files_from_folder, made_up_files
     from clipship.serving.bench.report import steps_table, throughput_table, write_report
-    from clipship.serving.bench.run import Plan, opened
+    from clipship.serving.bench.run import BenchPlan, opened
 
     read = read_bundle(existing_folder(bundle, "the bundle that is served")) if bundle else None
     files = files_from_folder(images) if images else made_up_files()
@@ -94,7 +94,7 @@ def serve(
         largest = ready.facts.max_batch_size
         sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
         numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}
-        rows = ready.run(Plan(modes=mode, seconds=seconds, client=client, **numbers))
+        rows = ready.run(BenchPlan(modes=mode, seconds=seconds, client=client, **numbers))
         facts = {"url": url, "machine": platform.machine(), **ready.described()}
     tables = (throughput_table(rows, f"{url}, {facts['cores']} cores here"), steps_table(rows))
     written = write_report(out, rows, tables, facts) if out else []

@@ -15,20 +15,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.cpu import available_cores
-from clipship.core.images import ImageSpec, pixels_from_bytes
+from clipship.core.images.decoding import ImageSpec, pixels_from_bytes
+from clipship.core.machine.runtimes import available_cores
 from clipship.core.tensors import image_tensor
 from clipship.serving.bench.load import Done, Load, Send, counted
 from clipship.serving.bench.wire import Mode, Wire, encoded_request, outputs_of, pixels_request
-from clipship.serving.connection import Connection
-from clipship.serving.names import CLASSIFY
-from clipship.serving.transport import Transport
+from clipship.serving.model_names import CLASSIFY
+from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.grpc import Transport
 
 REQUESTS = 4
 """Different requests that are sent in turn."""
 
 
-class Samples:
+class BenchImages:
     """The images of a load, encoded and as the encoder's pixels; any number of them, over and over.
 
     Raises:
@@ -56,7 +56,7 @@ class Samples:
 
 
 @contextmanager
-def prepared(wire: Wire, samples: Samples, mode: Mode, batch: int) -> Iterator[list[bytes]]:
+def prepared(wire: Wire, samples: BenchImages, mode: Mode, batch: int) -> Iterator[list[bytes]]:
     """The bytes of a few requests, valid in the block."""
     if mode == "encoded":
         yield [encoded_request(files) for files in samples.file_batches(batch)]
@@ -74,7 +74,7 @@ class InProcess:
     One batch after the other: with every core at work in each of its parts there is nothing to gain from two at once.
     """
 
-    def __init__(self, engine: Transport, samples: Samples) -> None:
+    def __init__(self, engine: Transport, samples: BenchImages) -> None:
         self._engine = engine
         self._samples = samples
         self._decoders = ThreadPoolExecutor(available_cores(), thread_name_prefix="clipship-decode")
@@ -112,7 +112,14 @@ class InProcess:
 
 
 def measure_client(
-    server: Connection, samples: Samples, mode: Mode, *, concurrency: int, batch: int, seconds: float, warm_up_s: float
+    server: Connection,
+    samples: BenchImages,
+    mode: Mode,
+    *,
+    concurrency: int,
+    batch: int,
+    seconds: float,
+    warm_up_s: float,
 ) -> Load:
     """The rate of our own client, fed with images that need no decoding: arrays of the right size, or files' bytes.
 
@@ -122,7 +129,7 @@ def measure_client(
         RuntimeError: an image was answered with an error.
         ServingError: a request failed for good.
     """
-    from clipship.serving.client import Classifier
+    from clipship.serving.client.classifier import Classifier
 
     images = itertools.cycle(samples.files if mode == "encoded" else list(samples.pixels))
     settings: dict[str, Any] = {"decode": "server" if mode == "encoded" else "client", "window": concurrency}

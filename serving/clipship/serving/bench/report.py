@@ -15,7 +15,7 @@ from typing import Any
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.tables import Table, with_spread
 from clipship.serving.bench.load import PERCENTILES
-from clipship.serving.bench.run import Row, ratios
+from clipship.serving.bench.run import BenchRow, ratios
 from clipship.serving.bench.steps import PHASES
 
 _LATENCIES = tuple(f"p{rank}" for rank in PERCENTILES)
@@ -24,7 +24,7 @@ _MARKERS = "osD^vPX*"
 _SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "clipship", "text.parse_math": False}
 
 
-def peer_of(row: Row, rows: Sequence[Row], where: str, batch: int | None = None) -> Row | None:
+def peer_of(row: BenchRow, rows: Sequence[BenchRow], where: str, batch: int | None = None) -> BenchRow | None:
     """What ``row`` stands beside: the same images, in process or through the server at the same concurrency."""
     point = row.point
     mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
@@ -35,7 +35,7 @@ def peer_of(row: Row, rows: Sequence[Row], where: str, batch: int | None = None)
     return None
 
 
-def throughput_table(rows: Sequence[Row], title: str) -> Table:
+def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
     """A row a point: its rate, its latencies, and its share of the engine in process and of the bare requests."""
     cells = []
     for row in rows:
@@ -62,7 +62,7 @@ def throughput_table(rows: Sequence[Row], title: str) -> Table:
     return Table(title=title, header=header, rows=tuple(cells), notes=notes)
 
 
-def steps_table(rows: Sequence[Row]) -> Table:
+def steps_table(rows: Sequence[BenchRow]) -> Table:
     """A row a point whose steps are known: what share of a request's latency each step of the ensemble took."""
     models = list(dict.fromkeys(step.model for row in rows for step in _steps(row)))
     cells = []
@@ -88,7 +88,7 @@ def steps_table(rows: Sequence[Row]) -> Table:
     return Table(title="Where a request's time goes", header=header, rows=tuple(cells), notes=notes, text_columns=1)
 
 
-def _steps(row: Row) -> tuple[Any, ...]:
+def _steps(row: BenchRow) -> tuple[Any, ...]:
     breakdown = row.readings[0].steps
     return breakdown.steps if breakdown else ()
 
@@ -102,7 +102,7 @@ def _step_cell(step: Any, shares: dict[str, float]) -> str:
     return " ".join(f"{share:.1%} {name}" for share, name in parts if share >= 0.001) or "0%"
 
 
-def _share(row: Row, rows: Sequence[Row], where: str) -> str:
+def _share(row: BenchRow, rows: Sequence[BenchRow], where: str) -> str:
     other = peer_of(row, rows, where)
     return "" if other is None or other is row else with_spread(ratios(row, other))
 
@@ -111,7 +111,7 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def write_report(folder: Path, rows: Sequence[Row], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
+def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
     """``serve.json``, ``serve.md``, and ``serve.svg`` where matplotlib is installed; each whole or not at all.
 
     Raises:
@@ -127,7 +127,7 @@ def write_report(folder: Path, rows: Sequence[Row], tables: Sequence[Table], fac
     return written
 
 
-def plot(rows: Sequence[Row]) -> str:
+def plot(rows: Sequence[BenchRow]) -> str:
     """SVG: throughput, and the median and 99th percentile of latency, against the requests in flight.
 
     Raises:
@@ -154,16 +154,16 @@ def plot(rows: Sequence[Row]) -> str:
     return buffer.getvalue()
 
 
-def _lines(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def _lines(rows: Sequence[BenchRow]) -> dict[str, list[BenchRow]]:
     """The server's rows by mode and batch, in the order of their concurrency."""
-    lines: dict[str, list[Row]] = {}
+    lines: dict[str, list[BenchRow]] = {}
     for row in sorted(rows, key=lambda row: row.point.concurrency):
         if row.point.where == "server":
             lines.setdefault(f"{row.point.mode}, batch {row.point.batch}", []).append(row)
     return lines
 
 
-def _draw_line(left: Any, right: Any, name: str, line: Sequence[Row], look: dict[str, Any]) -> None:
+def _draw_line(left: Any, right: Any, name: str, line: Sequence[BenchRow], look: dict[str, Any]) -> None:
     at = [row.point.concurrency for row in line]
     left.plot(at, [median(row.rates) for row in line], label=name, **look)
     left.fill_between(
@@ -173,7 +173,7 @@ def _draw_line(left: Any, right: Any, name: str, line: Sequence[Row], look: dict
     right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
 
 
-def _draw_levels(axes: Any, rows: Sequence[Row]) -> None:
+def _draw_levels(axes: Any, rows: Sequence[BenchRow]) -> None:
     """The engine in process as level lines: the best of its batch sizes."""
     for mode, style in (("pixels", ":"), ("encoded", "-.")):
         rates = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]

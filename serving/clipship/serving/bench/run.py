@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from clipship.core.bundle import Bundle
-from clipship.core.cpu import available_cores
 from clipship.core.errors import UsageError
+from clipship.core.machine.runtimes import available_cores
 from clipship.core.progress import progress
 from clipship.serving.bench.load import measure
-from clipship.serving.bench.paths import InProcess, Samples, measure_client, prepared
+from clipship.serving.bench.paths import BenchImages, InProcess, measure_client, prepared
 from clipship.serving.bench.steps import Breakdown, breakdown
 from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
-from clipship.serving.client import ModelFacts, read_facts
-from clipship.serving.connection import Connection
-from clipship.serving.local import LocalTransport
-from clipship.serving.names import ENCODER, PRECISION, RUNTIME
-from clipship.serving.transport import parameters_of
+from clipship.serving.client.classifier import ServerMetadata, read_facts
+from clipship.serving.client.in_process import LocalTransport
+from clipship.serving.model_names import ENCODER, PRECISION, RUNTIME
+from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.grpc import parameters_of
 
 _WARM_UP_S = 0.5
 
@@ -30,7 +30,7 @@ Where = Literal["server", "in process", "client"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Plan:
+class BenchPlan:
     """What to measure.
 
     Raises:
@@ -81,7 +81,7 @@ class Reading:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class BenchRow:
     """A point and its readings, one a round."""
 
     point: Point
@@ -114,7 +114,7 @@ class Row:
         return {**asdict(self.point), "images_per_s": statistics.median(self.rates), "readings": readings}
 
 
-def ratios(row: Row, other: Row) -> list[float]:
+def ratios(row: BenchRow, other: BenchRow) -> list[float]:
     """``row``'s rate divided by ``other``'s, round by round."""
     return [a / b for a, b in zip(row.rates, other.rates, strict=True)]
 
@@ -143,10 +143,10 @@ class Bench:
         self.wire = Wire(server, timeout_s=timeout_s)
         transport = self.wire.transport
         try:
-            self.facts: ModelFacts = read_facts(transport)
+            self.facts: ServerMetadata = read_facts(transport)
             self._encoder = parameters_of(transport.model_config(ENCODER))
             self._steps = {mode: _steps_of(transport.model_config(model_of(mode))) for mode in MODES}
-            self.samples = Samples(files, self.facts.image_spec)
+            self.samples = BenchImages(files, self.facts.image_spec)
             self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples) if bundle else None
         except BaseException:
             self.wire.close()
@@ -173,7 +173,7 @@ class Bench:
             "mean_file_bytes": round(statistics.fmean(map(len, self.samples.files))),
         }
 
-    def points(self, plan: Plan) -> list[Point]:
+    def points(self, plan: BenchPlan) -> list[Point]:
         """Every point of ``plan``, those to be compared beside each other.
 
         Raises:
@@ -193,7 +193,7 @@ class Bench:
                     points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
         return points
 
-    def run(self, plan: Plan) -> list[Row]:
+    def run(self, plan: BenchPlan) -> list[BenchRow]:
         """Measure every point once a round.
 
         Raises:
@@ -207,7 +207,7 @@ class Bench:
                 point = points[done % len(points)]
                 report(done, f"{point.where}, {point.mode}, batch {point.batch}, {point.concurrency} in flight")
                 readings[point].append(self.read(point, plan.seconds))
-        return [Row(point=point, readings=tuple(readings[point])) for point in points]
+        return [BenchRow(point=point, readings=tuple(readings[point])) for point in points]
 
     def read(self, point: Point, seconds: float) -> Reading:
         """Measure ``point`` for ``seconds``, after half a second (no longer than ``seconds``) to get going."""
@@ -250,7 +250,7 @@ def _steps_of(ensemble: dict[str, Any]) -> tuple[str, ...]:
     return tuple(step["model_name"] for step in ensemble["ensemble_scheduling"]["step"])
 
 
-def _in_process(bundle: Bundle, facts: ModelFacts, encoder: dict[str, str], samples: Samples) -> InProcess:
+def _in_process(bundle: Bundle, facts: ServerMetadata, encoder: dict[str, str], samples: BenchImages) -> InProcess:
     if bundle.digest != facts.bundle_digest:
         raise UsageError(
             f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's bundle has {facts.bundle_digest[:12]}: "

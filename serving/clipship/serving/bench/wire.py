@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from clipship.core.errors import UsageError
 from clipship.core.tensors import ENCODED, ERROR, image_tensor, indices_tensor, labels_tensor, scores_tensor
 from clipship.serving.bench.load import Done, Send
-from clipship.serving.connection import Connection, connection_from_text
 from clipship.serving.errors import RequestRejected, ServingError
-from clipship.serving.names import CLASSIFY, CLASSIFY_ENCODED
-from clipship.serving.shared_memory import registered, unregister
-from clipship.serving.transport import TritonTransport, request_bytes, serving_error
+from clipship.serving.model_names import CLASSIFY, CLASSIFY_ENCODED
+from clipship.serving.transport.connection import Connection, connection_from_text
+from clipship.serving.transport.grpc import TritonTransport, request_bytes, serving_error
+from clipship.serving.transport.shared_memory import registered, unregister
 
 Mode = Literal["pixels", "encoded", "shm"]
 """How images travel: uint8 pixels, files' bytes, or uint8 pixels in memory that the server shares."""

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.core.images import IMAGE_SUFFIXES
-from clipship.serving.loading import MAX_IMAGE_BYTES
+from clipship.core.images.decoding import IMAGE_SUFFIXES
+from clipship.serving.client.inputs import MAX_IMAGE_BYTES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -129,7 +129,7 @@ def parquet_members(path: str, skip: int = 0, image_column: str | None = None) -
         yield Member("", error=f"cannot be read from row {number} on: {reason}")
 
 
-def refuse_parquet_without_images(path: str, image_column: str | None) -> None:
+def validate_image_column(path: str, image_column: str | None) -> None:
     """Raise :class:`DataError` where a Parquet file has no such column of images; damaged files are met later."""
     import pyarrow as pa
     import pyarrow.parquet as pq

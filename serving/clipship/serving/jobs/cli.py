@@ -11,20 +11,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from clipship.core.cli import emit, json_option, option_group
+from clipship.core.cli.main import emit, json_option, option_group
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import log
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
 if TYPE_CHECKING:
     from clipship.core.bundle import Precision
-    from clipship.serving.client import Classifier, Result, Retry
-    from clipship.serving.jobs.inputs import Inputs, Item
-    from clipship.serving.jobs.job import Job, Summary, Write
+    from clipship.serving.client.classifier import Classifier, Result, Retry
+    from clipship.serving.client.in_process import LocalTransport
+    from clipship.serving.jobs.inputs import Inputs, JobImage
+    from clipship.serving.jobs.job import Job, JobSummary, Write
     from clipship.serving.jobs.results import Header, Sink
     from clipship.serving.jobs.shards import Progress, ResultsFolder
     from clipship.serving.jobs.watch import Watch
-    from clipship.serving.local import LocalTransport
 
 _PATH = click.Path(path_type=Path)
 _SHARD_SIZE = 50_000
@@ -140,14 +140,14 @@ def classify(
       clipship classify photos/ --out results.parquet
       clipship classify 'shards/*.tar' --out results --format parquet --shard-size 50000
     """
-    from clipship.serving.client import Retry
+    from clipship.serving.client.classifier import Retry
     from clipship.serving.jobs.inputs import inputs_from_arguments, text_of_path
     from clipship.serving.jobs.job import Job
     from clipship.serving.jobs.watch import Watch
-    from clipship.serving.server import signals_as_interrupt
+    from clipship.serving.server.process import signals_as_interrupt
 
     output = _Output(as_json=as_json, **{name: options.pop(name) for name in _OUTPUT})
-    _refuse_contradictions(output, watch=watch, settle_s=settle_s, lists=lists, images=images)
+    _validate_options(output, watch=watch, settle_s=settle_s, lists=lists, images=images)
     source = (
         Watch(folders=images, settle_s=settle_s)
         if watch
@@ -169,7 +169,7 @@ def classify(
     _report(summary, output)
 
 
-def _refuse_contradictions(
+def _validate_options(
     output: _Output, *, watch: bool, settle_s: float, lists: tuple[str, ...], images: tuple[str, ...]
 ) -> None:
     """Raise :class:`UsageError` for options that do not go together."""
@@ -203,7 +203,7 @@ def _classifier(
     **connection: Any,
 ) -> Iterator[Classifier]:
     """A client of the servers at ``urls``, or of ``bundle`` in this process."""
-    from clipship.serving.client import Classifier
+    from clipship.serving.client.classifier import Classifier
 
     if bundle is not None and (urls or any(value not in (None, (), False, "none") for value in connection.values())):
         raise UsageError(
@@ -241,23 +241,23 @@ def _vocabulary_name(given: str | None) -> str | None:
 def _local(bundle: Path, *, vocabulary: str | None, **given: Any) -> LocalTransport:
     """``bundle``, and ``vocabulary`` (NAME=BUNDLE), in this process; of ``given``, what is None has its default."""
     from clipship.core.bundle import read_bundle
-    from clipship.core.cli import existing_folder
+    from clipship.core.cli.main import existing_folder
     from clipship.serving.cli import named_bundle
-    from clipship.serving.local import LocalTransport
+    from clipship.serving.client.in_process import LocalTransport
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
     others = {name: read_bundle(path) for name, path in map(named_bundle, [vocabulary] if vocabulary else [])}
     return LocalTransport(opened, others=others, **{name: value for name, value in given.items() if value is not None})
 
 
-def _run(job: Job, source: Inputs | Watch, output: _Output) -> Summary:
+def _run(job: Job, source: Inputs | Watch, output: _Output) -> JobSummary:
     """Classify ``source`` into one file, or onto stdout."""
     from clipship.serving.jobs.job import Tally
 
     tally = Tally()
     with _sink(output, job.header(embeddings=output.embeddings)) as sink:
 
-        def write(item: Item, result: Result) -> None:
+        def write(item: JobImage, result: Result) -> None:
             sink.write(item.name, result)
             tally.add(result)
 
@@ -265,7 +265,7 @@ def _run(job: Job, source: Inputs | Watch, output: _Output) -> Summary:
     return job.summary(tally.progress)
 
 
-def _run_into_folder(job: Job, source: Inputs | Watch, output: _Output, settings: Mapping[str, Any]) -> Summary:
+def _run_into_folder(job: Job, source: Inputs | Watch, output: _Output, settings: Mapping[str, Any]) -> JobSummary:
     """Classify what the folder of shards does not hold yet of ``source`` into it.
 
     Raises:
@@ -290,7 +290,7 @@ def _run_into_folder(job: Job, source: Inputs | Watch, output: _Output, settings
         header=header,
         shard_size=told["shard_size"],
         restart=output.restart,
-        check=job.refuse_another_model,
+        check=job.validate_server_identity,
     ) as results:
         before = results.progress
         done = set(results.names()) if isinstance(source, Watch) else set()
@@ -356,7 +356,7 @@ def _sink(output: _Output, header: Header) -> Iterator[Sink]:
         yield sink
 
 
-def _report(summary: Summary, output: _Output) -> None:
+def _report(summary: JobSummary, output: _Output) -> None:
     """Print the summary and end the command.
 
     Raises:

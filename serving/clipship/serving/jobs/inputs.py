@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from clipship.core.errors import DataError
-from clipship.core.images import IMAGE_SUFFIXES
+from clipship.core.images.decoding import IMAGE_SUFFIXES
 from clipship.serving.jobs.archives import (
     PARQUET_SUFFIXES,
     is_image_name,
     reader_of,
-    refuse_parquet_without_images,
+    validate_image_column,
 )
 from clipship.serving.jobs.walk import Folders, Found, Parts, files_in, files_matching, is_glob, matches, parts_of
 
@@ -50,7 +50,7 @@ class Place:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Item:
+class JobImage:
     """One image of a job: what its row is called, and what the client is given."""
 
     name: str
@@ -89,7 +89,7 @@ class Inputs:
                     yield found
             earlier.add(given)
 
-    def items(self, after: Place | None = None) -> Iterator[Item]:
+    def items(self, after: Place | None = None) -> Iterator[JobImage]:
         """Every image, or those behind the one at ``after``.
 
         Raises:
@@ -106,7 +106,7 @@ class Inputs:
         if after is not None and count <= after.files:
             raise DataError(f"the inputs have {count} files, at least {after.files + 1} before: {_OTHER_INPUTS}")
 
-    def _items_of(self, found: Found, place: Place, done: int) -> Iterator[Item]:
+    def _items_of(self, found: Found, place: Place, done: int) -> Iterator[JobImage]:
         """The images of one file from number ``done`` on."""
         name = text_of_path(found.path)
         reader = reader_of(found.path, self.image_column) if found.error is None else None
@@ -125,10 +125,10 @@ class Inputs:
         return len({given.text for given in self.given}) if counted else None
 
 
-def _item(name: str, image: bytes | Path, error: str | None, place: Place) -> Item:
+def _item(name: str, image: bytes | Path, error: str | None, place: Place) -> JobImage:
     if error is None and isinstance(image, Path) and ":" in str(image) and not image.exists():
         error = "no such file; addresses are not fetched"  # a client refuses them, and all other images with them
-    return Item(name=name, image=b"" if error is not None else image, error=error, place=place)
+    return JobImage(name=name, image=b"" if error is not None else image, error=error, place=place)
 
 
 class _Earlier:
@@ -181,7 +181,7 @@ def inputs_from_arguments(
     if given[0].kind != "list":
         first = next(given[0].files(set()))
         if first.path.lower().endswith(PARQUET_SUFFIXES):
-            refuse_parquet_without_images(first.path, image_column)
+            validate_image_column(first.path, image_column)
     return Inputs(given=tuple(given), image_column=image_column)
 
 

@@ -12,20 +12,20 @@ from typing import Any
 
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import progress
-from clipship.serving.client import Classifier, ModelFacts, Result, Retry
+from clipship.serving.client.classifier import Classifier, Result, Retry, ServerMetadata
 from clipship.serving.errors import RETRYABLE
-from clipship.serving.jobs.inputs import Item
+from clipship.serving.jobs.inputs import JobImage
 from clipship.serving.jobs.results import Header
 from clipship.serving.jobs.shards import Progress
 
 _CLASSES_SHOWN = 10
 
-Write = Callable[[Item, Result], None]
+Write = Callable[[JobImage, Result], None]
 """Takes one image's result."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Summary:
+class JobSummary:
     """What a job did."""
 
     images: int
@@ -120,13 +120,13 @@ class Job:
             embed_dim=facts.embed_dim if embeddings else None,
         )
 
-    def results(self, items: Iterable[Item]) -> Generator[tuple[Item, Result], None, None]:
+    def results(self, items: Iterable[JobImage]) -> Generator[tuple[JobImage, Result], None, None]:
         """Every item with its result, in order, while ``items`` is being consumed.
 
         Raises:
             ServingError: as :meth:`Classifier.classify_iter`.
         """
-        waiting: deque[Item] = deque()
+        waiting: deque[JobImage] = deque()
 
         def images() -> Iterator[Any]:
             for item in items:
@@ -137,7 +137,7 @@ class Job:
             item = waiting.popleft()
             yield item, self._row(item, result)
 
-    def _row(self, item: Item, result: Result) -> Result:
+    def _row(self, item: JobImage, result: Result) -> Result:
         if item.error is not None:
             return Result(error=item.error)
         if len(result.labels) <= self.top_k:
@@ -145,7 +145,7 @@ class Job:
         names = ("labels", "scores", "indices")
         return replace(result, **{name: getattr(result, name)[: self.top_k] for name in names})
 
-    def run(self, items: Iterable[Item], write: Write, *, total: int | None, done: int = 0) -> None:
+    def run(self, items: Iterable[JobImage], write: Write, *, total: int | None, done: int = 0) -> None:
         """Classify ``items`` and ``write`` each with its result, in order, with a progress bar from ``done`` on.
 
         Raises:
@@ -157,7 +157,7 @@ class Job:
                 write(item, result)
                 report(done + count, f"{count / (time.monotonic() - self._started_s):.1f} images/s")
 
-    def refuse_another_model(self) -> None:
+    def validate_server_identity(self) -> None:
         """Ask the server, for as long as a request is tried, which bundle and vocabulary it has.
 
         Raises:
@@ -171,7 +171,7 @@ class Job:
                 "the server has taken up another bundle or vocabulary in mid-job: put the former one back, or --restart"
             )
 
-    def _facts_now(self) -> ModelFacts:
+    def _facts_now(self) -> ServerMetadata:
         began_s = time.monotonic()
         for attempt in itertools.count():
             try:
@@ -183,10 +183,10 @@ class Job:
                 time.sleep(pause_s)
         raise AssertionError("unreachable")
 
-    def summary(self, result: Progress, *, resumed_at: int = 0) -> Summary:
+    def summary(self, result: Progress, *, resumed_at: int = 0) -> JobSummary:
         """What has been done so far, ``resumed_at`` of it by earlier runs."""
         seconds = time.monotonic() - self._started_s
-        return Summary(
+        return JobSummary(
             images=result.images,
             errors=result.errors,
             classes=dict(sorted(result.classes.items(), key=lambda entry: (-entry[1], entry[0]))),

@@ -25,8 +25,8 @@ from typing import Any
 
 from clipship.core.errors import DataError, UsageError
 from clipship.core.files import locked_folder, read_record, sha256_of, write_json_atomic
-from clipship.serving.client import Result
-from clipship.serving.jobs.inputs import Item, Place
+from clipship.serving.client.classifier import Result
+from clipship.serving.jobs.inputs import JobImage, Place
 from clipship.serving.jobs.results import Header, Sink, names_in, results_file
 
 MANIFEST = "manifest.json"
@@ -110,7 +110,7 @@ class ResultsFolder:
         """Rows that no finished shard holds yet."""
         return self._shard.rows if self._shard is not None else 0
 
-    def write(self, item: Item, result: Result) -> None:
+    def write(self, item: JobImage, result: Result) -> None:
         """Add the result of ``item``; every ``shard_size`` rows a shard is finished.
 
         Raises:
@@ -175,7 +175,7 @@ class _OpenShard:
         self._file = ExitStack()
         self._sink: Sink = self._file.enter_context(results_file(path, header))
 
-    def write(self, item: Item, result: Result) -> None:
+    def write(self, item: JobImage, result: Result) -> None:
         self._sink.write(item.name, result)
         self.rows += 1
         self.place = item.place
@@ -241,7 +241,7 @@ def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) 
     """What an earlier run of the job of ``settings`` left; nothing where there was none, or it is not wanted."""
     path = folder / MANIFEST
     if not path.exists():
-        _refuse_files(folder, restart=restart)
+        _validate_files(folder, restart=restart)
     if restart or not path.exists():
         return Progress()
     record = read_record(path, record_format=_FORMAT, version=_VERSION, error=DataError, advice=_BEGIN_ANEW)
@@ -268,7 +268,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
-def _refuse_files(folder: Path, *, restart: bool) -> None:
+def _validate_files(folder: Path, *, restart: bool) -> None:
     """Raise :class:`UsageError` for files in a folder that no manifest explains; ``restart`` may delete shards."""
     for name in os.listdir(folder):
         if not _PARTS.fullmatch(name):

@@ -15,7 +15,7 @@ from types import FrameType
 
 from clipship.serving.errors import ServingError
 from clipship.serving.jobs.archives import is_image_name
-from clipship.serving.jobs.inputs import Item, text_of_path
+from clipship.serving.jobs.inputs import JobImage, text_of_path
 from clipship.serving.jobs.job import Job, Write
 from clipship.serving.jobs.walk import files_in
 
@@ -56,7 +56,7 @@ class Watcher:
         self._done = done
         self._changing: dict[str, tuple[_State, float]] = {}
 
-    def items(self) -> Iterator[Item]:
+    def items(self) -> Iterator[JobImage]:
         """Those that have become whole since the last call."""
         before, self._changing = self._changing, {}
         for folder in self._folders:
@@ -64,7 +64,7 @@ class Watcher:
                 name = text_of_path(found.path)
                 if found.error is None and name not in self._done and self._is_whole(found.path, before):
                     self._done.add(name)
-                    yield Item(name=name, image=Path(found.path))
+                    yield JobImage(name=name, image=Path(found.path))
 
     def _is_whole(self, path: str, before: dict[str, tuple[_State, float]]) -> bool:
         now_s = time.monotonic()

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from clipship.core.cli import emit, existing_folder, json_option, option_group
+from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 
 _FILE = click.Path(path_type=Path)
 
@@ -80,8 +80,8 @@ def _control(
     tls_key: Path | None,
     timeout_s: float,
 ) -> Any:
-    from clipship.serving.connection import Connection
     from clipship.serving.publish.control import Control
+    from clipship.serving.transport.connection import Connection
 
     connection = Connection(urls=(url,), ca_file=tls_ca, certificate_file=tls_cert, key_file=tls_key)
     return Control(connection, secret_file=admin_secret, timeout_s=timeout_s)

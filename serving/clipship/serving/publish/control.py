@@ -12,10 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
-from clipship.serving.connection import Connection
 from clipship.serving.errors import AccessDenied, ServingError
-from clipship.serving.secret import ADMIN_HEADER, found_secret_file, read_secret
-from clipship.serving.transport import Tensors, TritonTransport, parameters_of
+from clipship.serving.server.admin_secret import ADMIN_HEADER, found_secret_file, read_secret
+from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.grpc import Tensors, TritonTransport, parameters_of
 
 
 class Control:

@@ -18,10 +18,9 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, ClipshipError, UsageError
-from clipship.core.plan import form_digest
-from clipship.serving.config import read_config
+from clipship.core.tensorrt_plan import form_digest
 from clipship.serving.errors import RepositoryError, ServingError
-from clipship.serving.names import (
+from clipship.serving.model_names import (
     CLASSIFIER,
     CLASSIFY,
     ENCODER,
@@ -31,10 +30,11 @@ from clipship.serving.names import (
     of_vocabulary,
 )
 from clipship.serving.publish.control import Control
-from clipship.serving.publish.golden import refuse_other_answers, refuse_wrong_graph, refuse_wrong_vocabulary
-from clipship.serving.publish.versions import (
+from clipship.serving.repository.config_pbtxt import read_config
+from clipship.serving.repository.golden_check import validate_graph, validate_same_answers, validate_vocabulary
+from clipship.serving.repository.versions import (
     Action,
-    Classifier,
+    ClassifierVersions,
     Entry,
     VersionFacts,
     add_entry,
@@ -45,7 +45,7 @@ from clipship.serving.publish.versions import (
     served_before,
     vocabularies_in,
 )
-from clipship.serving.repository import add_vocabulary, refuse_unverified, remove_vocabulary
+from clipship.serving.repository.write import add_vocabulary, remove_vocabulary, validate_verification
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,15 +85,15 @@ def publish(
     if keep < 1:
         raise UsageError(f"keep is {keep}: give 1 or more")
     with locked(repository):
-        refuse_unverified(bundle)
-        refuse_other_encoder(repository, bundle)
-        _refuse_other_server(repository, control)
+        validate_verification(bundle)
+        validate_served_encoder(repository, bundle)
+        _validate_served_repository(repository, control)
         classifier_in(repository, None).remove_leftovers()
         if vocabulary is not None and vocabulary not in vocabularies_in(repository):
             return _publish_new(repository, bundle, control, vocabulary)
         classifier = classifier_in(repository, vocabulary)
         _tidy(repository, classifier)
-        _refuse_too_few(bundle, classifier)
+        _validate_class_count(bundle, classifier)
         return _publish_version(repository, classifier, bundle, control, keep)
 
 
@@ -117,12 +117,12 @@ def rollback(repository: Path, control: Control, *, vocabulary: str | None = Non
 
         def check() -> None:
             folder = classifier.folder / str(version)
-            refuse_other_answers(control, of_vocabulary(CLASSIFY, vocabulary), folder, pixels)
+            validate_same_answers(control, of_vocabulary(CLASSIFY, vocabulary), folder, pixels)
 
         return _switch(repository, classifier, version, control, check, "rollback")
 
 
-def refuse_other_encoder(repository: Path, bundle: Bundle) -> None:
+def validate_served_encoder(repository: Path, bundle: Bundle) -> None:
     """Nothing when the bundle has the image encoder that the repository serves.
 
     Raises:
@@ -148,14 +148,14 @@ def _encoder_parameter(repository: Path, name: str) -> str:
     return value
 
 
-def _refuse_other_server(repository: Path, control: Control) -> None:
+def _validate_served_repository(repository: Path, control: Control) -> None:
     """The server must serve this repository, or its copy."""
     served = control.parameters(ENCODER).get(ENCODER_DIGEST)
     if served != _encoder_parameter(repository, ENCODER_DIGEST):
         raise UsageError(f"the Triton at {control.url} does not serve {repository}: give the folder that it serves")
 
 
-def _refuse_too_few(bundle: Bundle, classifier: Classifier) -> None:
+def _validate_class_count(bundle: Bundle, classifier: ClassifierVersions) -> None:
     if len(bundle.vocabulary) < classifier.top_k():
         raise UsageError(
             f"{bundle.path} has {len(bundle.vocabulary)} classes, the server reports {classifier.top_k()} an image: "
@@ -163,7 +163,7 @@ def _refuse_too_few(bundle: Bundle, classifier: Classifier) -> None:
         )
 
 
-def _tidy(repository: Path, classifier: Classifier) -> None:
+def _tidy(repository: Path, classifier: ClassifierVersions) -> None:
     """Delete what a killed publish left, and record what it had no time to record."""
     classifier.remove_leftovers()
     active, on_disk = classifier.active(), classifier.versions()
@@ -173,19 +173,19 @@ def _tidy(repository: Path, classifier: Classifier) -> None:
 
 
 def _publish_version(
-    repository: Path, classifier: Classifier, bundle: Bundle, control: Control, keep: int
+    repository: Path, classifier: ClassifierVersions, bundle: Bundle, control: Control, keep: int
 ) -> Published:
     version = classifier.add(bundle)
     ensemble = classifier.name.replace(CLASSIFIER, CLASSIFY, 1)
     precision = _encoder_parameter(repository, PRECISION)
     try:
-        refuse_wrong_graph(bundle, classifier.folder / str(version))
+        validate_graph(bundle, classifier.folder / str(version))
         published = _switch(
             repository,
             classifier,
             version,
             control,
-            lambda: refuse_wrong_vocabulary(control, classifier.name, ensemble, bundle, precision),
+            lambda: validate_vocabulary(control, classifier.name, ensemble, bundle, precision),
             "publish",
         )
     except BaseException:
@@ -205,7 +205,7 @@ def _with_kept(published: Published, kept: list[int]) -> Published:
 
 def _switch(
     repository: Path,
-    classifier: Classifier,
+    classifier: ClassifierVersions,
     version: int,
     control: Control,
     check: Callable[[], None],
@@ -216,7 +216,7 @@ def _switch(
     classifier.commit(version)
     try:
         control.load(classifier.name)
-        _refuse_stale(control, classifier, facts)
+        _validate_current(control, classifier, facts)
         check()
     except BaseException as error:
         classifier.commit(before)
@@ -231,7 +231,7 @@ def _switch(
     return Published(model=classifier.name, version=version, before=before, kept=kept, **asdict(facts))
 
 
-def _load_again(control: Control, classifier: Classifier) -> str:
+def _load_again(control: Control, classifier: ClassifierVersions) -> str:
     """Have the server read what is on disk; what went wrong, as the end of a message."""
     try:
         control.load(classifier.name)
@@ -240,7 +240,7 @@ def _load_again(control: Control, classifier: Classifier) -> str:
     return ""
 
 
-def _refuse_stale(control: Control, classifier: Classifier, facts: VersionFacts) -> None:
+def _validate_current(control: Control, classifier: ClassifierVersions, facts: VersionFacts) -> None:
     """The server must say that it serves what is on disk now."""
     served = control.parameters(classifier.name).get(VOCABULARY_DIGEST)
     if served != facts.vocabulary_digest:
@@ -252,15 +252,15 @@ def _refuse_stale(control: Control, classifier: Classifier, facts: VersionFacts)
 def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary: str) -> Published:
     """Add the vocabulary's models and load them; on any failure take them away again."""
     first = classifier_in(repository, None)
-    _refuse_too_few(bundle, first)
+    _validate_class_count(bundle, first)
     models = add_vocabulary(repository, bundle, vocabulary)
     classifier = classifier_in(repository, vocabulary)
     try:
-        refuse_wrong_graph(bundle, classifier.folder / str(classifier.active()))
+        validate_graph(bundle, classifier.folder / str(classifier.active()))
         for model in models:
             control.load(model)
         precision = _encoder_parameter(repository, PRECISION)
-        refuse_wrong_vocabulary(control, classifier.name, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
+        validate_vocabulary(control, classifier.name, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
     except BaseException as error:
         facts = facts_of(bundle)
         remove_vocabulary(repository, vocabulary)
@@ -281,7 +281,7 @@ def _unload(control: Control, model: str) -> None:
         return  # it was not loaded, or the server is gone and will not load it: its folder is gone
 
 
-def _version_to_go_to(classifier: Classifier, versions: list[int], to: str | None) -> int:
+def _version_to_go_to(classifier: ClassifierVersions, versions: list[int], to: str | None) -> int:
     """One of ``versions``, the served one first."""
     active, *others = versions
     if to is None:
@@ -306,7 +306,7 @@ def _warmup_pixels(repository: Path) -> NDArray[np.uint8]:
     return np.frombuffer(data[:size], dtype=np.uint8).reshape(1, *image.dims)
 
 
-def _note(repository: Path, classifier: Classifier, version: int, action: Action, reason: str = "") -> None:
+def _note(repository: Path, classifier: ClassifierVersions, version: int, action: Action, reason: str = "") -> None:
     add_entry(repository, _entry(classifier.name, version, action, classifier.facts(version), reason))
 
 

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipship.core.cli import emit, json_option
+from clipship.core.cli.main import emit, json_option
+from clipship.core.cli.multi_value_option import MultiValueCommand
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.progress import log
-from clipship.core.several import SeveralValues
 
 if TYPE_CHECKING:
-    from clipship.training.compare.plan import Plan
-    from clipship.training.compare.ranks import Rank
-    from clipship.training.compare.results import Result
+    from clipship.training.compare.grid import Grid
+    from clipship.training.compare.launcher import Rank
+    from clipship.training.compare.results import RunResult
 
 
-@click.command(cls=SeveralValues)
+@click.command(cls=MultiValueCommand)
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
 @click.option(
     *("--data", "data"),
@@ -71,7 +71,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--device", help="A torch device; default: the GPUs if there are any.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes a run that prepare images."
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Distributed a run that prepare images."
 )
 @json_option
 def compare(
@@ -91,15 +91,15 @@ def compare(
 
     Example: clipship compare zero-shot-tiny coop-tiny --data world/prints world/neon --seeds 1 2 3 --out comparison
     """
-    from clipship.training.cli import checked_device, needs_training
+    from clipship.training.requirements import needs_training, validated_device
 
-    _check_report_packages()
+    _require_report_packages()
     with needs_training():
-        from clipship.training.compare.plan import Request, plan_of
-        from clipship.training.compare.ranks import alive, rank_of
+        from clipship.training.compare.grid import Request, plan_of
+        from clipship.training.compare.launcher import alive, rank_of
     with rank_of(os.environ) as rank:
         plan = plan_of(Request(recipes=recipes, out=out, synthetic=synthetic_name, **request))
-        device = checked_device(rank.device(device))
+        device = validated_device(rank.device(device))
         with alive(out, rank):
             results = _results(plan, rank, jobs=jobs, device=device, workers=workers)
     if rank.is_first:
@@ -110,7 +110,7 @@ def compare(
             raise CheckFailed(f"{failed} of {len(results)} runs failed: the table says why; start again to retry them")
 
 
-def _check_report_packages() -> None:
+def _require_report_packages() -> None:
     """Say before hours of training, and not after them, that the report cannot be written.
 
     Raises:
@@ -121,9 +121,9 @@ def _check_report_packages() -> None:
             raise MissingExtraError(package, "training")
 
 
-def _results(plan: Plan, rank: Rank, *, jobs: int, device: str | None, workers: int) -> list[Result]:
+def _results(plan: Grid, rank: Rank, *, jobs: int, device: str | None, workers: int) -> list[RunResult]:
     """The results of all runs in the first process, of its own in the others."""
-    from clipship.training.compare.ranks import results_of_others
+    from clipship.training.compare.launcher import results_of_others
     from clipship.training.compare.results import failure_path, finished_result
     from clipship.training.compare.workers import do_runs
 
@@ -144,7 +144,7 @@ def _results(plan: Plan, rank: Rank, *, jobs: int, device: str | None, workers: 
     return sorted(results, key=lambda one: order[one.identity])
 
 
-def write_report(plan: Plan, results: Sequence[Result]) -> tuple[dict[str, Any], str]:
+def write_report(plan: Grid, results: Sequence[RunResult]) -> tuple[dict[str, Any], str]:
     """Write results.json, table.md, plots/ and report.html; returns the JSON and the Markdown."""
     from clipship.training.compare.page import page_of
     from clipship.training.compare.plots import plots_of, standalone

@@ -11,8 +11,8 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clipship.training.compare.plan import OWN, Synthetic
-from clipship.training.compare.results import Result
+from clipship.training.compare.grid import OWN, Synthetic
+from clipship.training.compare.results import RunResult
 from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, variant_of
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def loss_curves(summary: Summary) -> str:
     return _panels(names, draw)
 
 
-def _with_most_images(summary: Summary, dataset: str, recipe: str) -> list[Result]:
+def _with_most_images(summary: Summary, dataset: str, recipe: str) -> list[RunResult]:
     """The runs of ``recipe`` whose losses are shown: those with most real and then most synthetic images."""
     runs = [one for one in summary.results if (one.dataset, one.recipe) == (dataset, recipe) and one.losses]
     known = {variant_of(one) for one in runs}
@@ -201,7 +201,7 @@ def _with_most_images(summary: Summary, dataset: str, recipe: str) -> list[Resul
     return [one for one in runs if variant_of(one) in most]
 
 
-def losses_over_seeds(runs: Sequence[Result]) -> tuple[list[float], list[float], list[float]]:
+def losses_over_seeds(runs: Sequence[RunResult]) -> tuple[list[float], list[float], list[float]]:
     """Epochs [E], mean losses [E] and their spreads [E] over the S runs of one recipe."""
     columns = list(zip(*(one.losses for one in runs), strict=False))
     epochs = [float(column[0].get("epoch", number)) for number, column in enumerate(columns, start=1)]
@@ -234,7 +234,7 @@ Bin = tuple[float | None, float | None, int]
 """Mean confidence, accuracy, images."""
 
 
-def pooled_bins(results: Sequence[Result], recipe: str) -> list[Bin]:
+def pooled_bins(results: Sequence[RunResult], recipe: str) -> list[Bin]:
     """The reliability bins of all runs of ``recipe``, weighted by their images; empty where none were measured."""
     diagrams = [scores.get("reliability") for one in results if one.recipe == recipe for scores in one.scores.values()]
     return [_pooled(column) for column in zip(*filter(None, diagrams), strict=False)]
@@ -251,7 +251,7 @@ def _pooled(bins: Sequence[Mapping[str, Any]]) -> Bin:
     return confidence, accuracy, count
 
 
-def mean_error(results: Sequence[Result], recipe: str) -> float:
+def mean_error(results: Sequence[RunResult], recipe: str) -> float:
     """The mean over runs and data sets of the expected calibration error of the diagrams, in percent."""
     scores = [one for result in results if result.recipe == recipe for one in result.scores.values()]
     errors = [one["ece_before"] if one.get("ece_after") is None else one["ece_after"] for one in scores]

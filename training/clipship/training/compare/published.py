@@ -1,7 +1,7 @@
 """Published numbers that stand beside ours: ViT-B/16 with OpenAI's weights, 16 shots, the mean over three seeds.
 
 Accuracies in percent. Only numbers that were read in a repository or a paper are here, each with where; data sets have
-the names of :data:`clipship.training.data.PUBLISHED_DATASETS`.
+the names of :data:`clipship.training.datasets.load.PUBLISHED_DATASETS`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from clipship.training.evaluate import harmonic_mean
+from clipship.training.evaluation.evaluate import harmonic_mean
 
 Pair = tuple[float, float]
 

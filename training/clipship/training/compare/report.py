@@ -9,7 +9,7 @@ from typing import Any
 from clipship.core.tables import Table
 from clipship.training.compare import published
 from clipship.training.compare.published import Published
-from clipship.training.compare.summary import AVERAGE, Curve, Row, Stat, Summary, label_of
+from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, SummaryRow, label_of
 
 FORMAT = "clipship-comparison"
 FORMAT_VERSION = 1
@@ -50,11 +50,11 @@ def _cell(stat: Stat | None) -> str:
     return NOTHING if stat is None else str(stat)
 
 
-def _cells(row: Row, *names: str) -> tuple[str, ...]:
+def _cells(row: SummaryRow, *names: str) -> tuple[str, ...]:
     return tuple(_cell(row.stats[name]) for name in names)
 
 
-def _name_of(summary: Summary, row: Row) -> str:
+def _name_of(summary: Summary, row: SummaryRow) -> str:
     """The data set, with the shots where the recipes have different ones."""
     is_mixed = len({one.shots for one in summary.results}) > 1
     return f"{row.dataset}, {row.shots} shots" if is_mixed else row.dataset
@@ -77,7 +77,7 @@ def _base_to_new_table(summary: Summary) -> Table:
     )
 
 
-def _published_base_to_new(row: Row, datasets: Sequence[str]) -> Published | None:
+def _published_base_to_new(row: SummaryRow, datasets: Sequence[str]) -> Published | None:
     if row.shots != published.SHOTS or row.synthetic_shots is not None:
         return None
     if row.dataset == AVERAGE:

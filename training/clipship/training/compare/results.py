@@ -9,7 +9,7 @@ from typing import Any
 
 from clipship.core.errors import CheckpointError, UsageError
 from clipship.core.files import read_record, write_json_atomic
-from clipship.training.compare.plan import Run, Synthetic
+from clipship.training.compare.grid import GridRun, Synthetic
 
 FORMAT = "clipship-comparison-run"
 FORMAT_VERSION = 1
@@ -19,7 +19,7 @@ _ADDED_LATER = {"synthetic_shots", "synthetic_filter"}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Result:
+class RunResult:
     """One run that ended, well or not."""
 
     recipe: str
@@ -34,7 +34,7 @@ class Result:
     synthetic_filter: bool = True
     """Whether they are those with the best scores."""
     identity: str
-    """As :class:`~clipship.training.compare.plan.Run` has it."""
+    """As :class:`~clipship.training.compare.grid.GridRun` has it."""
     error: str = ""
     """Why there are no scores; empty: there are."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -64,17 +64,17 @@ class Result:
         return f"{self.dataset} {self.recipe} {self.shots} shots{chosen} seed {self.seed}"
 
     @classmethod
-    def failed(cls, run: Run, error: str) -> Result:
+    def failed(cls, run: GridRun, error: str) -> RunResult:
         """The run has no scores because of ``error``."""
         return cls(**_names_of(run), error=" ".join(error.split()))
 
     @classmethod
-    def done(cls, run: Run, **measured: Any) -> Result:
+    def done(cls, run: GridRun, **measured: Any) -> RunResult:
         """The run has ended well."""
         return cls(**_names_of(run), config=run.config.to_json(), **measured)
 
 
-def _names_of(run: Run) -> dict[str, Any]:
+def _names_of(run: GridRun) -> dict[str, Any]:
     config = run.config
     return {
         "recipe": config.recipe,
@@ -89,17 +89,17 @@ def _names_of(run: Run) -> dict[str, Any]:
     }
 
 
-def result_path(run: Run) -> Path:
+def result_path(run: GridRun) -> Path:
     """Where the result of a run that ended well is."""
     return run.folder / RESULT
 
 
-def failure_path(run: Run) -> Path:
+def failure_path(run: GridRun) -> Path:
     """Where it is noted why the run has no result."""
     return run.folder.with_name(f"{run.folder.name}.failed.json")
 
 
-def write_result(run: Run, result: Result) -> None:
+def write_result(run: GridRun, result: RunResult) -> None:
     """Put ``result`` where it belongs; a good one takes the place of an earlier failure."""
     path = failure_path(run) if result.error else result_path(run)
     write_json_atomic(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(result)})
@@ -107,7 +107,7 @@ def write_result(run: Run, result: Result) -> None:
         failure_path(run).unlink(missing_ok=True)
 
 
-def finished_result(run: Run) -> Result | None:
+def finished_result(run: GridRun) -> RunResult | None:
     """The scores of the run if an earlier process has left them.
 
     Raises:
@@ -124,7 +124,7 @@ def finished_result(run: Run) -> Result | None:
     return result
 
 
-def read_result(path: Path) -> Result:
+def read_result(path: Path) -> RunResult:
     """The result in the file ``path``.
 
     Raises:
@@ -133,7 +133,7 @@ def read_result(path: Path) -> Result:
     advice = "delete the file, and the run is done again"
     content = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=CheckpointError, advice=advice)
     given = {name: value for name, value in content.items() if name not in ("format", "format_version")}
-    odd = sorted((set(given) ^ {one.name for one in fields(Result)}) - _ADDED_LATER)
+    odd = sorted((set(given) ^ {one.name for one in fields(RunResult)}) - _ADDED_LATER)
     if odd:
         raise CheckpointError(f"{path}: {odd[0]} is missing or unknown: {advice}")
-    return Result(**given)
+    return RunResult(**given)

@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
-from clipship.training.compare.plan import OWN, Synthetic
-from clipship.training.compare.results import Result
-from clipship.training.evaluate import harmonic_mean
+from clipship.training.compare.grid import OWN, Synthetic
+from clipship.training.compare.results import RunResult
+from clipship.training.evaluation.evaluate import harmonic_mean
 
 AVERAGE = "average"
 ACCURACIES = ("base", "new", "open_base", "open_new", "all", "seen", "unseen", "ece_before", "ece_after")
@@ -36,7 +36,7 @@ class Variant(NamedTuple):
     synthetic: Synthetic = OWN
 
 
-def variant_of(result: Result) -> Variant:
+def variant_of(result: RunResult) -> Variant:
     """The variant that a run is of."""
     return Variant(result.recipe, result.shots, result.synthetic)
 
@@ -55,7 +55,7 @@ class Stat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class SummaryRow:
     """What one recipe reaches on one data set, or on average."""
 
     dataset: str
@@ -81,12 +81,12 @@ def label_of(recipe: str, synthetic: Synthetic) -> str:
     return recipe if synthetic.shots is None else f"{recipe}, {synthetic}"
 
 
-def row_of(dataset: str, recipe: str, shots: int, seeds: Sequence[Numbers], synthetic: Synthetic = OWN) -> Row:
+def row_of(dataset: str, recipe: str, shots: int, seeds: Sequence[Numbers], synthetic: Synthetic = OWN) -> SummaryRow:
     """The means over ``seeds``; a number that one seed lacks has none."""
     stats = {name: _stat([one.get(name) for one in seeds]) for name in ACCURACIES}
     for name, (first, second) in HARMONIC.items():
         stats[name] = _harmonic_stat(stats[first], stats[second], seeds, name)
-    return Row(
+    return SummaryRow(
         dataset=dataset,
         recipe=recipe,
         shots=shots,
@@ -115,7 +115,7 @@ def _harmonic_stat(first: Stat | None, second: Stat | None, seeds: Sequence[Numb
     )
 
 
-def scores_of(results: Iterable[Result], wanted: Variant, target: str, source: str) -> dict[int, Numbers]:
+def scores_of(results: Iterable[RunResult], wanted: Variant, target: str, source: str) -> dict[int, Numbers]:
     """By seed: the scores on ``target`` of the runs that learned from ``source``."""
     return {
         one.seed: one.scores[target]
@@ -161,7 +161,7 @@ class Summary:
     recipes: tuple[str, ...]
     datasets: tuple[str, ...]
     """Names in the order they were given; for cross-dataset the source is first."""
-    results: tuple[Result, ...]
+    results: tuple[RunResult, ...]
 
     @property
     def source(self) -> str | None:
@@ -182,20 +182,20 @@ class Summary:
         found = {variant_of(one) for one in self.results if one.recipe in self.recipes}
         return sorted(found, key=lambda one: (self.recipes.index(one.recipe), one.shots, _place(one.synthetic)))
 
-    def row(self, dataset: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> Row:
+    def row(self, dataset: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> SummaryRow:
         """The means over the seeds on one data set."""
         seeds = self._scores(dataset, Variant(recipe, shots, synthetic))
         return row_of(dataset, recipe, shots, [*seeds.values()], synthetic)
 
     def average(
         self, recipe: str, shots: int, datasets: Sequence[str] | None = None, synthetic: Synthetic = OWN
-    ) -> Row:
+    ) -> SummaryRow:
         """The means over the seeds of the averages over ``datasets`` (default: all targets)."""
         names = self.targets if datasets is None else datasets
         each = [self._scores(name, Variant(recipe, shots, synthetic)) for name in names]
         return row_of(AVERAGE, recipe, shots, averaged(each), synthetic)
 
-    def rows_of(self, datasets: Sequence[str], averaged_over: Sequence[str]) -> list[Row]:
+    def rows_of(self, datasets: Sequence[str], averaged_over: Sequence[str]) -> list[SummaryRow]:
         """The rows of every variant on each of ``datasets``, then the averages over several."""
         each = [self.row(name, *variant) for name in datasets for variant in self.variants()]
         if len(averaged_over) < 2:
@@ -205,7 +205,7 @@ class Summary:
             *(self.average(recipe, shots, averaged_over, chosen) for recipe, shots, chosen in self.variants()),
         ]
 
-    def rows(self) -> list[Row]:
+    def rows(self) -> list[SummaryRow]:
         """Every row, averages last."""
         return self.rows_of(self.datasets, self.targets)
 

@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 
 from clipship.core.errors import ClipshipError
 from clipship.core.progress import log, progress
-from clipship.training.compare.plan import FEATURES, Run
-from clipship.training.compare.results import Result, write_result
+from clipship.training.compare.grid import FEATURES, GridRun
+from clipship.training.compare.results import RunResult, write_result
 
 if TYPE_CHECKING:
     from clipship.training.checkpoint import Checkpoint
-    from clipship.training.clip import Clip
-    from clipship.training.data import Dataset
+    from clipship.training.datasets.load import Dataset
     from clipship.training.methods import Method
+    from clipship.training.model.clip import Clip
 
 FAILURES = (ClipshipError, OSError, RuntimeError, ImportError, MemoryError)
 """What ends a run and not the comparison: a bad image, a full disk, a GPU without memory. Our own mistakes are none."""
@@ -40,23 +40,23 @@ class Worker:
 
     device: str | None = None
     loader_workers: int = 0
-    """Processes that prepare images."""
+    """Distributed that prepare images."""
     _clips: dict[str, Clip] = field(default_factory=dict)
     _datasets: dict[Path, Dataset] = field(default_factory=dict)
 
-    def result_of(self, run: Run) -> Result:
+    def result_of(self, run: GridRun) -> RunResult:
         """Do ``run``, go on with it or find it done, and write its result; a failure is a result too."""
         try:
             result = self._measured(run)
         except FAILURES as error:
-            result = Result.failed(run, f"{error}" or type(error).__name__)
+            result = RunResult.failed(run, f"{error}" or type(error).__name__)
         write_result(run, result)
         return result
 
-    def _measured(self, run: Run) -> Result:
+    def _measured(self, run: GridRun) -> RunResult:
         from clipship.training.checkpoint import method_from_checkpoint, save_scores
-        from clipship.training.cli import synthetic_set_for
-        from clipship.training.loop import RunOptions, train
+        from clipship.training.inputs.synthetic import synthetic_set_for
+        from clipship.training.loop.loop import RunOptions, train
 
         started_s, resumed = time.perf_counter(), run.folder.exists()
         clip = self._clip(run.config.base_model)
@@ -76,7 +76,7 @@ class Worker:
             if found is not None:
                 scores[dataset.record.name] = found
                 save_scores(run.folder, dataset.record.name, found)
-        return Result.done(
+        return RunResult.done(
             run,
             scores=scores,
             losses=[dict(one) for one in checkpoint.losses],
@@ -88,7 +88,7 @@ class Worker:
         )
 
     def _clip(self, name: str) -> Clip:
-        from clipship.training.clip import default_device, load_clip
+        from clipship.training.model.clip import default_device, load_clip
 
         if name not in self._clips:
             self._clips.clear()  # one model at a time: runs of one model follow each other
@@ -96,7 +96,7 @@ class Worker:
         return self._clips[name]
 
     def _dataset(self, path: Path) -> Dataset:
-        from clipship.training.data import load_dataset
+        from clipship.training.datasets.load import load_dataset
 
         if path not in self._datasets:
             self._datasets[path] = load_dataset(path)
@@ -105,7 +105,7 @@ class Worker:
 
 def _scores(method: Method, dataset: Dataset, checkpoint: Checkpoint, cache: Path) -> dict[str, Any] | None:
     """None where the method knows no other classes than those it has seen images of, and the data set has some."""
-    from clipship.training.evaluate import evaluate
+    from clipship.training.evaluation.evaluate import evaluate
 
     is_other = dataset.record.name != checkpoint.dataset
     if is_other and method.closed_vocabulary and not set(dataset.class_names) <= set(method.task.base_names):
@@ -120,7 +120,7 @@ def _scores(method: Method, dataset: Dataset, checkpoint: Checkpoint, cache: Pat
     ).to_json()
 
 
-def do_runs(runs: Sequence[Run], *, jobs: int, device: str | None, loader_workers: int) -> Iterator[Result]:
+def do_runs(runs: Sequence[GridRun], *, jobs: int, device: str | None, loader_workers: int) -> Iterator[RunResult]:
     """The results of ``runs`` as they end, ``jobs`` at the same time, with a line for each.
 
     One after the other they show bars of their own; several at a time have one together.
@@ -149,10 +149,10 @@ class _Process:
 
     process: BaseProcess
     pipe: Connection
-    run: Run
+    run: GridRun
 
 
-def _from_processes(runs: Sequence[Run], jobs: int, device: str | None, loader_workers: int) -> Iterator[Result]:
+def _from_processes(runs: Sequence[GridRun], jobs: int, device: str | None, loader_workers: int) -> Iterator[RunResult]:
     """The results of ``jobs`` processes; one that dies loses its run and no other."""
     waiting = list(runs)
     busy: list[_Process] = []
@@ -171,7 +171,7 @@ def _from_processes(runs: Sequence[Run], jobs: int, device: str | None, loader_w
                 if result is None:
                     busy.remove(one)
                     one.process.join()
-                    result = Result.failed(one.run, f"its process ended with exit code {one.process.exitcode}")
+                    result = RunResult.failed(one.run, f"its process ended with exit code {one.process.exitcode}")
                     write_result(one.run, result)
                     if waiting:
                         start(len(busy))
@@ -199,7 +199,7 @@ def _target_device(device: str | None, number: int) -> str | None:
     return f"cuda:{number % gpus}" if gpus > 1 else None
 
 
-def _started(run: Run, device: str | None, loader_workers: int, jobs: int) -> _Process:
+def _started(run: GridRun, device: str | None, loader_workers: int, jobs: int) -> _Process:
     context = get_context("spawn")  # forking a process in which torch runs threads can deadlock
     ours, theirs = context.Pipe()
     threads = max(1, len(os.sched_getaffinity(0)) // jobs)
@@ -211,10 +211,10 @@ def _started(run: Run, device: str | None, loader_workers: int, jobs: int) -> _P
     return _Process(process=process, pipe=ours, run=run)
 
 
-def _received(one: _Process) -> Result | None:
+def _received(one: _Process) -> RunResult | None:
     """What the process sends, None if it has died."""
     try:
-        result: Result = one.pipe.recv()
+        result: RunResult = one.pipe.recv()
     except (EOFError, ConnectionError):
         return None
     return result
@@ -231,7 +231,7 @@ def _serve(pipe: Connection, device: str | None, loader_workers: int, threads: i
     worker = Worker(device=device, loader_workers=loader_workers)
     while True:
         try:
-            run: Run = pipe.recv()
+            run: GridRun = pipe.recv()
         except EOFError:
             return
         pipe.send(worker.result_of(run))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from clipship.core.errors import DataError
-from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, check_images, dataset_from_rows, lines_of
+from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, dataset_from_rows, lines_of, validate_images
 
 
 def read_aircraft(folder: Path, record: DatasetRecord) -> Dataset:
@@ -20,7 +20,7 @@ def read_aircraft(folder: Path, record: DatasetRecord) -> Dataset:
     images = folder / record.image_dir
     rows = {split: _rows(folder / f"images_variant_{split}.txt", images, names, record) for split in SPLITS}
     dataset = dataset_from_rows(folder / "variants.txt", record, rows, names)
-    return check_images(dataset, folder, "images_variant_{train,val,test}.txt")
+    return validate_images(dataset, folder, "images_variant_{train,val,test}.txt")
 
 
 def _rows(path: Path, images: Path, names: list[str], record: DatasetRecord) -> list[tuple[Path, str]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipship.core.errors import DataError
-from clipship.core.images import IMAGE_SUFFIXES
+from clipship.core.images.decoding import IMAGE_SUFFIXES
 from clipship.core.vocabulary import DEFAULT_TEMPLATES
 from clipship.training.methods.base import Task
 
@@ -53,7 +53,7 @@ class DatasetRecord:
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class LabelledImage:
     """One labelled image."""
 
     path: Path
@@ -70,10 +70,10 @@ class Dataset:
     """
 
     record: DatasetRecord
-    train: tuple[Item, ...]
+    train: tuple[LabelledImage, ...]
     """Empty where a data set is for testing only."""
-    val: tuple[Item, ...]
-    test: tuple[Item, ...]
+    val: tuple[LabelledImage, ...]
+    test: tuple[LabelledImage, ...]
     class_names: tuple[str, ...]
     """In the order of the labels, underscores as on disk."""
     base_classes: int | None = None
@@ -104,10 +104,10 @@ class Dataset:
         sizes = {split: len(self.items(split)) for split in SPLITS}
         return Counts(classes=len(self.class_names), base=self.num_base, **sizes)
 
-    def items(self, split: str) -> tuple[Item, ...]:
+    def items(self, split: str) -> tuple[LabelledImage, ...]:
         """The items of "train", "val" or "test"."""
         assert split in SPLITS
-        found: tuple[Item, ...] = getattr(self, split)
+        found: tuple[LabelledImage, ...] = getattr(self, split)
         return found
 
 
@@ -124,15 +124,17 @@ def dataset_from_rows(where: Path, record: DatasetRecord, rows: Rows, class_name
     """Number the classes in the order of ``class_names``; ``where`` is named in errors.
 
     Raises:
-        DataError: as :func:`check_class_names`.
+        DataError: as :func:`validate_class_names`.
     """
-    check_class_names(where, class_names)
+    validate_class_names(where, class_names)
     labels = {name: label for label, name in enumerate(class_names)}
-    train, val, test = (tuple(Item(path, labels[name], name) for path, name in rows.get(one, ())) for one in SPLITS)
+    train, val, test = (
+        tuple(LabelledImage(path, labels[name], name) for path, name in rows.get(one, ())) for one in SPLITS
+    )
     return Dataset(record=record, train=train, val=val, test=test, class_names=tuple(class_names))
 
 
-def check_class_names(where: Path, names: Sequence[str]) -> None:
+def validate_class_names(where: Path, names: Sequence[str]) -> None:
     """Refuse what no classifier can be made of.
 
     Raises:
@@ -206,7 +208,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
     return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
 
 
-def check_images(dataset: Dataset, folder: Path, listing: str) -> Dataset:
+def validate_images(dataset: Dataset, folder: Path, listing: str) -> Dataset:
     """``dataset``, whose images are named by the file ``listing`` in ``folder`` and were not seen yet.
 
     Raises:

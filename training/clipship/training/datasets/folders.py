@@ -8,7 +8,7 @@ from pathlib import Path
 
 from clipship.core.errors import DataError
 from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, dataset_from_rows, folders_in, images_in
-from clipship.training.synthetic import TABLE_FILE, UNFINISHED_FILE
+from clipship.training.synthetic_set import TABLE_FILE, UNFINISHED_FILE
 
 SPLIT_SEED = 1
 """Of the split that data without one get; part of what a run has learned from, so never to change."""
@@ -27,7 +27,7 @@ def read_tree(folder: Path, record: DatasetRecord) -> Dataset:
     if not set(names) & {"train", "test"}:
         rows = split_rows(_rows(folder, names))
         return dataset_from_rows(folder, record, rows, names)
-    _check_splits(folder, names)
+    _validate_splits(folder, names)
     given = {split: _rows(folder / split, folders_in(folder / split)) for split in names}
     classes = sorted({name for rows in given.values() for _, name in rows})
     return dataset_from_rows(folder, record, given, classes)
@@ -39,7 +39,7 @@ def _class_folders(folder: Path) -> list[str]:
     return [name for name in folders_in(folder) if not any((folder / name / sign).is_file() for sign in signs)]
 
 
-def _check_splits(folder: Path, names: Iterable[str]) -> None:
+def _validate_splits(folder: Path, names: Iterable[str]) -> None:
     others = sorted(set(names) - set(SPLITS))
     if others:
         raise DataError(f"{folder}: folder {others[0]!r} is beside train or test: give either splits or class folders")

@@ -20,7 +20,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import DataError, MissingExtraError
-from clipship.training.datasets.base import Dataset, DatasetRecord, Item, check_class_names, check_images, needed
+from clipship.training.datasets.base import (
+    Dataset,
+    DatasetRecord,
+    LabelledImage,
+    needed,
+    validate_class_names,
+    validate_images,
+)
 
 SPLIT_FILE = "att_splits.mat"
 IMAGE_FILE = "res101.mat"
@@ -54,7 +61,7 @@ def read_gzsl(folder: Path, record: DatasetRecord) -> Dataset:
     files = _files_in(folder, record)
     order, num_seen = _class_order(folder, files)
     class_names = tuple(files.names[label] for label in order)
-    check_class_names(folder / SPLIT_FILE, class_names)
+    validate_class_names(folder / SPLIT_FILE, class_names)
     train, test_seen, test_unseen = (_items(files, one, order) for one in files.lists)
     dataset = Dataset(
         record=record,
@@ -65,7 +72,7 @@ def read_gzsl(folder: Path, record: DatasetRecord) -> Dataset:
         base_classes=num_seen,
         generalised=True,
     )
-    return check_images(dataset, folder, IMAGE_FILE)
+    return validate_images(dataset, folder, IMAGE_FILE)
 
 
 def clean_class_name(name: str) -> str:
@@ -83,14 +90,14 @@ def _files_in(folder: Path, record: DatasetRecord) -> _Files:
     if len(labels) != len(paths):
         raise DataError(f"{image_path}: {len(paths)} image_files but {len(labels)} labels: get it again")
     lists = tuple(_positions(split_path, name, splits[name], len(paths)) for name in _LISTS)
-    _check_lists(split_path, lists)
+    _validate_lists(split_path, lists)
     return _Files(names=names, paths=paths, labels=labels, lists=lists)
 
 
-def _items(files: _Files, positions: Positions, order: Sequence[int]) -> tuple[Item, ...]:
+def _items(files: _Files, positions: Positions, order: Sequence[int]) -> tuple[LabelledImage, ...]:
     new_labels = {old: new for new, old in enumerate(order)}
     labelled = ((files.paths[position], int(files.labels[position])) for position in positions)
-    return tuple(Item(path, new_labels[label], files.names[label]) for path, label in labelled)
+    return tuple(LabelledImage(path, new_labels[label], files.names[label]) for path, label in labelled)
 
 
 def _variables(path: Path, names: Sequence[str], record: DatasetRecord) -> dict[str, Any]:
@@ -135,7 +142,7 @@ def _image_path(image_path: Path, record: DatasetRecord, text: str) -> Path:
     return image_path.parent / record.image_dir / relative
 
 
-def _check_lists(split_path: Path, lists: Sequence[Positions]) -> None:
+def _validate_lists(split_path: Path, lists: Sequence[Positions]) -> None:
     images, times = np.unique(np.concatenate(lists), return_counts=True)
     if len(images) and times.max() > 1:
         twice = int(images[times.argmax()]) + 1

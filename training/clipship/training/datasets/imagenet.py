@@ -15,7 +15,15 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from clipship.core.errors import DataError
-from clipship.training.datasets.base import Dataset, DatasetRecord, Item, folders_in, images_in, lines_of, needed
+from clipship.training.datasets.base import (
+    Dataset,
+    DatasetRecord,
+    LabelledImage,
+    folders_in,
+    images_in,
+    lines_of,
+    needed,
+)
 
 CLASS_NAMES = "classnames.txt"
 
@@ -57,7 +65,7 @@ def read_imagenet_part(folder: Path, record: DatasetRecord) -> Dataset:
     """
     known, images = _known_classes(folder, record), needed(folder / record.image_dir, record)
     wnids = folders_in(images)
-    _check_folders(images, wnids, known)
+    _validate_folders(images, wnids, known)
     return _test_only(folder, record, {wnid: known[wnid] for wnid in wnids})
 
 
@@ -89,19 +97,19 @@ def _known_classes(folder: Path, record: DatasetRecord) -> dict[str, str]:
     return classes
 
 
-def _items(images: Path, classes: Classes, record: DatasetRecord) -> tuple[Item, ...]:
+def _items(images: Path, classes: Classes, record: DatasetRecord) -> tuple[LabelledImage, ...]:
     """The images of all ``classes``, numbered in their order; nothing that was listed is asked for again."""
-    _check_folders(images, folders_in(needed(images, record)), classes)
+    _validate_folders(images, folders_in(needed(images, record)), classes)
     if len(classes) < 2:
         raise DataError(f"{images}: {len(classes)} classes: there must be at least 2")
     return tuple(
-        Item(path, label, name)
+        LabelledImage(path, label, name)
         for label, (folder, name) in enumerate(classes.items())
         for path in images_in(needed(images / folder, record))
     )
 
 
-def _check_folders(images: Path, folders: Iterable[str], known: Classes) -> None:
+def _validate_folders(images: Path, folders: Iterable[str], known: Classes) -> None:
     unknown = [name for name in folders if name not in known]
     if unknown:
         raise DataError(f"{images / unknown[0]} has no line in {CLASS_NAMES}: remove the folder or add the line")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, check_images, dataset_from_rows
+from clipship.training.datasets.base import SPLITS, Dataset, DatasetRecord, dataset_from_rows, validate_images
 from clipship.training.datasets.folders import split_rows
 
 LIST_SUFFIXES = (".csv", ".parquet")
@@ -28,11 +28,11 @@ def read_list(path: Path, record: DatasetRecord) -> Dataset:
         is not there; rows are counted from 1, without the header.
     """
     rows = _rows(path)
-    _check_rows(path, rows)
+    _validate_rows(path, rows)
     items = [(path.parent / row[0], row[1]) for row in rows]
     has_split = bool(rows) and len(rows[0]) > len(_NEEDED)
     given = _by_split(rows, items) if has_split else split_rows(items)
-    return check_images(
+    return validate_images(
         dataset_from_rows(path, record, given, sorted({name for _, name in items})), path.parent, path.name
     )
 
@@ -80,7 +80,7 @@ def _table(path: Path) -> Any:
     return csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=types, strings_can_be_null=False))
 
 
-def _check_rows(path: Path, rows: list[Row]) -> None:
+def _validate_rows(path: Path, rows: list[Row]) -> None:
     first_row: dict[str, int] = {}
     for number, row in enumerate(rows, start=1):
         for column, cell in zip(_TEXT_COLUMNS, row, strict=False):

@@ -12,10 +12,10 @@ from clipship.training.datasets.base import (
     SPLITS,
     Dataset,
     DatasetRecord,
-    Item,
-    check_class_names,
-    check_images,
+    LabelledImage,
     needed,
+    validate_class_names,
+    validate_images,
 )
 
 
@@ -26,7 +26,7 @@ def read_split_file(folder: Path, record: DatasetRecord) -> Dataset:
         DataError: the split file is missing, as :func:`read_split`, or images that are not there.
     """
     split_path = needed(folder / record.split_file, record)
-    return check_images(read_split(split_path, record), folder, record.split_file)
+    return validate_images(read_split(split_path, record), folder, record.split_file)
 
 
 def read_split(split_path: Path, record: DatasetRecord) -> Dataset:
@@ -50,16 +50,16 @@ def read_split(split_path: Path, record: DatasetRecord) -> Dataset:
     return Dataset(record=record, train=train, val=val, test=test, class_names=names)
 
 
-def _item_from_entry(split_path: Path, split: str, images: Path, entry: Any) -> Item:
+def _item_from_entry(split_path: Path, split: str, images: Path, entry: Any) -> LabelledImage:
     match entry:
         case [str(path), int(label), str(name)] if path and label >= 0 and name.strip():
-            return Item(images / path, label, name)
+            return LabelledImage(images / path, label, name)
     raise DataError(
         f"{split_path}: {split} holds {str(entry)[:80]}: each entry must be [path, label from 0, class name]"
     )
 
 
-def _class_names_of(split_path: Path, items: Sequence[Item]) -> tuple[str, ...]:
+def _class_names_of(split_path: Path, items: Sequence[LabelledImage]) -> tuple[str, ...]:
     names: dict[int, str] = {}
     for item in items:
         if names.setdefault(item.label, item.class_name) != item.class_name:
@@ -73,5 +73,5 @@ def _class_names_of(split_path: Path, items: Sequence[Item]) -> tuple[str, ...]:
             "they must be 0, 1, 2, ... without gaps"
         )
     ordered = tuple(names[label] for label in range(len(names)))
-    check_class_names(split_path, ordered)
+    validate_class_names(split_path, ordered)
     return ordered

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from clipship.core.errors import RecipeError, near
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Batch, FeatureGenerator, Method, Samples, Source, Task
+from clipship.training.methods.base import Batch, FeatureGenerator, FeatureSamples, Method, Source, Task
 from clipship.training.methods.clip_adapter import ClipAdapter
 from clipship.training.methods.cocoop import CoCoOp
 from clipship.training.methods.coop import CoOp
@@ -20,6 +19,7 @@ from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.methods.tip_adapter import TipAdapter, TipAdapterF
 from clipship.training.methods.vpt import Vpt
 from clipship.training.methods.zero_shot import ZeroShot
+from clipship.training.model.clip import Clip
 
 _METHODS: tuple[type[Method], ...] = (
     *(ZeroShot, CoOp, CoCoOp, KgCoOp),
@@ -54,8 +54,8 @@ __all__ = [
     "Batch",
     "CoOp",
     "FeatureGenerator",
+    "FeatureSamples",
     "Method",
-    "Samples",
     "Source",
     "SyncClip",
     "Task",

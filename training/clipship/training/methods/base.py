@@ -17,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.vocabulary import prompt_of
-from clipship.training import prompts
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import cross_entropy, raised
+from clipship.training.model import prompts
+from clipship.training.model.clip import Clip
 
 Classify = Callable[[Tensor], Tensor]
 """Unit image features [N, D] -> logits [N, C]."""
@@ -139,7 +139,7 @@ _TENSORS = (*_IMAGES, "seen_rows", "features", "unseen_labels", "generated", "ge
 
 
 @dataclass(frozen=True, kw_only=True)
-class Samples:
+class FeatureSamples:
     """Unit features [N, D] of the frozen image tower, and their labels [N] into the task's classes."""
 
     features: Tensor
@@ -149,13 +149,13 @@ class Samples:
 class Source(Protocol):
     """What a method can ask for before its first step and after its last one."""
 
-    def train(self, views: int) -> Samples:
+    def train(self, views: int) -> FeatureSamples:
         """The few-shot images of the learned classes: the renormalised mean over ``views`` augmented views of each."""
 
-    def validation(self) -> Samples:
+    def validation(self) -> FeatureSamples:
         """The few-shot validation images of the learned classes, as at test time; may be empty (N = 0)."""
 
-    def generated(self, per_class: int) -> Samples | None:
+    def generated(self, per_class: int) -> FeatureSamples | None:
         """Generated features of the classes without images; None where the run has no generator."""
 
 

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipship.core.errors import RecipeError
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import raised
 from clipship.training.methods.base import Method, Task
 from clipship.training.methods.layers import uniform
+from clipship.training.model.clip import Clip
 
 
 class ClipAdapter(Method):

@@ -13,12 +13,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clipship.core.errors import RecipeError, UsageError
-from clipship.training import prompts
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Classify, Task
 from clipship.training.methods.layers import linear
 from clipship.training.methods.prompted import LearnedContext
+from clipship.training.model import prompts
+from clipship.training.model.clip import Clip
 
 
 class CoCoOp(LearnedContext):

@@ -15,7 +15,7 @@ from clipship.training.losses import classification_loss
 from clipship.training.methods.base import Batch
 from clipship.training.methods.ivlp import Ivlp
 from clipship.training.methods.prompted import synthetic_losses
-from clipship.training.prompts import image_features
+from clipship.training.model.prompts import image_features
 
 
 class IvlpSynthetic(Ivlp):

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import cosine_distance, cross_entropy
 from clipship.training.methods.base import Batch, Task
 from clipship.training.methods.prompted import LearnedContext
 from clipship.training.methods.reference import Reference
+from clipship.training.model.clip import Clip
 
 
 class KgCoOp(LearnedContext):

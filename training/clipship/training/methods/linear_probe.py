@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.errors import DataError, near
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Classify, Method, Task
+from clipship.training.model.clip import Clip
 
 
 class LinearProbe(Method):

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from clipship.core.errors import RecipeError
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
 from clipship.training.methods.layers import uniform
 from clipship.training.methods.prompted import LearnedContext, PromptedImages
-from clipship.training.prompts import check_depth
+from clipship.training.model.clip import Clip
+from clipship.training.model.prompts import validate_depth
 
 
 class Maple(PromptedImages, LearnedContext):
@@ -31,7 +31,7 @@ class Maple(PromptedImages, LearnedContext):
                 f"recipe {config.recipe}: image_tokens={config.image_tokens}: maple makes its image prompts from the "
                 "text's: leave image_tokens and image_depth at 0"
             )
-        check_depth(clip, image_depth=config.text_depth, text_depth=config.text_depth)
+        validate_depth(clip, image_depth=config.text_depth, text_depth=config.text_depth)
         super().__init__(clip, config, task)
 
     def draw(self, generator: torch.Generator) -> None:

@@ -10,11 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from clipship.core.errors import RecipeError
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import classification_loss, raised
 from clipship.training.methods.base import Batch, Method, Task
-from clipship.training.prompts import check_depth, context_prompts, image_features, placeholder_template, random_prompts
+from clipship.training.model.clip import Clip
+from clipship.training.model.prompts import (
+    context_prompts,
+    image_features,
+    placeholder_template,
+    random_prompts,
+    validate_depth,
+)
 
 
 class LearnedContext(Method):
@@ -25,7 +31,7 @@ class LearnedContext(Method):
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        check_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
+        validate_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
         generator = torch.Generator().manual_seed(config.seed)
         words = config.context_init.split()
         learned, fixed = words[: config.text_tokens], words[config.text_tokens :]
@@ -58,7 +64,7 @@ class PromptedImages(Method):
             raise RecipeError(
                 f"recipe {config.recipe}: {self.name} learns image prompts: set image_tokens and image_depth"
             )
-        check_depth(self.clip, image_depth=config.image_depth, text_depth=0)
+        validate_depth(self.clip, image_depth=config.image_depth, text_depth=0)
         return random_prompts(config.image_depth, config.image_tokens, self.clip.image_width, generator)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import absolute_distance, cross_entropy, divergence
 from clipship.training.methods.base import Batch, Task
 from clipship.training.methods.ivlp import Ivlp
 from clipship.training.methods.reference import Reference
-from clipship.training.prompts import image_features
+from clipship.training.model.clip import Clip
+from clipship.training.model.prompts import image_features
 
 
 class PromptSrc(Ivlp):

@@ -11,10 +11,10 @@ from dataclasses import replace
 from torch import Tensor
 from torch.nn import functional
 
-from clipship.training import prompts
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Method, Task
+from clipship.training.model import prompts
+from clipship.training.model.clip import Clip
 
 
 class Reference(Method):

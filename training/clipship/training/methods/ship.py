@@ -18,12 +18,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clipship.core.progress import log
-from clipship.training import prompts
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.losses import raised
 from clipship.training.methods.base import Batch, Method, Source, Task
 from clipship.training.methods.layers import normal_linear
+from clipship.training.model import prompts
+from clipship.training.model.clip import Clip
 
 COLLAPSED_NATS = math.log(2)
 """The divergence bounds what the latent can tell about an image; below one bit it cannot tell two images apart."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from clipship.training.losses import alignment_loss, classification_loss
 from clipship.training.methods.base import Batch
 from clipship.training.methods.prompted import LearnedContext, PromptedImages, synthetic_losses
-from clipship.training.prompts import image_features, random_prompts
+from clipship.training.model.prompts import image_features, random_prompts
 
 
 class SyncClip(PromptedImages, LearnedContext):

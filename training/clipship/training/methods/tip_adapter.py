@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.errors import DataError, RecipeError
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Classify, Method, Samples, Source, Task
+from clipship.training.methods.base import Classify, FeatureSamples, Method, Source, Task
+from clipship.training.model.clip import Clip
 
 ALPHAS = tuple(0.1 + step * (3 - 0.1) / 20 for step in range(20))
 BETAS = tuple(0.1 + step * (7 - 0.1) / 200 for step in range(200))
@@ -124,7 +124,7 @@ class TipAdapter(Method):
         return torch.exp(-beta * (1 - affinity_NK)) @ one_hot_KC
 
     @torch.no_grad()
-    def _best_weights(self, samples: Samples) -> tuple[float, float, float]:
+    def _best_weights(self, samples: FeatureSamples) -> tuple[float, float, float]:
         """alpha, beta and their accuracy in percent; of equal ones the smallest alpha, then the smallest beta."""
         features, labels = samples.features.to(self.keys), samples.labels.to(self.keys.device)
         names = self.task.base_names if self.config.generator is None else self.task.class_names

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from clipship.training.clip import Clip
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
 from clipship.training.methods.prompted import PromptedImages
+from clipship.training.model.clip import Clip
 
 
 class Vpt(PromptedImages):

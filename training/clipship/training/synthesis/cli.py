@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipship.core.cli import emit, json_option, option_group
+from clipship.core.cli.main import emit, json_option, option_group
 from clipship.core.errors import UsageError
 
 if TYPE_CHECKING:
+    from clipship.training.synthesis.class_prompts import Subjects
     from clipship.training.synthesis.config import SynthesisConfig
-    from clipship.training.synthesis.subjects import Subjects
-    from clipship.training.synthetic import SyntheticSet
+    from clipship.training.synthetic_set import SyntheticSet
 
 _FILE = click.Path(path_type=Path)
 
@@ -72,12 +72,12 @@ def synthesize(recipe: str, classes: Path, out: Path, device: str | None, as_jso
 
     Example: clipship synthesize tiny --classes world/prints --out world/prints/synthetic
     """
-    from clipship.training.cli import checked_device, needs_training
+    from clipship.training.requirements import needs_training, validated_device
 
     with needs_training():
         from clipship.training.synthesis.run import synthesize as run
     config, subjects = _asked_for(recipe, classes, given)
-    made = run(config, subjects, out=out, device=checked_device(device))
+    made = run(config, subjects, out=out, device=validated_device(device))
     if made is not None:
         result = summary(made)
         kept, total = result["kept"], result["candidates"]
@@ -87,8 +87,14 @@ def synthesize(recipe: str, classes: Path, out: Path, device: str | None, as_jso
 
 def _asked_for(recipe: str, classes: Path, given: dict[str, Any]) -> tuple[SynthesisConfig, Subjects]:
     """The recipe with what the options change, and what is to be shown."""
+    from clipship.training.synthesis.class_prompts import (
+        captions_of,
+        contexts_of,
+        subjects_of,
+        vocabulary_of,
+        with_images,
+    )
     from clipship.training.synthesis.recipes import synthesis_config
-    from clipship.training.synthesis.subjects import captions_of, contexts_of, subjects_of, vocabulary_of, with_images
 
     config = synthesis_config(recipe)
     contexts, captions, images = given.pop("context_file"), given.pop("prompt_file"), given.pop("images")

@@ -12,7 +12,7 @@ PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 FILTERS = ("similarity", "class", "none")
 IMAGE_FORMATS = ("webp", "jpeg")
 MAX_TRIES = 16
-"""Seeds that one candidate has room for; see :func:`clipship.training.synthesis.plan.seed_of`."""
+"""Seeds that one candidate has room for; see :func:`clipship.training.synthesis.candidates.seed_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +62,7 @@ class SynthesisConfig:
     batch_size: int = 8
     """Images made at once."""
     scorer: str = "ViT-B-16/openai"
-    """The CLIP that scores, as :func:`clipship.training.clip.load_clip` takes it."""
+    """The CLIP that scores, as :func:`clipship.training.model.clip.load_clip` takes it."""
     filter: str = "similarity"
     """Keep the best by "similarity" to the class, of those that CLIP takes for their "class", or the first ("none")."""
     duplicates: float = 0.98

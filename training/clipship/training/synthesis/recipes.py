@@ -10,11 +10,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from clipship.core.errors import RecipeError, near
-from clipship.training.clip import TINY
+from clipship.training.model.builtin import TINY, TINY_DIFFUSION
 from clipship.training.synthesis.config import SynthesisConfig
 
-TINY_PIPELINE = "clipship-tiny-diffusion"
-"""The text-to-image pipeline that comes with the package."""
+TINY_STEPS, TINY_GUIDANCE = 20, 3.0
+"""Denoising steps and classifier-free guidance (arXiv 2207.12598) of the built-in pipeline."""
 
 SD_1_4 = "CompVis/stable-diffusion-v1-4"
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -31,13 +31,11 @@ SynthesisRecipe = Callable[[], SynthesisConfig]
 
 def tiny() -> SynthesisConfig:
     """The built-in pipeline and the built-in CLIP: 64 px, nothing to download."""
-    from clipship.training.world.diffusion.pipeline import GUIDANCE, STEPS
-
     return SynthesisConfig(
         recipe="tiny",
-        pipeline=TINY_PIPELINE,
-        steps=STEPS,
-        guidance=GUIDANCE,
+        pipeline=TINY_DIFFUSION,
+        steps=TINY_STEPS,
+        guidance=TINY_GUIDANCE,
         candidates=24,
         keep=16,
         scorer=TINY,

@@ -7,13 +7,13 @@ from dataclasses import fields, replace
 from PIL import Image
 
 from clipship.core.errors import DataError
-from clipship.training.processes import Processes
+from clipship.training.distributed import Distributed
+from clipship.training.synthesis.candidates import Candidate
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.engine import Engine
-from clipship.training.synthesis.folders import pipeline_folder
-from clipship.training.synthesis.plan import Candidate
+from clipship.training.synthesis.image_generator import ImageGenerator
+from clipship.training.synthesis.pipelines import pipeline_folder
 from clipship.training.synthesis.workspace import KIND
-from clipship.training.synthetic import SyntheticImage, SyntheticSet
+from clipship.training.synthetic_set import SyntheticImage, SyntheticSet
 
 
 def remake(
@@ -43,7 +43,7 @@ def remake(
             f"was {str(image.revision)[:12]}): give the one that did"
         )
     batch = [one for one in synthetic.images if one.batch == image.batch]
-    engine = Engine(folder, config, Processes(device).device)
+    engine = ImageGenerator(folder, config, Distributed(device).device)
     made = engine.make([_candidate(place, one) for place, one in enumerate(batch)])[batch.index(image)]
     if made.image is None:
         raise DataError(f"{image.path}: {made.reason}: there is no image to make again")

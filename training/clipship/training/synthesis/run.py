@@ -20,16 +20,16 @@ from PIL import Image
 from clipship.core.errors import DataError, RecipeError
 from clipship.core.files import locked_folder
 from clipship.core.progress import Report, log, progress
-from clipship.training.processes import Processes
-from clipship.training.synthesis.choice import Scorer, Verdict, first_ones
+from clipship.training.distributed import Distributed
+from clipship.training.synthesis.candidate_filter import FilterDecision, Scorer, first_ones
+from clipship.training.synthesis.candidates import Candidate, batches_of, candidates_of
+from clipship.training.synthesis.class_prompts import Subjects
 from clipship.training.synthesis.config import SynthesisConfig
-from clipship.training.synthesis.engine import Engine, Made, precision_for
-from clipship.training.synthesis.folders import PipelineFolder, pipeline_folder
-from clipship.training.synthesis.plan import Candidate, batches_of, candidates_of
-from clipship.training.synthesis.sheets import write_sheet
-from clipship.training.synthesis.subjects import Subjects
-from clipship.training.synthesis.workspace import KIND, Row, Workspace, is_finished
-from clipship.training.synthetic import SyntheticImage, SyntheticSet, complete
+from clipship.training.synthesis.contact_sheets import write_sheet
+from clipship.training.synthesis.image_generator import ImageGenerator, Made, precision_for
+from clipship.training.synthesis.pipelines import PipelineFolder, pipeline_folder
+from clipship.training.synthesis.workspace import KIND, CandidateRow, Workspace, is_finished
+from clipship.training.synthetic_set import SyntheticImage, SyntheticSet, complete
 
 _AT_WORK = "another clipship synthesize works there: wait for it, or give another --out"
 _WAVE = 8
@@ -43,7 +43,7 @@ class _Run:
     config: SynthesisConfig
     subjects: Subjects
     pipeline: PipelineFolder
-    processes: Processes
+    processes: Distributed
     workspace: Workspace
 
     @property
@@ -77,7 +77,7 @@ def synthesize(
         UsageError: another run works in ``out``.
         OSError: the disk is full; what is done is kept.
     """
-    processes = Processes(device)
+    processes = Distributed(device)
     config = replace(config, precision=precision_for(config.precision, processes.device))
     if config.strength and not subjects.sources:
         raise RecipeError(f"recipe {config.recipe}: strength={config.strength} needs real images: give --images DIR")
@@ -116,8 +116,8 @@ def _made_set(run: _Run) -> SyntheticSet | None:
 
 def _make_all(run: _Run) -> str:
     """Make what is missing; returns the class of the scheduler."""
-    engine = Engine(run.pipeline, run.config, run.processes.device)
-    engine.check_prompts(run.subjects)
+    engine = ImageGenerator(run.pipeline, run.config, run.processes.device)
+    engine.validate_prompts(run.subjects)
     if run.processes.is_main:
         run.workspace.recover()
         run.workspace.begin(run.settings)
@@ -134,7 +134,7 @@ def _make_all(run: _Run) -> str:
 
 
 def wanted_in_round(
-    config: SynthesisConfig, subjects: Subjects, made: Mapping[tuple[int, int], Row], attempt: int
+    config: SynthesisConfig, subjects: Subjects, made: Mapping[tuple[int, int], CandidateRow], attempt: int
 ) -> list[Candidate]:
     """The images of a round, made or not: all in the first, and then those whose seeds so far could not be used."""
     return [
@@ -146,9 +146,9 @@ def wanted_in_round(
 
 def _make_round(
     run: _Run,
-    engine: Engine,
+    engine: ImageGenerator,
     wanted: Sequence[Candidate],
-    made: Mapping[tuple[int, int], Row],
+    made: Mapping[tuple[int, int], CandidateRow],
     report: Report,
 ) -> None:
     batches = list(batches_of(wanted, run.config.batch_size, made.keys()))
@@ -164,7 +164,7 @@ def _make_round(
         run.processes.wait()
 
 
-def _make_batch(run: _Run, engine: Engine, batch: Sequence[Candidate]) -> None:
+def _make_batch(run: _Run, engine: ImageGenerator, batch: Sequence[Candidate]) -> None:
     """Make and keep a batch; halves of it, where the card is too small."""
     try:
         made = engine.make(batch)
@@ -186,7 +186,7 @@ def _make_batch(run: _Run, engine: Engine, batch: Sequence[Candidate]) -> None:
 
 def rows_and_files(
     config: SynthesisConfig, total: int, batch: Sequence[Candidate], made: Sequence[Made]
-) -> tuple[list[Row], dict[str, bytes]]:
+) -> tuple[list[CandidateRow], dict[str, bytes]]:
     """What the workspace keeps of a batch: its rows, and the bytes of its image files by path.
 
     Args:
@@ -199,7 +199,7 @@ def rows_and_files(
     rows, files = [], {}
     for candidate, one in zip(batch, made, strict=True):
         path = candidate.path(config)
-        rows.append(Row(**asdict(candidate), path=path, batch=number, reason=one.reason))
+        rows.append(CandidateRow(**asdict(candidate), path=path, batch=number, reason=one.reason))
         if one.image is not None:
             files[path] = file_of(one.image, config)
     return rows, files
@@ -236,14 +236,14 @@ def _finish(run: _Run, scorer: Scorer | None, scheduler: str) -> None:
     run.workspace.finish()
 
 
-def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[Row]) -> dict[int, Verdict]:
+def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[CandidateRow]) -> dict[int, FilterDecision]:
     """By place, what becomes of the images that can be used."""
     by_class: dict[str, list[int]] = {name: [] for name in run.subjects.class_names}
     for number, row in enumerate(rows):
         by_class[row.class_name].append(number)
     if scorer is not None:
         features = scorer.features([run.workspace.folder / row.path for row in rows], run.processes.device)
-    found: dict[int, Verdict] = {}
+    found: dict[int, FilterDecision] = {}
     for name, numbers in by_class.items():
         if scorer is None:
             verdicts = first_ones(run.config, len(numbers))
@@ -254,8 +254,8 @@ def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[Row]) -> dict[int
     return found
 
 
-def _image(run: _Run, row: Row, verdicts: Mapping[int, Verdict], scheduler: str) -> SyntheticImage:
-    verdict = Verdict(score=None, reason=row.reason) if row.reason else verdicts[row.place]
+def _image(run: _Run, row: CandidateRow, verdicts: Mapping[int, FilterDecision], scheduler: str) -> SyntheticImage:
+    verdict = FilterDecision(score=None, reason=row.reason) if row.reason else verdicts[row.place]
     config = run.config
     return SyntheticImage(
         path=run.workspace.folder / row.path,

@@ -23,7 +23,7 @@ from typing import Any
 
 from clipship.core.errors import DataError
 from clipship.core.files import read_record, replace_folder, write_json_atomic
-from clipship.training.synthetic import MANIFEST_FILE, UNFINISHED_FILE, read_manifest
+from clipship.training.synthetic_set import MANIFEST_FILE, UNFINISHED_FILE, read_manifest
 
 FORMAT = "clipship-synthesis"
 FORMAT_VERSION = 1
@@ -37,7 +37,7 @@ _HOW = ("batch_size",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
+class CandidateRow:
     """One line of the journal: a candidate that was made."""
 
     place: int
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def key(self) -> tuple[int, int]:
-        """As :attr:`clipship.training.synthesis.plan.Candidate.key`."""
+        """As :attr:`clipship.training.synthesis.candidates.Candidate.key`."""
         return self.place, self.attempt
 
 
@@ -65,8 +65,8 @@ class Workspace:
     folder: Path
     rank: int = 0
 
-    def rows(self) -> dict[tuple[int, int], Row]:
-        """What all processes have made so far, by :attr:`Row.key`.
+    def rows(self) -> dict[tuple[int, int], CandidateRow]:
+        """What all processes have made so far, by :attr:`CandidateRow.key`.
 
         Raises:
             DataError: a journal is damaged.
@@ -77,12 +77,12 @@ class Workspace:
                 found[row.key] = row
         return found
 
-    def add(self, rows: Sequence[Row], files: Mapping[str, bytes]) -> None:
+    def add(self, rows: Sequence[CandidateRow], files: Mapping[str, bytes]) -> None:
         """Put the images of one batch in their places and note its rows; all of it happens, or nothing.
 
         Args:
             rows: the batch.
-            files: bytes of the image files, by :attr:`Row.path`.
+            files: bytes of the image files, by :attr:`CandidateRow.path`.
 
         Raises:
             OSError: the disk is full; nothing of the batch is kept.
@@ -114,7 +114,7 @@ class Workspace:
         if not path.exists() or not self.rows():
             write_json_atomic(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": dict(settings)})
         record = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=DataError, advice=_ADVICE)
-        _refuse_others(self.folder, record["settings"], settings)
+        _validate_same_settings(self.folder, record["settings"], settings)
 
     def finish(self) -> None:
         """Delete what only an unfinished set needs; the manifest is there already."""
@@ -124,7 +124,7 @@ class Workspace:
 
     def _settle(self, stage: Path, known: set[tuple[int, int]]) -> None:
         """Move a batch's images to their places and add its rows but those ``known``; a kill in between is no harm."""
-        rows = [Row(**row) for row in json.loads((stage / _ROWS).read_text(encoding="utf-8"))]
+        rows = [CandidateRow(**row) for row in json.loads((stage / _ROWS).read_text(encoding="utf-8"))]
         for row in rows:
             image, final = stage / Path(row.path).name, self.folder / row.path
             if image.exists():
@@ -150,7 +150,7 @@ def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
             raise DataError(
                 f"{folder}: holds a set made by {generator.get('kind', 'something else')}: give another --out"
             )
-        _refuse_others(folder, generator["settings"], settings)
+        _validate_same_settings(folder, generator["settings"], settings)
         return True
     others = [one for one in folder.iterdir() if not one.name.endswith(".part")] if folder.is_dir() else []
     if others and not (folder / UNFINISHED_FILE).is_file():
@@ -166,7 +166,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return [_change(name, old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)]
 
 
-def _refuse_others(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+def _validate_same_settings(folder: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     changed = differences(old, new)
     if changed:
         raise DataError(
@@ -189,10 +189,10 @@ def _short(value: Any) -> str:
     return f"{text[:8]}..." if is_digest else text or "''"
 
 
-def _rows_of(path: Path) -> list[Row]:
+def _rows_of(path: Path) -> list[CandidateRow]:
     lines = path.read_bytes().splitlines(keepends=True)
     try:
-        return [Row(**json.loads(line)) for line in lines if line.endswith(b"\n")]
+        return [CandidateRow(**json.loads(line)) for line in lines if line.endswith(b"\n")]
     except (ValueError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): {_ADVICE}") from error
 

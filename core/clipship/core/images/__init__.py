@@ -1,0 +1,1 @@
+"""From image files, arrays and PIL images to the encoder's pixels."""

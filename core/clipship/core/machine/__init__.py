@@ -1,0 +1,1 @@
+"""This machine: processor, runtimes, cache folders."""

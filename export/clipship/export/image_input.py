@@ -1,0 +1,41 @@
+"""The images a bundle is verified with: the user's own, or else the built-in world's."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from clipship.core.images.inputs import some_image_files
+from clipship.export.reference import VERIFY_COUNT, Picture
+from clipship.world.drawing.render import render_scene
+from clipship.world.drawing.scenes import sample_scene
+
+_WORLD_STREAM = 7_001  # a seed of its own: none of the data sets' pictures
+
+
+def pictures_from_folder(folder: Path, count: int = VERIFY_COUNT) -> list[Picture]:
+    """``count`` image files spread evenly over ``folder`` and its subfolders (all of them when there are fewer).
+
+    Raises:
+        DataError: no such folder, or no image file in it.
+    """
+    return [Picture(name=path.name, data=path.read_bytes()) for path in some_image_files(folder, count)]
+
+
+def pictures_from_world(count: int = VERIFY_COUNT) -> list[Picture]:
+    """``count`` scenes of the built-in world as PNG files: what there is when no folder is given."""
+    pictures = []
+    for position in range(count):
+        rng = np.random.Generator(np.random.PCG64([_WORLD_STREAM, position]))
+        buffer = io.BytesIO()
+        Image.fromarray(render_scene(sample_scene(rng), rng)).save(buffer, "PNG")
+        pictures.append(Picture(name=f"{position}.png", data=buffer.getvalue()))
+    return pictures
+
+
+def pictures_for(folder: Path | None) -> list[Picture]:
+    """Those of ``folder``, or the built-in world's when it is None."""
+    return pictures_from_folder(folder) if folder else pictures_from_world()

@@ -1,0 +1,112 @@
+"""``clipship engine``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from clipship.core.bundle import Precision, read_bundle
+from clipship.core.cli.main import emit, existing_folder, json_option
+from clipship.core.errors import MissingExtraError
+from clipship.core.tensorrt_plan import BatchProfile, PlanRuntime, TensorRtPlan, read_plan
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="The plan's folder, replaced as a whole.")
+@click.option(
+    "--runtime",
+    type=click.Choice(["tensorrt", "tensorrt-rtx"]),
+    default="tensorrt",
+    show_default=True,
+    help="Who runs the plan. Triton takes tensorrt; tensorrt-rtx builds without a GPU.",
+)
+@click.option(
+    "--gpu", "gpus", multiple=True, help="Compute capability like sm89; several with tensorrt-rtx. [default: this GPU]"
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    default="fp32",
+    show_default=True,
+    help="Which form of the bundle's image encoder to build from.",
+)
+@click.option("--min-batch", default=1, show_default=True, help="The smallest batch it takes.")
+@click.option("--opt-batch", type=int, help="The batch it is tuned for. [default: 8, or the nearest that it takes]")
+@click.option("--max-batch", default=64, show_default=True, help="The largest batch it takes.")
+@click.option("--optimization-level", default=3, show_default=True, help="0 to 5: how long to search for fast kernels.")
+@click.option("--workspace-mib", type=int, help="Scratch memory on the GPU, at most. [default: no limit]")
+@click.option(
+    "--timing-cache", type=click.Path(path_type=Path), help="A file that keeps measured kernel times between builds."
+)
+@click.option("--strip-weights", is_flag=True, help="A small plan without weights; --refit puts them back.")
+@click.option("--version-compatible", is_flag=True, help="Runs on later TensorRT versions, too.")
+@click.option("--hardware-compatible", is_flag=True, help="Runs on every GPU since Ampere, more slowly.")
+@click.option(
+    "--refit", type=click.Path(path_type=Path), help="Build nothing: put BUNDLE's weights back into this stripped plan."
+)
+@json_option
+def engine(
+    bundle: Path,
+    out: Path,
+    runtime: PlanRuntime,
+    gpus: tuple[str, ...],
+    precision: Precision,
+    min_batch: int,
+    opt_batch: int | None,
+    max_batch: int,
+    optimization_level: int,
+    workspace_mib: int | None,
+    timing_cache: Path | None,
+    strip_weights: bool,
+    version_compatible: bool,
+    hardware_compatible: bool,
+    refit: Path | None,
+    as_json: bool,
+) -> None:
+    """Build the TensorRT plan of BUNDLE's image encoder.
+
+    The parsed network is compared with the ONNX graph, type by type, before it is built. plan.json beside the plan says
+    where it may run.
+
+    Example: clipship engine bundles/prints --runtime tensorrt-rtx --gpu sm89 --precision fp16 --out plans/prints
+    """
+    _require_packages()
+    from clipship.export.tensorrt.build import Settings, plan_from_bundle, refit_plan
+    from clipship.export.tensorrt.runtime import load_runtime
+
+    opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
+    if refit:
+        _emit(refit_plan(read_plan(refit), opened, out), as_json=as_json)
+        return
+    best = max(min_batch, min(8, max_batch)) if opt_batch is None else opt_batch
+    settings = Settings(
+        gpus=gpus,
+        profile=BatchProfile(least=min_batch, best=best, most=max_batch),
+        optimization_level=optimization_level,
+        workspace_mib=workspace_mib,
+        timing_cache=timing_cache,
+        strip_weights=strip_weights,
+        version_compatible=version_compatible,
+        hardware_compatible=hardware_compatible,
+    )
+    plan = plan_from_bundle(opened, out, load_runtime(runtime), precision=precision, settings=settings)
+    _emit(plan, as_json=as_json)
+
+
+def _require_packages() -> None:
+    for package in ("torch", "onnx"):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise MissingExtraError(package, "export") from error
+
+
+def _emit(plan: TensorRtPlan, *, as_json: bool) -> None:
+    info = plan.info
+    batches = f"batches {info.profile.least} to {info.profile.most}"
+    size = f"{info.plan_bytes / 1e6:.1f} MB in {info.build_s:.1f} s"
+    made = f"{info.precision} for {', '.join(info.gpus)}, {batches}, {size}"
+    line = f"{plan.path}: {info.runtime} {info.runtime_version}, {made}"
+    emit({"plan": str(plan.path), **info.to_json()}, line, as_json=as_json)

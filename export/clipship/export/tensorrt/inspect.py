@@ -1,0 +1,219 @@
+"""What TensorRT made of an ONNX file, compared with what the file says, before anything is built.
+
+A parser that skips a cast or widens a type would give a plan that is slow or wrong and looks well. A strongly typed
+network must have the graph's types at every tensor, so that is what is compared: each tensor that has the same name on
+both sides, the types at input and output, and the layers that must never leave float32.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from clipship.core.bundle import Precision
+from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.tensors import TensorSpec
+from clipship.export.onnx_graph import OPSET, inferred_types, since_opset
+from clipship.export.tensorrt.runtime import Loaded, deprecations_allowed
+
+if TYPE_CHECKING:
+    import onnx
+
+PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION")
+ALWAYS_FLOAT = ("NORMALIZATION", "SOFTMAX")
+
+PRODUCT_TYPES: Mapping[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
+"""The type of matrix products by precision. With int8 they are what the dequantised values are, beside Q/DQ layers."""
+
+_TYPES = {
+    "FLOAT": "FLOAT",
+    "FLOAT16": "HALF",
+    "BFLOAT16": "BF16",
+    "INT8": "INT8",
+    "UINT8": "UINT8",
+    "INT32": "INT32",
+    "INT64": "INT64",
+    "BOOL": "BOOL",
+}
+"""TensorRT's name of each ONNX type that it has."""
+
+_SHOWN = 3
+_STANDARD_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """One layer of a parsed network."""
+
+    name: str
+    kind: str
+    """TensorRT's ``LayerType``, e.g. "MATRIX_MULTIPLY"."""
+    inputs: tuple[str, ...]
+    """Types of its inputs, e.g. ("HALF", "HALF")."""
+    outputs: Mapping[str, str]
+    """Type by tensor name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """A parsed network beside its ONNX graph; true when they agree."""
+
+    layers: Mapping[str, int]
+    """Count by kind and output type, e.g. {"MATRIX_MULTIPLY HALF": 25}; helper layers of shapes (INT64) are in it."""
+    compared: int
+    """Tensors that have a name on both sides."""
+    disagreements: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return not self.disagreements
+
+    def refuse(self, what: str) -> None:
+        """Nothing when the network is what the graph says.
+
+        Raises:
+            CheckFailed: it is not; names the first few differences.
+        """
+        if not self:
+            more = len(self.disagreements) - _SHOWN
+            listed = "; ".join(self.disagreements[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+            raise CheckFailed(f"the parsed network is not what {what} says, so no plan is built: {listed}")
+
+
+def parse(loaded: Loaded, network: Any, onnx_path: Path) -> Any:
+    """Fill ``network`` from the ONNX file; returns the parser, which owns weights and must live as long as the network.
+
+    Raises:
+        UsageError: an operator is not supported; names it with its node, its opset and since which opset it exists.
+    """
+    parser = loaded.trt.OnnxParser(network, loaded.logger)
+    with deprecations_allowed():
+        parsed = parser.parse_from_file(str(onnx_path))
+    if not parsed:
+        raise UsageError(f"{onnx_path.name}: {_refusal(loaded, parser, read_graph(onnx_path))}")
+    return parser
+
+
+def let_attention_decompose(loaded: Loaded, network: Any) -> None:
+    """Allow each fused attention (ONNX ``Attention``, opset 23) to become several kernels where there is no fused one.
+
+    There is none for float32, and without the permission the build fails. Where there is one, it is still taken.
+    """
+    for position in range(network.num_layers):
+        layer = network.get_layer(position)
+        if layer.type.name == "ATTENTION_INPUT":
+            layer.__class__ = loaded.trt.IAttentionInputLayer  # the bindings' way of a downcast
+            layer.attention.decomposable = True
+
+
+def inspect_network(
+    network: Any, model: onnx.ModelProto, specs: tuple[TensorSpec, TensorSpec], precision: Precision
+) -> Inspection:
+    """Compare a parsed ``network`` with the graph ``model`` and with what a form of ``precision`` promises."""
+    layers = tuple(layers_of(network))
+    expected = types_from_graph(model)
+    found = {name: dtype for layer in layers for name, dtype in layer.outputs.items()}
+    both = found.keys() & expected.keys()
+    wrong = [
+        f"{name} is {found[name]} instead of {expected[name]}" for name in sorted(both) if found[name] != expected[name]
+    ]
+    kinds = Counter(f"{layer.kind} {next(iter(layer.outputs.values()))}" for layer in layers)
+    return Inspection(
+        layers=dict(sorted(kinds.items())),
+        compared=len(both),
+        disagreements=(*_edge_problems(network, specs), *_promise_problems(layers, precision), *wrong),
+    )
+
+
+def layers_of(network: Any) -> Iterator[Layer]:
+    """Every layer of ``network`` in order."""
+    for position in range(network.num_layers):
+        layer = network.get_layer(position)
+        inputs = (layer.get_input(slot) for slot in range(layer.num_inputs))
+        outputs = (layer.get_output(slot) for slot in range(layer.num_outputs))
+        yield Layer(
+            name=layer.name,
+            kind=layer.type.name,
+            inputs=tuple(tensor.dtype.name for tensor in inputs if tensor is not None),
+            outputs={tensor.name: tensor.dtype.name for tensor in outputs},
+        )
+
+
+def read_graph(path: Path) -> onnx.ModelProto:
+    """The ONNX file, without weights that stand in a file of their own: types do not depend on them.
+
+    Raises:
+        UsageError: it is no ONNX file.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        return onnx.load(path, load_external_data=False)
+    except DecodeError as error:
+        raise UsageError(f"{path}: is no ONNX file ({error}): pack the bundle again") from error
+
+
+def types_from_graph(model: onnx.ModelProto) -> dict[str, str]:
+    """The type of every value, in TensorRT's names, by ONNX's own type inference."""
+    import onnx
+
+    types = {name: tensor.elem_type for name, tensor in inferred_types(model).items()}
+    names = {name: onnx.TensorProto.DataType.Name(number) for name, number in types.items()}
+    return {name: _TYPES.get(dtype, dtype) for name, dtype in names.items()}
+
+
+def _edge_problems(network: Any, specs: tuple[TensorSpec, TensorSpec]) -> Iterator[str]:
+    """What is wrong at the network's inputs and outputs."""
+    kinds = (("input", network.num_inputs, network.get_input), ("output", network.num_outputs, network.get_output))
+    for (kind, count, get), spec in zip(kinds, specs, strict=True):
+        found = [(tensor.name, tensor.dtype.name, tuple(tensor.shape)) for tensor in map(get, range(count))]
+        shape = tuple(-1 if isinstance(size, str) else size for size in spec.shape)
+        wanted = [(spec.name, {"uint8": "UINT8", "float32": "FLOAT"}[spec.dtype], shape)]
+        if found != wanted:
+            yield f"the {kind} is {found} instead of {wanted}"
+
+
+def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterator[str]:
+    """LayerNorm and softmax are float32 in every form; a form has the products or the Q/DQ layers it is named after."""
+    for layer in layers:
+        types = {*layer.inputs, *layer.outputs.values()}
+        if layer.kind in ALWAYS_FLOAT and not types <= {"FLOAT", "INT64", "INT32"}:
+            yield f"{layer.kind} {layer.name} is {'/'.join(sorted(types))} instead of FLOAT"
+    products = Counter(dtype for layer in layers if layer.kind in PRODUCTS for dtype in layer.outputs.values())
+    wanted = PRODUCT_TYPES.get(precision)
+    if wanted and not products[wanted]:
+        yield f"no matrix product is {wanted}, they are {', '.join(products) or 'absent'}: this is no {precision} form"
+    if precision == "int8" and not any(layer.kind == "QUANTIZE" for layer in layers):
+        yield "it has no QUANTIZE layer: this is no int8 form"
+
+
+def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
+    """What the parser did not take, as the end of a message."""
+    who = f"{loaded.runtime.name} {loaded.version}"
+    if not parser.num_errors:
+        return f"{who} cannot read it ({loaded.why()}): check the file with clipship verify"
+    error = parser.get_error(0)
+    node = next((node for node in model.graph.node if node.name == error.node_name()), None)
+    reason = " ".join(error.desc().split())
+    if node is None:
+        return f"{who} cannot read it ({reason}): check the file with clipship verify"
+    opsets = {entry.domain: entry.version for entry in model.opset_import}
+    since = since_opset(node.op_type) if node.domain in _STANDARD_DOMAINS else None
+    where = f"operator {node.op_type} of node {node.name!r}, {_provenance(node, opsets, since)}"
+    return f"{who} does not support {where} ({reason}): {_way_out(node, since)}"
+
+
+def _provenance(node: onnx.NodeProto, opsets: Mapping[str, int], since: int | None) -> str:
+    if since is None:
+        return f"of the domain {node.domain or 'ai.onnx'!r}, which ONNX does not know"
+    return f"which ONNX has since opset {since}, in a graph of opset {opsets.get(node.domain, 0)}"
+
+
+def _way_out(node: onnx.NodeProto, since: int | None) -> str:
+    if since is None:
+        return "choose a form of the bundle that any ONNX runtime can run (--precision)"
+    lower = f", with an opset below {since}" if since > OPSET else ""
+    return f"pack the bundle again with this clipship{lower}"

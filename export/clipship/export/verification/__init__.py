@@ -1,0 +1,1 @@
+"""Whether graphs, engines and servers compute what PyTorch computes."""

@@ -1,0 +1,191 @@
+"""A verification for people: a table on the terminal, and one HTML page that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.bundle import Bundle
+from clipship.core.comparison import Answers, Comparison, Verification
+from clipship.core.files import write_text_atomic
+from clipship.core.tables import Table
+from clipship.export.verification.verify import VerificationSamples
+
+WORST_SHOWN = 12
+"""Images on the page."""
+
+_TEMPLATE = Path(__file__).with_name("report.html.jinja")
+_HEADER = ("", "inputs", "form", "runtime", "batch", "n", "cosine min", "mean", "centred min", "max diff")
+_HEADER_CLASSES = ("top-1", "top-5", "logits")
+_UNMEASURED = "-"
+_PLAIN_WIDTH = 240
+
+
+def table_from_verification(verification: Verification) -> Table:
+    """One row a comparison; a number that was not measured is a dash."""
+    rows = [_cells(row) if isinstance(row, Comparison) else _answer_cells(row) for row in verification.rows]
+    return Table(header=(*_HEADER, *_HEADER_CLASSES), rows=tuple(rows), text_columns=4)
+
+
+def text_from_verification(verification: Verification, *, width: int | None = None) -> str:
+    """The table, what failed and why, and what was not compared.
+
+    Args:
+        width: of the terminal, for a table with colours and rules; None: plain text.
+    """
+    from rich.box import SIMPLE
+    from rich.console import Console
+    from rich.table import Table as Grid
+
+    table = table_from_verification(verification)
+    grid = Grid(box=SIMPLE if width else None, pad_edge=False, padding=(0, 1), header_style="bold")
+    for place, title in enumerate(table.header):
+        grid.add_column(title, justify="left" if place < table.text_columns else "right", overflow="fold")
+    for row, cells in zip(verification.rows, table.rows, strict=True):
+        grid.add_row(*cells, style="" if row else "red")
+    console = Console(file=io.StringIO(), width=width or _PLAIN_WIDTH, force_terminal=bool(width), highlight=False)
+    with console.capture() as captured:
+        console.print(grid)
+    lines = [line.rstrip() for line in captured.get().splitlines()]
+    return "\n".join([*lines, *_remarks(verification)])
+
+
+def _remarks(verification: Verification) -> list[str]:
+    failed = [f"FAILED {row.what}, {_form(row)} on {row.provider}, batch {row.batch_size}" for row in verification.rows]
+    why = [
+        f"{where}: {'; '.join(row.failures)}" for where, row in zip(failed, verification.rows, strict=True) if not row
+    ]
+    references = sorted({row.reference for row in verification.comparisons if row.reference != "PyTorch"})
+    compared = [
+        f"without a checkpoint, images are compared with {reference}, not with PyTorch" for reference in references
+    ]
+    return [*why, *(f"not compared: {reason}" for reason in verification.skipped), *compared]
+
+
+def _form(row: Comparison | Answers) -> str:
+    return row.form if isinstance(row, Comparison) else row.model
+
+
+def _cells(row: Comparison) -> tuple[str, ...]:
+    return (
+        "ok" if row else "FAILED",
+        row.what,
+        row.form,
+        row.provider,
+        str(row.batch_size),
+        str(row.count),
+        _number(row.min_cosine, ".6f"),
+        _number(row.mean_cosine, ".6f"),
+        _number(row.min_centred_cosine, ".6f"),
+        _number(row.max_abs, ".1e"),
+        _share(row.top1_agreement, row.top1_excused),
+        _number(100 * row.top5_agreement, ".1f"),
+        _number(row.max_logit_difference, ".1e"),
+    )
+
+
+def _answer_cells(row: Answers) -> tuple[str, ...]:
+    return (
+        "ok" if row else "FAILED",
+        row.what,
+        row.model,
+        row.provider,
+        str(row.batch_size),
+        str(row.count),
+        *(_UNMEASURED,) * 3,
+        f"{_number(row.max_score_difference, '.1e')} (scores)",
+        _share(row.top1_agreement, row.top1_excused),
+        _number(100 * row.top5_agreement, ".1f"),
+        _UNMEASURED,
+    )
+
+
+def _number(value: float, form: str) -> str:
+    return f"{value:{form}}" if math.isfinite(value) else _UNMEASURED
+
+
+def _share(agreement: float, excused: float) -> str:
+    """The raw agreement in per cent, and what was excused of the rest."""
+    raw = _number(100 * agreement, ".1f")
+    return f"{raw} (+{100 * excused:.1f} ties)" if excused else raw
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorstImage:
+    """One image on the page."""
+
+    name: str
+    picture: str
+    """A data URI of the pixels that the encoder took."""
+    cosine: float
+    where: str
+    """Form, runtime and batch."""
+    passed: bool
+    expected: tuple[str, ...]
+    """The best classes by the reference, best first."""
+    given: tuple[str, ...]
+
+
+def worst_images(
+    verification: Verification, samples: Sequence[VerificationSamples], names: Sequence[str]
+) -> list[WorstImage]:
+    """The images that differ most, each where it differs most, worst first."""
+    by_what = {one.what: one for one in samples}
+    found = [
+        (worst.cosine, row, worst) for row in verification.comparisons if row.what in by_what for worst in row.worst
+    ]
+    shown: dict[str, WorstImage] = {}
+    for cosine, row, worst in sorted(found, key=lambda item: item[0]):
+        sample = by_what[row.what]
+        key = f"{row.what}: {sample.names[worst.position]}"
+        if key not in shown and len(shown) < WORST_SHOWN:
+            shown[key] = WorstImage(
+                name=key,
+                picture=_data_uri(sample.pixels[worst.position]),
+                cosine=cosine,
+                where=f"{row.form}, {row.provider}, batch {row.batch_size}",
+                passed=bool(row),
+                expected=tuple(names[place] for place in worst.expected),
+                given=tuple(names[place] for place in worst.given),
+            )
+    return list(shown.values())
+
+
+def write_page(path: Path, bundle: Bundle, verification: Verification, samples: Sequence[VerificationSamples]) -> None:
+    """Write the page to ``path``, whole or not at all; its text is escaped, its pictures are inside it."""
+    from jinja2 import Environment, StrictUndefined
+
+    template = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(_TEMPLATE.read_text(encoding="utf-8"))
+    table = table_from_verification(verification)
+    page = template.render(
+        bundle=bundle.path.name,
+        digest=bundle.digest,
+        base_model=bundle.manifest.base_model,
+        method=bundle.manifest.method,
+        classes=len(bundle.vocabulary),
+        passed=bool(verification),
+        failed=sum(not row for row in verification.rows),
+        count=len(verification.rows),
+        table=table,
+        verdicts=[bool(row) for row in verification.rows],
+        remarks=_remarks(verification),
+        worst=worst_images(verification, samples, bundle.vocabulary.names),
+    )
+    write_text_atomic(path, page)
+
+
+def _data_uri(pixels: NDArray[np.uint8]) -> str:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -1,0 +1,1 @@
+"""The client: sync and asyncio classifiers over one scheduler."""

@@ -1,0 +1,1 @@
+"""The Triton model repository: models, config.pbtxt, versions, offline checks."""

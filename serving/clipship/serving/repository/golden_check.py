@@ -1,0 +1,151 @@
+"""Whether a vocabulary answers right: its golden images through whoever answers, and through its graph in this process.
+
+Legend: N images, D embedding size, k classes reported an image, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.bundle import Bundle
+from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.tensors import (
+    embedding_tensor,
+    image_tensor,
+    indices_tensor,
+    labels_tensor,
+    passthrough_tensor,
+    scores_tensor,
+)
+from clipship.core.tolerances import RULE_ATOL, TOLERANCES, classes_problem, golden_problem, tolerance_of
+from clipship.serving.repository.config_pbtxt import MODEL_FILES
+from clipship.serving.repository.golden_samples import Truth, truth_from_bundle
+
+Answers = Mapping[str, NDArray[Any]]
+
+Ask = Callable[[str, str, NDArray[Any], Sequence[str]], Answers]
+"""``ask(model, input, rows, outputs)``: the model's outputs by name for any number of rows of its one input."""
+
+
+class Answering(Protocol):
+    """Whoever answers for a server's models: the control connection, or this process."""
+
+    url: str
+
+    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Answers:
+        """The ``outputs`` of ``model`` for ``rows`` [N, ...] of its input ``name``."""
+
+
+_CLASSES = tuple(tensor(1).name for tensor in (scores_tensor, indices_tensor, labels_tensor))
+_EMBEDDING, _PASSED = embedding_tensor(1).name, passthrough_tensor(1).name
+_OUTPUTS = (*_CLASSES, _EMBEDDING)
+
+
+def validate_graph(bundle: Bundle, version: Path) -> None:
+    """The graph in the folder ``version`` must classify the bundle's golden embeddings as the bundle says.
+
+    Raises:
+        CheckFailed: it does not; says what differs.
+        MissingExtraError: onnxruntime is not installed.
+    """
+    golden, truth = bundle.golden(), truth_from_bundle(bundle)
+    difference = _largest(_at(truth.scores, golden.indices) - golden.scores)
+    if not difference <= TOLERANCES["fp32"].max_score:
+        raise CheckFailed(f"{bundle.path}: its golden scores differ from its classifier's by {difference:.2g}")
+    validate_classifier_model(lambda model, name, rows, outputs: _graph_answers(version, rows), str(version), truth)
+
+
+def validate_classifier_model(ask: Ask, model: str, truth: Truth) -> None:
+    """``model`` must make of the golden embeddings what the classification rule makes, to 1e-4, and hand them on.
+
+    Raises:
+        CheckFailed: it does not; says what differs.
+        ServingError: it does not answer.
+    """
+    answers = ask(model, _EMBEDDING, truth.embedding, (*_CLASSES, _PASSED))
+    scores, indices, labels = (answers[name] for name in _CLASSES)
+    problem = classes_problem(truth.scores, truth.names, scores, indices, labels, RULE_ATOL)
+    if not problem and not np.array_equal(answers[_PASSED], truth.embedding):
+        problem = "the embedding that it hands on is not the one that it got"
+    if problem:
+        raise CheckFailed(f"{model}: {problem}")
+
+
+def validate_answers(
+    ask: Ask, model: str, name: str, rows: NDArray[Any], expected: NDArray[np.float32], truth: Truth, precision: str
+) -> None:
+    """``model`` must answer ``rows`` of its input ``name`` within ``precision``'s tolerance.
+
+    Args:
+        rows: the first n golden images, as pixels or as files.
+        expected: the features [N, D] of all golden images by PyTorch.
+        truth: scores are compared where it is of the same images; labels always.
+
+    Raises:
+        CheckFailed: it does not; says what differs.
+        ServingError: it does not answer.
+    """
+    answers, count = ask(model, name, rows, _OUTPUTS), len(rows)
+    scores, indices, labels, embedding = (answers[output] for output in _OUTPUTS)
+    same = np.array_equal(truth.embedding, expected)  # a vocabulary may come of a bundle that has other images
+    limit = tolerance_of(precision).max_score if same else math.inf
+    problem = golden_problem(expected, embedding, precision) or classes_problem(
+        truth.scores[:count], truth.names, scores, indices, labels, limit
+    )
+    if problem:
+        raise CheckFailed(f"{model}: {problem}")
+
+
+def validate_vocabulary(server: Answering, classifier: str, ensemble: str, bundle: Bundle, precision: str) -> None:
+    """The server's models of one vocabulary must answer the bundle's golden images as the bundle says.
+
+    Raises:
+        CheckFailed: they do not; says what differs.
+        ServingError: they do not answer.
+    """
+    truth, golden, ask = truth_from_bundle(bundle), bundle.golden(), server.answers
+    try:
+        validate_classifier_model(ask, classifier, truth)
+        validate_answers(ask, ensemble, image_tensor(1).name, golden.pixels, golden.embedding, truth, precision)
+    except CheckFailed as error:
+        raise CheckFailed(f"{error}, at {server.url}") from error
+
+
+def validate_same_answers(server: Answering, model: str, version: Path, pixels: NDArray[np.uint8]) -> None:
+    """The server's ``model`` must answer what the graph in the folder ``version`` makes of the served embedding.
+
+    Raises:
+        CheckFailed: it does not.
+        ServingError: it does not answer.
+    """
+    answers = server.answers(model, image_tensor(1).name, pixels, _OUTPUTS)
+    expected = _graph_answers(version, answers[_EMBEDDING])
+    scores, labels = scores_tensor(1).name, labels_tensor(1).name
+    names = np.array([name.encode() for name in expected[labels].flat], dtype=np.object_).reshape(answers[labels].shape)
+    if not (names == answers[labels]).all() or _largest(expected[scores] - answers[scores]) > RULE_ATOL:
+        raise CheckFailed(f"{model} at {server.url} answers otherwise than {version}")
+
+
+def _at(probabilities_NC: NDArray[np.float32], indices_Nk: NDArray[np.int64]) -> NDArray[np.float32]:
+    return np.take_along_axis(probabilities_NC, indices_Nk, axis=1)
+
+
+def _largest(differences: NDArray[Any]) -> float:
+    return float(np.abs(differences).max())
+
+
+def _graph_answers(version: Path, embedding: NDArray[np.float32]) -> Answers:
+    """Scores, indices, labels and the embedding that the graph hands on."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingExtraError("onnxruntime", "export") from error
+    session = onnxruntime.InferenceSession(version / MODEL_FILES["onnxruntime"], providers=["CPUExecutionProvider"])
+    names = [output.name for output in session.get_outputs()]
+    return dict(zip(names, session.run(names, {embedding_tensor(1).name: embedding}), strict=True))

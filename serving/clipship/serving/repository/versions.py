@@ -1,0 +1,282 @@
+"""A classifier in a model repository: its versions, which of them is served, and the record of what was published.
+
+::
+
+    REPOSITORY/
+      publications.json            what was published when, newest last
+      .publish.lock                held by the one publish that runs
+      classifier/
+        config.pbtxt               names the version that is served, and its vocabulary's digest
+        1/  model.onnx  vocabulary.json  golden.npz  labels.txt
+        2/  model.onnx  vocabulary.json  golden.npz  labels.txt
+
+A version's folder means nothing to Triton until ``config.pbtxt`` names it (``version_policy: specific``), and that file
+is replaced in one step. So whenever a publish is killed, the repository holds the old vocabulary or the new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from clipship.core.bundle import Bundle
+from clipship.core.errors import UsageError, near
+from clipship.core.files import read_record, replace_folder, write_json_atomic, write_text_atomic
+from clipship.core.progress import log
+from clipship.serving.errors import RepositoryError
+from clipship.serving.model_names import (
+    BUNDLE_DIGEST,
+    CLASSIFIER,
+    CLASSIFY_ENCODED,
+    TOP_K,
+    VOCABULARY_DIGEST,
+    of_vocabulary,
+)
+from clipship.serving.repository.classifier_graph import classifier_graph
+from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.golden_samples import truth_from_bundle, write_truth
+
+RECORD = "publications.json"
+RECORD_FORMAT = "clipship-publications"
+RECORD_VERSION = 1
+MAX_ENTRIES = 10_000
+"""Older ones go."""
+
+FACTS = "vocabulary.json"
+"""In a version's folder: which vocabulary it is."""
+
+_LOCK = ".publish.lock"
+_ADVICE = "write the repository again with clipship repository"
+
+Action = Literal["publish", "rollback", "refused"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class VersionFacts:
+    """Which vocabulary a version of a classifier is."""
+
+    vocabulary_digest: str
+    bundle_digest: str
+    classes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A line of the record."""
+
+    at: str
+    """UTC, ISO 8601."""
+    model: str
+    action: Action
+    version: int
+    """What was published, or gone back to."""
+    vocabulary_digest: str
+    bundle_digest: str
+    classes: int
+    reason: str = ""
+    """Why a version was refused, or recorded late."""
+
+    @property
+    def served(self) -> bool:
+        """Whether clients got answers of this version."""
+        return self.action != "refused"
+
+
+@dataclass(frozen=True)
+class ClassifierVersions:
+    """The folder of one classifier in a repository."""
+
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        """The model's name."""
+        return self.folder.name
+
+    def config(self) -> Any:
+        """The configuration on disk.
+
+        Raises:
+            RepositoryError: it is missing, or none.
+        """
+        return read_config(self.folder)
+
+    def active(self) -> int:
+        """The version that the configuration names.
+
+        Raises:
+            RepositoryError: it names none.
+        """
+        versions = list(self.config().version_policy.specific.versions)
+        if len(versions) != 1:
+            raise RepositoryError(f"{self.folder}: its configuration does not name the version to serve: {_ADVICE}")
+        return int(versions[0])
+
+    def versions(self) -> list[int]:
+        """All versions on disk, ascending."""
+        names = [child.name for child in self.folder.iterdir() if (child / FACTS).is_file()]
+        return sorted(int(name) for name in names if name.isdecimal())
+
+    def top_k(self) -> int:
+        """Classes reported an image."""
+        return int(self.config().parameters[TOP_K].string_value)
+
+    def facts(self, version: int) -> VersionFacts:
+        """Which vocabulary ``version`` is.
+
+        Raises:
+            RepositoryError: its folder does not say.
+        """
+        path = self.folder / str(version) / FACTS
+        try:
+            return VersionFacts(**json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise RepositoryError(f"{path}: cannot be read ({error}): {_ADVICE}") from error
+
+    def add(self, bundle: Bundle) -> int:
+        """Write the vocabulary of ``bundle`` as a further version, which is not served yet; its number."""
+        version = max([0, *self.versions(), self.active()]) + 1
+        with replace_folder(self.folder / str(version)) as folder:
+            write_version(folder, bundle, self.top_k())
+            copy_sources(self.folder / str(self.active()), folder)
+        return version
+
+    def commit(self, version: int) -> None:
+        """Make ``version`` the one that is served, in one step; a server learns of it by its next load.
+
+        Raises:
+            RepositoryError: the version is not there, or does not say what it is.
+        """
+        facts, config = self.facts(version), self.config()
+        config.ClearField("version_policy")
+        config.version_policy.specific.versions.append(version)
+        config.parameters[VOCABULARY_DIGEST].string_value = facts.vocabulary_digest
+        config.parameters[BUNDLE_DIGEST].string_value = facts.bundle_digest
+        write_text_atomic(self.folder / "config.pbtxt", text_from_config(config))
+
+    def remove_leftovers(self) -> None:
+        """Delete what killed publishes left: folders that Triton does not look at. Hold the lock."""
+        for child in self.folder.iterdir():
+            if child.is_dir() and not child.name.isdecimal() and child.name != "warmup":
+                shutil.rmtree(child)
+
+    def remove(self, versions: Sequence[int]) -> None:
+        """Delete versions, each out of sight in one step."""
+        for version in versions:
+            remove_folder(self.folder / str(version))
+
+
+def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersions:
+    """The classifier of ``vocabulary`` (None: the first one) in the repository.
+
+    Raises:
+        RepositoryError: no repository of ours there, or none that can be published to.
+        UsageError: it has no such vocabulary; says which it has.
+    """
+    if not (repository / CLASSIFIER / "config.pbtxt").is_file():
+        raise RepositoryError(f"{repository}: no model repository there: write one with clipship repository")
+    if vocabulary is not None and vocabulary not in vocabularies_in(repository):
+        raise UsageError(
+            f"{repository} has no vocabulary {vocabulary!r}: {near(vocabulary, vocabularies_in(repository))}"
+        )
+    classifier = ClassifierVersions(repository / of_vocabulary(CLASSIFIER, vocabulary))
+    classifier.facts(classifier.active())
+    return classifier
+
+
+def vocabularies_in(repository: Path) -> list[str]:
+    """The names of the further vocabularies in the repository, by the ensemble that is written last."""
+    prefix = of_vocabulary(CLASSIFY_ENCODED, "")
+    return sorted(file.parent.name.removeprefix(prefix) for file in repository.glob(f"{prefix}*/config.pbtxt"))
+
+
+def facts_of(bundle: Bundle) -> VersionFacts:
+    """What a version of ``bundle``'s vocabulary says about itself."""
+    return VersionFacts(
+        vocabulary_digest=bundle.vocabulary.digest, bundle_digest=bundle.digest, classes=len(bundle.vocabulary)
+    )
+
+
+def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
+    """The graph of ``bundle``'s vocabulary, which one it is, and its golden samples, in a version's ``folder``.
+
+    Raises:
+        MissingExtraError: the ``onnx`` package is not installed.
+    """
+    graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), top_k)
+    (folder / MODEL_FILES["onnxruntime"]).write_bytes(graph)
+    write_json_atomic(folder / FACTS, asdict(facts_of(bundle)))
+    write_truth(folder, truth_from_bundle(bundle))
+
+
+def copy_sources(version: Path, target: Path) -> None:
+    """The Python sources that ``version`` has beside its graph, where there are any, to another version's folder."""
+    for source in version.glob("*.py"):
+        shutil.copyfile(source, target / source.name)
+
+
+def remove_folder(folder: Path, aside: Path | None = None) -> None:
+    """Delete ``folder``, out of sight in one step: into ``aside`` (None: the folder it is in), then for good."""
+    # The name is that of core/files.py's left-overs, which it removes when it writes there again.
+    hidden = (aside or folder.parent) / f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
+    folder.replace(hidden)
+    shutil.rmtree(hidden)
+
+
+@contextmanager
+def locked(repository: Path) -> Iterator[None]:
+    """One publish at a time; others wait. The kernel opens the lock of a killed one."""
+    with (repository / _LOCK).open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"another publish works on {repository}: waiting for its end")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def read_entries(repository: Path) -> list[Entry]:
+    """The record, oldest first; empty before the first publish.
+
+    Raises:
+        RepositoryError: the file is damaged.
+    """
+    path = repository / RECORD
+    if not path.is_file():
+        return []
+    advice = f"move it away; {RECORD} is only a record"
+    content = read_record(
+        path, record_format=RECORD_FORMAT, version=RECORD_VERSION, error=RepositoryError, advice=advice
+    )
+    try:
+        return [Entry(**entry) for entry in content["entries"]]
+    except (KeyError, TypeError) as error:
+        raise RepositoryError(f"{path}: malformed ({error}): {advice}") from error
+
+
+def add_entry(repository: Path, entry: Entry) -> None:
+    """Write the record with ``entry`` as its newest."""
+    entries = [*read_entries(repository), entry][-MAX_ENTRIES:]
+    content: Mapping[str, Any] = {
+        "format": RECORD_FORMAT,
+        "format_version": RECORD_VERSION,
+        "entries": [asdict(each) for each in entries],
+    }
+    write_json_atomic(repository / RECORD, content)
+
+
+def served_before(entries: Sequence[Entry], classifier: ClassifierVersions) -> list[int]:
+    """The versions that were served, newest first, each once, the first one of the repository included."""
+    active = classifier.active()
+    published = [entry.version for entry in reversed(entries) if entry.model == classifier.name and entry.served]
+    on_disk = classifier.versions()
+    first = on_disk[:1] if on_disk else []
+    return [version for version in dict.fromkeys([active, *published, *first]) if version in on_disk]

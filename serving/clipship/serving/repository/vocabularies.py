@@ -1,0 +1,42 @@
+"""The names of a repository's vocabularies, and which bundles may share its encoder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.errors import UsageError
+from clipship.core.tensorrt_plan import form_digest
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
+
+
+def validated_name(name: str) -> str:
+    """``name`` when it can be part of a model's name.
+
+    Raises:
+        UsageError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"vocabulary name {name!r}: give up to 63 lower-case letters, digits, dots, dashes and underscores, "
+            "starting with a letter or a digit"
+        )
+    return name
+
+
+def validate_same_encoder(bundle: Bundle, others: Mapping[str, Bundle], form: EncoderForm) -> None:
+    """Nothing when all ``others`` have the image encoder that ``bundle`` is served with.
+
+    Raises:
+        UsageError: one has another; says what to do.
+    """
+    served = form_digest(bundle, form)
+    for name, other in others.items():
+        validated_name(name)
+        if served not in {form_digest(other, each) for each in other.image_encoders}:
+            raise UsageError(
+                f"vocabulary {name}: {other.path} has another image encoder than {bundle.path}: write a repository of "
+                "its own for it, or make its vocabulary of that bundle with clipship vocab add"
+            )

@@ -1,0 +1,340 @@
+"""A Triton model repository from one bundle, or from several that share an image encoder.
+
+::
+
+    REPOSITORY/
+      image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
+      classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
+      preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images/decoding.py
+      admission/          encoded bytes, when preprocess can soon take them
+      admission_pixels/   uint8 [N, H, W, 3], when the encoder can (with --backend python)
+      classify/           ensemble: pixels -> scores, indices, labels, embedding
+      classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
+      embed/              ensemble: pixels -> embedding
+
+The golden samples lie beside the models, see samples.py.
+A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
+
+Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+import struct
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from clipship.core import tolerances
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
+from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.files import replace_folder
+from clipship.core.images import decoding
+from clipship.core.machine import processor, runtimes
+from clipship.core.machine.processor import emulates, never_runs, this_processor
+from clipship.core.progress import log
+from clipship.core.tensorrt_plan import Target, TensorRtPlan, form_of, validate_plan
+from clipship.core.tensors import ENCODED, image_tensor
+from clipship.serving.model_names import (
+    ADMISSION,
+    BUNDLE_DIGEST,
+    CLASSIFIER,
+    CLASSIFY,
+    CLASSIFY_ENCODED,
+    ENCODER,
+    PIXELS_ADMISSION,
+    PREPROCESS,
+    TOP_K,
+    VOCABULARY_DIGEST,
+    of_vocabulary,
+)
+from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.golden_samples import write_samples
+from clipship.serving.repository.models import (
+    ONNX_BACKENDS,
+    Backend,
+    ModelSettings,
+    configs_from_facts,
+    facts_from_bundle,
+    has_doors,
+    plan_files,
+)
+from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
+from clipship.serving.repository.validate import validate_repository
+from clipship.serving.repository.versions import ClassifierVersions, copy_sources, remove_folder, write_version
+from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
+
+__all__ = [
+    "Backend",
+    "ModelSettings",
+    "add_vocabulary",
+    "configs_from_facts",
+    "facts_from_bundle",
+    "remove_vocabulary",
+    "repository_from_bundle",
+    "sources_folder",
+    "validate_verification",
+]
+
+IMAGES_COPY = "clipship_images.py"
+"""The name of the copy of ``clipship/core/images/decoding.py`` that lies beside the preprocess model."""
+
+ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
+"""By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
+
+TOLERANCES_COPY = "clipship_tolerances.py"
+"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
+
+DOORS_COPY = "clipship_doors.py"
+"""The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
+
+_RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
+    "python": ("onnx", "openvino"),
+    "onnxruntime": ("onnx",),
+    "tensorrt": (),
+}
+"""What runs the bundle's forms of the image encoder."""
+
+
+def repository_from_bundle(
+    bundle: Bundle,
+    out: Path,
+    *,
+    backend: Backend,
+    precision: Precision = "fp32",
+    max_batch_size: int = 64,
+    top_k: int = 5,
+    plans: Sequence[TensorRtPlan] = (),
+    tensorrt_version: str | None = None,
+    others: Mapping[str, Bundle] | None = None,
+    tuning: Tuning = DEFAULT_TUNING,
+) -> Path:
+    """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
+
+    Args:
+        precision: of the image encoder; of the bundle's forms in it the python backend takes the one that was fastest
+            where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
+        plans: for the tensorrt backend, one for each kind of GPU of the server.
+        tensorrt_version: the server's; None: that of the first plan.
+        others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
+        tuning: instances, devices, threads, queues, warm-up and the like.
+
+    Raises:
+        CheckFailed: a bundle's verification did not pass.
+        PlanError: the server could not load a plan, or it is not of the bundle.
+        UsageError: a number is out of range, the backend is unknown, or ``out`` is a folder of something else.
+        OSError: the disk is full, or ``out`` cannot be written.
+    """
+    if backend not in ONNX_BACKENDS:
+        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(ONNX_BACKENDS)}")
+    others = others or {}
+    for each in (bundle, *others.values()):
+        validate_verification(each)
+    _validate_folder(out)
+    tuning.validate_backend(backend, max_batch_size)
+    _validate_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
+    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
+    validate_same_encoder(bundle, others, _form_of_plans(plans, bundle) or encoder)
+    settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
+    facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
+    with replace_folder(out) as folder:
+        _write_configs(folder, configs_from_facts(facts, backend))
+        _write_encoder(bundle, folder, facts, plans)
+        _write_classifiers(folder, facts, (bundle, *others.values()))
+        _write_sources(folder, backend)
+        _write_warmup_files(bundle, folder)
+        write_samples(folder, bundle)
+        validate_repository(folder)
+    return out
+
+
+def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ...]:
+    """Write the models of a further vocabulary beside those of ``repository``; their names, in the order to load them.
+
+    They are configured as the first vocabulary's. What a killed run has written is written again.
+
+    Raises:
+        UsageError: the name cannot be a model's.
+        RepositoryError: a configuration of the first vocabulary cannot be read.
+    """
+    validated_name(name)
+    added = []
+    for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
+        config = read_config(repository / model)
+        _rename(config, name)
+        staged = repository / CLASSIFIER / config.name  # in a model's folder Triton looks at numbers only
+        with replace_folder(staged) as folder:
+            if model == CLASSIFIER:
+                _set_vocabulary(config, bundle)
+            _write_config(folder, config)
+            if model == CLASSIFIER:
+                write_version(folder / "1", bundle, int(config.parameters[TOP_K].string_value))
+                copy_sources(repository / model / str(ClassifierVersions(repository / model).active()), folder / "1")
+        if (repository / config.name).exists():
+            remove_folder(repository / config.name, aside=repository / CLASSIFIER)
+        staged.rename(repository / config.name)
+        added.append(config.name)
+    return tuple(added)
+
+
+def remove_vocabulary(repository: Path, name: str) -> None:
+    """Delete a further vocabulary's models, the ensembles first, so that what is left always loads."""
+    for model in (CLASSIFY_ENCODED, CLASSIFY, CLASSIFIER):
+        folder = repository / of_vocabulary(model, name)
+        if folder.is_dir():
+            remove_folder(folder, aside=repository / CLASSIFIER)
+
+
+def _rename(config: Any, vocabulary: str) -> None:
+    """Make a configuration of the first vocabulary that of ``vocabulary``."""
+    config.name = of_vocabulary(config.name, vocabulary)
+    for step in config.ensemble_scheduling.step:
+        if step.model_name == CLASSIFIER:
+            step.model_name = of_vocabulary(CLASSIFIER, vocabulary)
+
+
+def _set_vocabulary(config: Any, bundle: Bundle) -> None:
+    config.ClearField("version_policy")
+    config.version_policy.specific.versions.append(1)
+    config.parameters[BUNDLE_DIGEST].string_value = bundle.digest
+    config.parameters[VOCABULARY_DIGEST].string_value = bundle.vocabulary.digest
+
+
+def sources_folder() -> Path:
+    """``triton_models/``: inside the installed package, or at the root of a checkout."""
+    serving = Path(__file__).resolve().parents[1]
+    candidates = (serving / "triton_models", serving.parents[2] / "triton_models")
+    for folder in candidates:
+        if (folder / "python").is_dir():
+            return folder
+    raise UsageError(f"the Triton model sources are missing from {candidates[0]}: install clipship again")
+
+
+def validate_verification(bundle: Bundle) -> None:
+    """Nothing when what ``clipship pack`` verified was good.
+
+    Raises:
+        CheckFailed: it was not.
+    """
+    verification: Mapping[str, Any] = bundle.verification()
+    if verification.get("passed") is not True:
+        raise CheckFailed(
+            f"{bundle.path}: the bundle's verification did not pass, so no repository is written: "
+            "see its verification.json, and pack it again"
+        )
+
+
+def _validate_folder(out: Path) -> None:
+    """``out`` is replaced as a whole, so it must be new, empty, or a repository of ours."""
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out}: is a file: give a folder")
+    if out.is_dir() and any(out.iterdir()) and not (out / CLASSIFY / "config.pbtxt").is_file():
+        raise UsageError(f"{out}: holds something that is not a clipship repository: give a new folder")
+
+
+def _validate_plans(
+    bundle: Bundle, plans: Sequence[TensorRtPlan], backend: Backend, max_batch_size: int, tensorrt_version: str | None
+) -> None:
+    """Refuse plans that a server with this TensorRT could not load, or that would not take its batches."""
+    if (backend == "tensorrt") != bool(plans):
+        raise UsageError(
+            f"backend {backend} with {len(plans)} plans: give --plan with --backend tensorrt, and only then"
+        )
+    for plan in plans:
+        version = tensorrt_version or plans[0].info.runtime_version
+        validate_plan(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
+        plan.info.profile.refuse(1)
+        plan.info.profile.refuse(max_batch_size)
+    twice = [gpu for gpu, count in Counter(gpu for plan in plans for gpu in plan.info.gpus).items() if count > 1]
+    if twice:
+        raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
+
+
+def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
+    """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
+    gpu = backend == "onnxruntime" and tuning.on_gpu
+    if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
+        raise UsageError(
+            f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
+            f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
+            "--precision fp32, or --backend python where the bundle has it by OpenVINO"
+        )
+    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
+    if here:
+        log(f"the server must have another processor than this machine, or it will not load the model: {here}")
+    return form
+
+
+def _form_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderForm | None:
+    return form_of(plans[0].info, bundle) if plans else None
+
+
+def _write_configs(folder: Path, configs: Mapping[str, Any]) -> None:
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        _write_config(folder / name, config)
+
+
+def _write_config(model: Path, config: Any) -> None:
+    (model / "1").mkdir(exist_ok=True)
+    (model / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
+    if config.platform == "ensemble":
+        (model / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
+
+
+def _write_encoder(bundle: Bundle, folder: Path, facts: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:
+    version = folder / ENCODER / "1"
+    for plan, name in zip(plans, plan_files(facts.plans), strict=True):
+        shutil.copyfile(plan.file, version / name)
+    if not plans:
+        shutil.copyfile(bundle.path / facts.encoder.file, version / MODEL_FILES["onnxruntime"])
+        weights = f"{facts.encoder.file}.data"  # of a graph above 2 GB, which names this file
+        if weights in bundle.files:
+            shutil.copyfile(bundle.path / weights, version / weights)
+
+
+def _write_classifiers(folder: Path, facts: ModelSettings, bundles: Sequence[Bundle]) -> None:
+    for vocabulary, bundle in zip(facts.vocabularies, bundles, strict=True):
+        write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
+
+
+def _write_sources(folder: Path, backend: Backend) -> None:
+    """What runs inside the Python backend."""
+    sources = sources_folder() / "python"
+    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
+    for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
+        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
+        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
+    admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
+    for name in admissions:
+        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
+    for name in (*admissions, PREPROCESS, *((ENCODER,) if has_doors(backend) else ())):
+        shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
+    _copy_source(decoding, folder / PREPROCESS / "1" / IMAGES_COPY)
+    if backend == "python":
+        for name, module in ENCODER_COPIES.items():
+            _copy_source(module, folder / ENCODER / "1" / name)
+
+
+def _copy_source(module: ModuleType, target: Path) -> None:
+    source = inspect.getsourcefile(module)
+    assert source is not None
+    shutil.copyfile(source, target)
+
+
+def _write_warmup_files(bundle: Bundle, folder: Path) -> None:
+    """The first golden image, as pixels and as the file it came from."""
+    golden = bundle.golden()
+    encoded = (bundle.path / "golden" / golden.files[0]).read_bytes()
+    # Triton's form of one string element: its length as 4 bytes, little end first, then the bytes.
+    element = struct.pack("<I", len(encoded)) + encoded
+    pixels = golden.pixels[0].tobytes()
+    image = image_tensor(bundle.image_spec.size_px)
+    for model, name, sample in ((ENCODER, image.name, pixels), (PREPROCESS, ENCODED.name, element)):
+        (folder / model / "warmup").mkdir()
+        (folder / model / "warmup" / name).write_bytes(sample)

@@ -1,0 +1,1 @@
+"""Triton as a process: installing, starting, watching, checking it."""

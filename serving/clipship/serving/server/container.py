@@ -1,0 +1,145 @@
+"""NVIDIA's container with a repository in it: its image, the command, the compose file."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipship.serving.repository.validate import engine_cache_of, packages_of, runs_without_gpu, uses_cache, uses_gpu
+from clipship.serving.server.admin_secret import restriction
+from clipship.serving.server.releases import IMAGE, container_needs_of, release_for, release_of_image, validate_release
+from clipship.serving.server.server_args import FLOAT32_IN_FULL, backend_options
+
+SECRET_VARIABLE = "CLIPSHIP_ADMIN_SECRET"
+_ENGINES_VOLUME = "clipship-engines"
+_WITHOUT_GPU = "on a machine without a GPU leave out"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    """Of the container, on the host's loopback."""
+
+    http: int = 8000
+    grpc: int = 8001
+    metrics: int = 8002
+
+    def mapped(self) -> tuple[str, ...]:
+        """As docker writes them."""
+        return tuple(f"127.0.0.1:{port}:{port}" for port in (self.http, self.grpc, self.metrics))
+
+
+def image_for(repository: Path, given: str | None = None) -> str:
+    """The image that can serve ``repository``: ``given``, or a release of NVIDIA's.
+
+    Raises:
+        UsageError: no known release can serve it, or the given one cannot; says what it lacks and what to do.
+        RepositoryError: there is no repository.
+    """
+    if given is None:
+        return f"{IMAGE}:{release_for(repository).name}-py3"
+    validate_release(release_of_image(given), given, container_needs_of(repository))
+    return given
+
+
+def gpu_remark(repository: Path) -> str | None:
+    """What to tell who starts the command on a machine without a GPU; None where there is nothing to tell."""
+    return f"{_WITHOUT_GPU} --gpus=all" if uses_gpu(repository) and runs_without_gpu(repository) else None
+
+
+def container_command(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
+    """The shell command that serves ``repository`` in NVIDIA's container, on loopback.
+
+    The secret of the admin protocols is taken from the environment variable :data:`SECRET_VARIABLE`.
+
+    Raises:
+        UsageError: as :func:`image_for`.
+    """
+    # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
+    options = ["--rm", *(["--gpus=all"] if uses_gpu(repository) else []), "--shm-size=2g", "--stop-timeout=30"]
+    for port in ports.mapped():
+        options += ["-p", port]
+    for name, value in FLOAT32_IN_FULL.items():
+        options += ["-e", f"{name}={value}"]
+    options += ["-e", SECRET_VARIABLE, "-v", f"{repository.resolve()}:/models:ro"]
+    if (engines := engine_cache_of(repository)) is not None:
+        options += ["-v", f"{_ENGINES_VOLUME}:{engines}"]
+    start = _start(repository, ports, cache_mb)
+    return shlex.join(["docker", "run", *options, image_for(repository, image), "sh", "-c", start])
+
+
+def compose_file(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
+    """The same as a compose file (the Compose Specification), with a health check.
+
+    Raises:
+        UsageError: as :func:`image_for`.
+    """
+    chosen = image_for(repository, image)
+    return "\n".join([_COMPOSE_HEADER, *_compose_lines(repository, ports, chosen, cache_mb)]) + "\n"
+
+
+_COMPOSE_HEADER = f"""\
+# Written by `clipship serve --container --compose`. Start it with
+#   {SECRET_VARIABLE}=$(openssl rand -hex 32) docker compose up --detach
+# The secret is for those who load models and change tracing and logging; clients need none."""
+
+
+def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
+    # JSON strings are YAML strings; compose takes $ for its own variables unless it is doubled.
+    command = json.dumps(_start(repository, ports, cache_mb).replace("$", "$$"))
+    engines = engine_cache_of(repository)
+    yield "services:"
+    yield "  triton:"
+    yield f"    image: {json.dumps(image)}"
+    yield f'    command: ["sh", "-c", {command}]'
+    yield "    environment:"
+    yield f"      {SECRET_VARIABLE}: ${{{SECRET_VARIABLE}:?set it to a secret of your own}}"
+    yield from (f"      {name}: {json.dumps(value)}" for name, value in FLOAT32_IN_FULL.items())
+    yield "    ports:"
+    yield from (f"      - {json.dumps(port)}" for port in ports.mapped())
+    yield "    volumes:"
+    yield f"      - {json.dumps(f'{repository.resolve()}:/models:ro'.replace('$', '$$'))}"
+    if engines is not None:
+        yield f"      - {json.dumps(f'{_ENGINES_VOLUME}:{engines}')}"
+    yield "    shm_size: 2gb"
+    yield "    stop_grace_period: 30s"
+    yield "    restart: unless-stopped"
+    yield "    healthcheck:"
+    yield f'      test: ["CMD", "curl", "--fail", "--silent", "http://localhost:{ports.http}/v2/health/ready"]'
+    yield "      interval: 10s"
+    yield "      start_period: 300s"
+    if uses_gpu(repository):
+        yield f"    deploy:{f'  # {_WITHOUT_GPU} this part' if runs_without_gpu(repository) else ''}"
+        yield "      resources:"
+        yield "        reservations:"
+        yield "          devices:"
+        yield "            - {driver: nvidia, count: all, capabilities: [gpu]}"
+    if engines is not None:
+        yield "volumes:"
+        yield f"  {_ENGINES_VOLUME}: {{}}"
+
+
+def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
+    """What runs in the container. Its Python lacks what the models in Python need: that is installed first."""
+    pillow = importlib.metadata.version("pillow")
+    packages = " ".join(("onnxruntime", f"pillow=={pillow}", *packages_of(repository)))
+    options = [
+        "--model-repository=/models",
+        "--model-control-mode=explicit",
+        "'--load-model=*'",
+        "--disable-auto-complete-config",
+        f"--http-port={ports.http}",
+        f"--grpc-port={ports.grpc}",
+        f"--metrics-port={ports.metrics}",
+        "--metrics-config=summary_latencies=true",
+        f'"--grpc-restricted-protocol={restriction(f"${SECRET_VARIABLE}")}"',
+        f'"--http-restricted-api={restriction(f"${SECRET_VARIABLE}")}"',
+    ]
+    options += backend_options(repository)
+    if uses_cache(repository):
+        options.append(f"--cache-config=local,size={cache_mb * 2**20}")
+    needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'
+    return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(options)}"

@@ -1,0 +1,206 @@
+"""What must be right on this machine before a Triton is started on a repository, so that it is said in one line.
+
+The embedded server has packages of its own, made for it. Of a ``tritonserver`` on the PATH nothing is known but what is
+looked up here: its release, and the Python that its Python backend will embed, which is not this one. The backend's
+stub is linked to one version of Python and takes the packages of the ``python3`` that comes first on the PATH: those of
+its virtual environment, or of its prefix where it is of the same version.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipship.core.errors import UsageError
+from clipship.core.progress import log
+from clipship.core.tensorrt_plan import version_parts
+from clipship.serving.repository.validate import backends_of, engine_cache_of, modules_of, packages_of
+from clipship.serving.server.install import STUB, Environment, triton_environment
+from clipship.serving.server.releases import needs_of, release_of_triton, validate_release
+
+_PACKAGES = {"PIL": "pillow"}
+"""What to install for a module, where the name differs."""
+
+_PROBE = """
+import importlib.metadata, importlib.util, json, sys
+def version(package):
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
+print(json.dumps([sys.version_info[:2], sys.prefix, missing, version("numpy"), version("pillow")]))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stub:
+    """What the stub of a Python backend was built with."""
+
+    python: str
+    """The version that it embeds: "3.12"."""
+    takes_numpy_2: bool
+    """Else arrays of NumPy 2 come out empty, or crash it: so it is in Triton up to 2.51."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StubPython:
+    """The Python whose packages the stub takes."""
+
+    executable: str
+    version: str
+    prefix: str
+    missing: tuple[str, ...]
+    """Modules that the models import and that are not there."""
+    numpy: str | None
+    pillow: str | None
+
+
+def prepared_environment(repository: Path) -> Environment:
+    """A Triton that can run ``repository`` on this machine, with the folder that its TensorRT engines go to.
+
+    Raises:
+        UsageError: there is none, or something is missing; says what to do.
+        ServingError: the embedded server could not be installed.
+    """
+    backends = backends_of(repository)
+    environment = triton_environment(backends, packages_of(repository))
+    if not environment.embedded:
+        release = release_of_triton(environment.tritonserver.parent.parent)
+        validate_release(release, str(environment.tritonserver), needs_of(repository))
+        if "python" in backends:
+            validate_python(environment, modules_of(repository))
+    _make_engine_cache(repository)
+    return environment
+
+
+def validate_python(environment: Environment, modules: Sequence[str]) -> None:
+    """Nothing when the models in Python can run in what ``environment`` embeds, or when that cannot be found out.
+
+    Raises:
+        UsageError: a module is missing, or its NumPy is one that the Python backend cannot take.
+    """
+    stub = stub_of(environment)
+    python = None if stub is None else python_of(stub, modules)
+    if stub is None or python is None:
+        return
+    for fault in _faults(stub, python, modules):
+        who = f"the models in Python of {environment.tritonserver}"
+        raise UsageError(f"{who} would run with the packages of {python.prefix}, {fault}")
+    _tell_other_pillow(python)
+
+
+def _faults(stub: Stub, python: StubPython, modules: Sequence[str]) -> Iterator[str]:
+    """What is wrong with the packages of ``python``, and what to do."""
+    install, first = f"{python.executable} -m pip install", "first on the PATH"
+    another = f"or put another environment of Python {stub.python} {first}"
+    if python.version != stub.python:
+        needed = " and ".join(_requirements(stub, modules))
+        yield (
+            f"which is of Python {python.version}, and its Python backend embeds Python {stub.python}: put an "
+            f"environment of Python {stub.python} with {needed} {first}"
+        )
+    if python.missing:
+        absent = " and no ".join(_PACKAGES.get(name, name) for name in python.missing)
+        yield f"where there is no {absent}: run {install} {' '.join(_requirements(stub, python.missing))}, {another}"
+    if not stub.takes_numpy_2 and version_parts(python.numpy or "") >= (2,):
+        yield (
+            f"where NumPy is {python.numpy}; its Python backend was built for NumPy 1 (as in Triton up to 2.51) and "
+            f"would crash or return empty arrays: run {install} 'numpy<2', {another}"
+        )
+
+
+def _tell_other_pillow(python: StubPython) -> None:
+    here = importlib.metadata.version("pillow")
+    if python.pillow != here:
+        log(f"the server decodes with Pillow {python.pillow}, this machine with {here}: the pixels may differ a little")
+
+
+def _requirements(stub: Stub, modules: Sequence[str]) -> Iterator[str]:
+    """What pip is given for ``modules``."""
+    for name in modules:
+        package = _PACKAGES.get(name, name)
+        if package == "pillow":
+            yield f"pillow=={importlib.metadata.version('pillow')}"
+        else:
+            yield "'numpy<2'" if package == "numpy" and not stub.takes_numpy_2 else package
+
+
+def stub_of(environment: Environment) -> Stub | None:
+    """What the Python backend's stub says of itself; None where there is none, or it does not say."""
+    try:
+        code = (environment.backends / "python" / STUB).read_bytes()
+    except OSError:
+        return None
+    library = re.search(rb"libpython(\d+\.\d+)", code)
+    # NumPy 2 calls its core so, and pybind11 looks it up by that name since it knows NumPy 2.
+    return library and Stub(python=library[1].decode(), takes_numpy_2=b"numpy._core" in code)
+
+
+def python_of(stub: Stub, modules: Sequence[str]) -> StubPython | None:
+    """The Python whose packages ``stub`` will take; None where the ``python3`` on the PATH does not tell."""
+    first = shutil.which("python3")
+    if first is None or not (_is_venv(first) or _is_program(first)):
+        return None
+    python = _asked(first, stub, modules)
+    # A virtual environment of another version is used all the same, and no package is found in it.
+    return python if python is not None and (python.version == stub.python or _is_venv(first)) else None
+
+
+def _asked(executable: str, stub: Stub, modules: Sequence[str]) -> StubPython | None:
+    """What ``executable`` says of itself and of ``modules``."""
+    # The same pybind11 that does not know NumPy 2 starts Python 3.11 and later without PYTHON* variables.
+    isolated = ["-I"] if not stub.takes_numpy_2 and version_parts(stub.python) >= (3, 11) else []
+    command = [executable, *isolated, "-c", _PROBE, *modules]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+        version, prefix, missing, numpy, pillow = json.loads(done.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return None
+    return StubPython(
+        executable=executable,
+        version=".".join(map(str, version)),
+        prefix=prefix,
+        missing=tuple(missing),
+        numpy=numpy,
+        pillow=pillow,
+    )
+
+
+def _is_venv(executable: str) -> bool:
+    folder = Path(executable).parent
+    return (folder / "pyvenv.cfg").is_file() or (folder.parent / "pyvenv.cfg").is_file()
+
+
+def _is_program(executable: str) -> bool:
+    """Not a script that starts another Python, as pyenv has them: the stub does not run it, it looks beside it."""
+    with Path(executable).open("rb") as file:
+        return file.read(4) == b"\x7fELF"
+
+
+def _make_engine_cache(repository: Path) -> None:
+    """The folder of the engines, whole: the accelerator itself makes one level of it only.
+
+    Raises:
+        UsageError: it cannot be made, or not written to.
+    """
+    engines = engine_cache_of(repository)
+    if engines is None:
+        return
+    try:
+        Path(engines).mkdir(parents=True, exist_ok=True)
+        if not os.access(engines, os.W_OK | os.X_OK):
+            raise PermissionError("it is not this user's to write")
+    except OSError as error:
+        raise UsageError(
+            f"{engines}, where the TensorRT accelerator keeps the engines it builds, cannot be written "
+            f"({error.strerror or error}): run sudo install -d -o $(id -u) {engines}, or write the repository "
+            "without --accelerator"
+        ) from error

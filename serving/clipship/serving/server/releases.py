@@ -1,0 +1,226 @@
+"""NVIDIA's releases of the Triton container (the py3 images), and which of them can serve a repository.
+
+What a repository asks of a release is a list of :class:`Need`; the table below says what each release has. Triton and
+ONNX Runtime: ``docs/introduction/compatibility.md`` of triton-inference-server/server; TensorRT: NVIDIA's Frameworks
+Support Matrix, https://docs.nvidia.com/deeplearning/frameworks/support-matrix/. The newest opset of each ONNX Runtime
+was found by loading graphs of every opset.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clipship.core.errors import UsageError
+from clipship.core.tensorrt_plan import version_parts
+from clipship.serving.repository.validate import (
+    accelerator_of,
+    opset_of,
+    tensorrt_version_of,
+    version_compatible_plans_of,
+)
+
+IMAGE = "nvcr.io/nvidia/tritonserver"
+USUAL_RELEASE = "25.08"
+"""For repositories that it can serve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Release:
+    """What one release has that a repository may need."""
+
+    name: str
+    """As in the image's tag: "25.08"."""
+    triton: str
+    tensorrt: str
+    onnxruntime: str
+    opset: int
+    """The newest that its ONNX Runtime takes; a later one is refused when the model loads."""
+    python: tuple[int, int]
+    """Of the models in Python."""
+    accelerates_bf16: bool
+    """Whether the TensorRT accelerator of its ONNX Runtime backend knows precision_mode BF16."""
+
+
+_TABLE = (
+    ("24.08", "2.49.0", "10.3.0", "1.18.1", 21, (3, 10)),
+    ("24.09", "2.50.0", "10.4.0", "1.19.2", 21, (3, 10)),
+    ("24.10", "2.51.0", "10.5.0", "1.19.2", 21, (3, 10)),
+    ("24.11", "2.52.0", "10.6.0", "1.19.2", 21, (3, 12)),
+    ("24.12", "2.53.0", "10.7.0", "1.20.1", 21, (3, 12)),
+    ("25.01", "2.54.0", "10.8.0", "1.20.1", 21, (3, 12)),
+    ("25.02", "2.55.0", "10.8.0", "1.20.1", 21, (3, 12)),
+    ("25.03", "2.56.0", "10.9.0", "1.21.0", 22, (3, 12)),
+    ("25.04", "2.57.0", "10.9.0", "1.21.0", 22, (3, 12)),
+    ("25.05", "2.58.0", "10.10.0", "1.22.0", 22, (3, 12)),
+    ("25.06", "2.59.0", "10.11.0", "1.22.0", 22, (3, 12)),
+    ("25.07", "2.59.1", "10.11.0", "1.22.0", 22, (3, 12)),
+    ("25.08", "2.60.0", "10.13.2", "1.23.0", 23, (3, 12)),
+    ("25.09", "2.61.0", "10.13.3", "1.23.0", 23, (3, 12)),
+    ("25.10", "2.62.0", "10.13.3", "1.23.1", 23, (3, 12)),
+    ("25.11", "2.63.0", "10.14.1", "1.23.2", 23, (3, 12)),
+    ("25.12", "2.64.0", "10.14.1", "1.23.2", 23, (3, 12)),
+    ("26.02", "2.66.0", "10.15.1", "1.24.1", 25, (3, 12)),
+    ("26.03", "2.67.0", "10.16.0", "1.24.2", 25, (3, 12)),
+    ("26.04", "2.68.0", "10.16.1", "1.24.4", 25, (3, 12)),
+    ("26.05", "2.69.0", "10.16.1", "1.24.4", 25, (3, 12)),
+    ("26.06", "2.70.0", "11.0.0", "1.24.4", 25, (3, 12)),
+    ("26.07", "2.71.0", "11.1.0", "1.27.0", 26, (3, 12)),
+)
+"""Release, Triton, TensorRT, ONNX Runtime, its newest opset, Python; ascending."""
+
+RELEASES = tuple(
+    Release(
+        name=name,
+        triton=triton,
+        tensorrt=tensorrt,
+        onnxruntime=onnxruntime,
+        opset=opset,
+        python=python,
+        accelerates_bf16=name >= "26.02",  # onnxruntime_backend#328
+    )
+    for name, triton, tensorrt, onnxruntime, opset, python in _TABLE
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Need:
+    """One thing that a repository asks of a release."""
+
+    what: str
+    advice: str
+    """How to ask for less."""
+    met_by: Callable[[Release], bool]
+
+    def __str__(self) -> str:
+        names = [release.name for release in RELEASES if self.met_by(release)]
+        open_ended = names and names == [release.name for release in RELEASES][-len(names) :]
+        told = f"{names[0]} or later" if open_ended else ", ".join(names)
+        return f"{self.what} ({f'release {told}' if told else 'no known release'})"
+
+
+def needs_of(repository: Path) -> tuple[Need, ...]:
+    """What ``repository`` asks of a release's TensorRT and ONNX Runtime.
+
+    Raises:
+        RepositoryError: there is no repository.
+    """
+    return (*_plan_need(repository), *_opset_need(repository), *_bf16_need(repository))
+
+
+def container_needs_of(repository: Path) -> tuple[Need, ...]:
+    """Those, and what the packages need that the container installs when it starts.
+
+    Raises:
+        RepositoryError: there is no repository.
+    """
+    return (*needs_of(repository), *_pillow_need())
+
+
+def release_for(repository: Path) -> Release:
+    """The release for ``repository``: the usual one if it has all that is needed, else the nearest that has.
+
+    Later ones come before earlier ones; of those with the same TensorRT the newest is taken.
+
+    Raises:
+        UsageError: none that is known has it all; says which have what, and what to do.
+        RepositoryError: there is no repository.
+    """
+    needs = container_needs_of(repository)
+    fit = [release for release in RELEASES if all(need.met_by(release) for need in needs)]
+    if not fit:
+        missed = [need for need in needs if not all(map(need.met_by, RELEASES))]
+        raise UsageError(
+            f"{repository} needs {' and '.join(map(str, missed))}, and no known release of NVIDIA's container has it "
+            f"all: {_advice(missed)}, or give an image of your own with --image"
+        )
+    nearest = next((release for release in fit if release.name >= USUAL_RELEASE), fit[-1])
+    return [release for release in fit if release.tensorrt == nearest.tensorrt][-1]
+
+
+def validate_release(release: Release | None, who: str, needs: Sequence[Need]) -> None:
+    """Nothing when ``release``, which ``who`` is, has all of ``needs``; or when it is not known (None).
+
+    Raises:
+        UsageError: it has not; says which have, and what to do.
+    """
+    missed = [] if release is None else [need for need in needs if not need.met_by(release)]
+    if release is not None and missed:
+        raise UsageError(
+            f"{who} is release {release.name} (Triton {release.triton}, TensorRT {release.tensorrt}, ONNX Runtime "
+            f"{release.onnxruntime}), the repository needs {' and '.join(map(str, missed))}: take such a release, or "
+            f"{_advice(missed)}"
+        )
+
+
+def release_of_image(image: str) -> Release | None:
+    """The release that ``image`` names; None for an image of somebody else's, or a release that is not known."""
+    match = re.fullmatch(rf"{re.escape(IMAGE)}:(?P<name>\d\d\.\d\d)-py3", image)
+    return next((release for release in RELEASES if match and release.name == match["name"]), None)
+
+
+def release_of_triton(home: Path) -> Release | None:
+    """The release of the Triton installed in ``home`` (/opt/tritonserver); None when it does not say a known one."""
+    try:
+        version = (home / "TRITON_VERSION").read_text(encoding="utf-8").strip()
+    except OSError:
+        return None
+    return next((release for release in RELEASES if release.triton == version), None)
+
+
+def _advice(needs: Sequence[Need]) -> str:
+    return ", or ".join(need.advice for need in needs)
+
+
+def _plan_need(repository: Path) -> Iterator[Need]:
+    """A plan loads in its own TensorRT only; a version-compatible one in later ones, too."""
+    version = tensorrt_version_of(repository)
+    if version is None:
+        return
+    own = version_parts(version)[:3]
+    later = version_compatible_plans_of(repository) == "all"
+    advice = "build the plans with the TensorRT of another release"
+    yield Need(
+        what=f"TensorRT {version}{' or later' if later else ''} for its plans",
+        advice=advice if later else f"{advice} or with --version-compatible",
+        met_by=lambda release: own == (has := version_parts(release.tensorrt)) or (later and own < has),
+    )
+
+
+def _opset_need(repository: Path) -> Iterator[Need]:
+    """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: docs/precision.md, which versions run what."""
+    found = opset_of(repository)
+    if found is not None:
+        opset, precision = found
+        int8 = precision == "int8" and opset == 23
+        yield Need(
+            what=f"an ONNX Runtime that takes {'int8 of ' if int8 else ''}opset {opset}",
+            advice="pack the bundle with --opset 18 or 20",
+            met_by=lambda release: release.opset >= opset + int8,
+        )
+
+
+def _bf16_need(repository: Path) -> Iterator[Need]:
+    if accelerator_of(repository).get("precision_mode") == "BF16":
+        yield Need(
+            what="bfloat16 in the TensorRT accelerator",
+            advice="write the repository with --precision fp16",
+            met_by=lambda release: release.accelerates_bf16,
+        )
+
+
+def _pillow_need() -> Iterator[Need]:
+    """The container gets the Pillow of this machine, so its Python must be one that it can be installed in."""
+    least = re.search(r">=\s*(\d+)\.(\d+)", importlib.metadata.metadata("pillow")["Requires-Python"] or "")
+    if least is not None:
+        major, minor = (int(part) for part in least.groups())
+        version = importlib.metadata.version("pillow")
+        yield Need(
+            what=f"Python {major}.{minor} for Pillow {version}, which decodes on this machine",
+            advice=f"pip install 'pillow<{version.partition('.')[0]}' here (client and server must have the same "
+            "Pillow, to decode alike bit for bit)",
+            met_by=lambda release: release.python >= (major, minor),
+        )

@@ -1,0 +1,1 @@
+"""The network seam: tensors in, tensors out, over gRPC or shared memory."""

@@ -1,0 +1,70 @@
+"""A server that is a function: the best class of an image is the value of its first pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from clipship.core.images.decoding import pixels_from_bytes
+from clipship.serving.client.classifier import Result
+from clipship.serving.model_names import CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, of_vocabulary
+from clipship.serving.repository.write import ModelSettings, configs_from_facts
+from clipship.serving.transport.grpc import FakeTransport, Tensors, config_json
+from tests.serving.bundles import EMBED_DIM, SPEC
+
+BATCH = 4
+
+
+def configs(
+    *vocabularies: str, digest: str = "v" * 64, bundle: str = "b" * 64, encoder: str = ""
+) -> dict[str, dict[str, Any]]:
+    """The configurations of a repository with further ``vocabularies``."""
+    facts = ModelSettings(
+        bundle_digest=bundle,
+        vocabulary_digest=digest,
+        image_spec=SPEC,
+        embed_dim=EMBED_DIM,
+        encoder_digest=encoder,
+        top_k=2,
+        max_batch_size=BATCH,
+    )
+    told = {name: config_json(config) for name, config in configs_from_facts(facts, "python").items()}
+    for vocabulary in vocabularies:
+        for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
+            told[of_vocabulary(model, vocabulary)] = told[model]
+    return told
+
+
+def flat(value: int) -> NDArray[np.uint8]:
+    """An image of one grey."""
+    return np.full((SPEC.size_px, SPEC.size_px, 3), value, dtype=np.uint8)
+
+
+def answer(model: str, inputs: Tensors) -> Tensors:
+    """The outputs for ``inputs``; the embedding's first number is the grey."""
+    errors = None
+    if "encoded" in inputs:
+        elements = inputs["encoded"][:, 0]
+        greys = np.array([int(pixels_from_bytes(data, SPEC)[0, 0, 0]) if data else 0 for data in elements])
+        errors = np.array([[b"" if data else b"empty"] for data in elements], dtype=np.object_)
+    else:
+        greys = inputs["image"][:, 0, 0, 0].astype(np.int64)
+    labels = np.array([[f"grey {grey}".encode(), "\N{FOX FACE}".encode()] for grey in greys], dtype=np.object_)
+    scores = np.tile(np.array([[0.75, 0.25]], dtype=np.float32), (len(greys), 1))
+    embedding = np.zeros((len(greys), EMBED_DIM), np.float32)
+    embedding[:, 0] = greys
+    outputs = {"scores": scores, "indices": np.stack([greys, greys + 1], axis=1), "labels": labels}
+    return {**outputs, "embedding": embedding, **({} if errors is None else {"error": errors})}
+
+
+def fake(function: Any = answer) -> FakeTransport:
+    """A transport to the function."""
+    return FakeTransport(function, configs())
+
+
+def grey(result: Result) -> int:
+    """The image's grey, from its result."""
+    assert result.error is None
+    return result.indices[0]

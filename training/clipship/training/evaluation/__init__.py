@@ -1,0 +1,1 @@
+"""Class probabilities of trained methods: accuracy by protocol, temperature."""

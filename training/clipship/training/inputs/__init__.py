@@ -1,0 +1,1 @@
+"""From image files to tensors: batches, views, cached features."""

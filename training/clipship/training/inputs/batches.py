@@ -1,0 +1,279 @@
+"""Training batches: decoded images, random crops, the order of an epoch. Every draw is keyed, none is global.
+
+Shapes: B images of a batch, H = W pixels.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from clipship.core.errors import DataError
+from clipship.core.images.decoding import ImageDecodeError, ImageSpec, decode_image, pixels_from_image
+from clipship.core.progress import progress
+from clipship.training.config import TrainConfig
+from clipship.training.datasets.load import LabelledImage
+from clipship.training.methods.base import Batch
+
+if TYPE_CHECKING:
+    from clipship.training.synthetic_set import SyntheticSet
+
+_CACHE_BYTES = 1 << 30
+_ASPECT = (3 / 4, 4 / 3)
+_CROP_ATTEMPTS = 10
+
+
+def synthetic_paths(
+    synthetic: SyntheticSet, class_names: Sequence[str], config: TrainConfig
+) -> tuple[tuple[Path, ...], ...]:
+    """The synthetic images that each class learns from, in the order of ``class_names``; a class may have none.
+
+    They are what ``config`` asks for: the kept ones with the best scores, or the first by seed.
+
+    Raises:
+        DataError: no class has any, or none has as many as are asked for.
+    """
+    every = _kept_images if config.synthetic_filter else _made_images
+    found = every(synthetic)
+    most = max((len(found.get(name, ())) for name in class_names), default=0)
+    if not most:
+        raise DataError(
+            f"{synthetic.folder} has no image of any of the {len(class_names)} classes, the first is "
+            f"{class_names[0]!r}: write it for the class names of the data set, or take --synthetic-shots 0"
+        )
+    if config.synthetic_shots is not None and config.synthetic_shots > most:
+        raise DataError(
+            f"{config.synthetic_shots} synthetic images a class are asked for, and no class of {synthetic.folder} has "
+            f"more than {most}: ask for fewer, or synthesize more"
+        )
+    return tuple(found.get(name, ())[: config.synthetic_shots] for name in class_names)
+
+
+def _kept_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
+    """Of every class the images that the filter kept, best score first."""
+    return {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
+
+
+def _made_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
+    """Of every class the images in the order of their seeds, whatever their score.
+
+    What was refused before it had a score (no image of the class at all, as the safety checker says) is left out, and
+    what was deleted.
+    """
+    found: dict[str, list[Path]] = {}
+    for image in sorted(synthetic.images, key=lambda image: image.seed):
+        usable = image.kept or image.score is not None
+        if usable and image.path.is_file():
+            found.setdefault(image.class_name, []).append(image.path)
+    return {name: tuple(paths) for name, paths in found.items()}
+
+
+def decoded(path: Path) -> Image.Image:
+    """The image at ``path``, upright RGB.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    try:
+        return decode_image(path.read_bytes())
+    except ImageDecodeError as error:
+        raise DataError(f"{path}: {error}: replace the image, or take it out of the split file") from error
+
+
+def evaluation_pixels(paths: Sequence[Path], spec: ImageSpec) -> torch.Tensor:
+    """uint8 [B, H, W, 3]: resize and centre crop, as the server does it.
+
+    Raises:
+        DataError: an image cannot be decoded.
+    """
+    return torch.from_numpy(np.stack([pixels_from_image(decoded(path), spec) for path in paths]))
+
+
+class ImageCache:
+    """Decoded images, kept until a gigabyte is full."""
+
+    def __init__(self, limit_bytes: int = _CACHE_BYTES) -> None:
+        self._left = limit_bytes
+        self._images: dict[Path, Image.Image] = {}
+
+    def preload(self, paths: Sequence[Path]) -> None:
+        """Decode every image once, so that a bad file stops a run before it starts.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        with ThreadPoolExecutor() as pool, progress("reading images", len(paths)) as report:
+            for done, (path, image) in enumerate(zip(paths, pool.map(decoded, paths), strict=True), start=1):
+                self._keep(path, image)
+                report(done, "")
+
+    def image(self, path: Path) -> Image.Image:
+        """The image at ``path``, upright RGB.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        if path not in self._images:
+            image = decoded(path)
+            self._keep(path, image)
+            return image
+        return self._images[path]
+
+    def _keep(self, path: Path, image: Image.Image) -> None:
+        size = image.width * image.height * 3
+        if path not in self._images and size <= self._left:
+            self._left -= size
+            self._images[path] = image
+
+
+def crop_box(width: int, height: int, min_share: float, generator: random.Random) -> tuple[int, int, int, int]:
+    """A random (left, top, right, bottom) as torchvision's ``RandomResizedCrop`` draws it.
+
+    The area is uniform between ``min_share`` and all of the image's, the aspect ratio log-uniform between 3:4 and 4:3;
+    after ten boxes that do not fit, the largest central one of an allowed ratio.
+    """
+    for _ in range(_CROP_ATTEMPTS):
+        area = width * height * generator.uniform(min_share, 1.0)
+        ratio = math.exp(generator.uniform(math.log(_ASPECT[0]), math.log(_ASPECT[1])))
+        crop_width, crop_height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            left, top = generator.randint(0, width - crop_width), generator.randint(0, height - crop_height)
+            return left, top, left + crop_width, top + crop_height
+    ratio = min(max(width / height, _ASPECT[0]), _ASPECT[1])
+    crop_width, crop_height = min(width, round(height * ratio)), min(height, round(width / ratio))
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return left, top, left + crop_width, top + crop_height
+
+
+def training_pixels(image: Image.Image, size_px: int, config: TrainConfig, key: str) -> NDArray[np.uint8]:
+    """uint8 [H, W, 3]: a random crop, resized, perhaps mirrored; equal keys give equal pixels."""
+    generator = random.Random(key)
+    box = crop_box(image.width, image.height, config.min_crop, generator)
+    cropped = image.crop(box).resize((size_px, size_px), Image.Resampling.BICUBIC)
+    if config.flip and generator.random() < 0.5:
+        cropped = cropped.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.array(cropped)
+
+
+def training_view(
+    images: ImageCache, path: Path, position: int, size_px: int, config: TrainConfig, epoch: int
+) -> torch.Tensor:
+    """uint8 [H, W, 3]: the crop that the few-shot image at ``position`` has in ``epoch``."""
+    key = f"{config.seed} {epoch} {position} real"
+    return torch.from_numpy(training_pixels(images.image(path), size_px, config, key))
+
+
+def views_of(config: TrainConfig, epoch: int) -> int:
+    """The epoch whose crops ``epoch`` learns from: its own, or one of the first ``feature_views``."""
+    return epoch if config.feature_views == 0 else 1 + (epoch - 1) % config.feature_views
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draw:
+    """What a step learns from, before any image is read."""
+
+    positions: tuple[int, ...]
+    """Of real images in the few-shot list."""
+    rows: tuple[int, ...]
+    """Which of them have a synthetic partner."""
+    seen: tuple[Path, ...]
+    """The partners."""
+    unseen: tuple[Path, ...]
+    unseen_labels: tuple[int, ...]
+
+
+class Epoch(torch.utils.data.Dataset[Batch]):
+    """The batches of one epoch. Every draw is keyed by seed, epoch and position, so any step can be made again.
+
+    With synthetic images each real one comes with a synthetic one of its class, if there is any, and with one of a
+    random new class of those that have some.
+    ``features`` [N, D], those of the few-shot images in this epoch, take the place of uint8 pixels [B, H, W, 3].
+    """
+
+    def __init__(
+        self,
+        items: Sequence[LabelledImage],
+        synthetic: Sequence[Sequence[Path]],
+        *,
+        num_base: int,
+        config: TrainConfig,
+        size_px: int,
+        cache: ImageCache,
+        epoch: int,
+        features: torch.Tensor | None = None,
+        num_classes: int = 0,
+    ) -> None:
+        self._items = items
+        self._synthetic = synthetic
+        self._new = [label for label in range(num_base, len(synthetic)) if synthetic[label]]
+        self._config = config
+        self._size_px = size_px
+        self._cache = cache
+        self._epoch = epoch
+        self._features = features
+        self._key = f"{config.seed} {epoch}"
+        self._images = len(items) or num_classes * config.shots  # as many steps where all features are generated
+        self._order = list(range(len(items)))
+        random.Random(f"{self._key} order").shuffle(self._order)
+
+    def __len__(self) -> int:
+        return max(1, self._images // self._config.batch_size)
+
+    def __getitem__(self, step: int) -> Batch:
+        draw = self.draw(step)
+        items = [self._items[position] for position in draw.positions]
+        paths = (*(item.path for item in items), *draw.seen, *draw.unseen)
+        return Batch(
+            labels=torch.tensor([item.label for item in items], dtype=torch.long),
+            files=tuple(map(str, paths)),
+            features=None if self._features is None else self._features[list(draw.positions)],
+            pixels=self._real_pixels(draw.positions) if self._features is None and items else None,
+            seen=self._synthetic_pixels(draw.seen, f"{step} seen") if draw.seen else None,
+            seen_rows=torch.tensor(draw.rows) if 0 < len(draw.rows) < len(items) else None,
+            seen_share=len(draw.rows) / len(items) if draw.seen else 0.0,
+            unseen=self._synthetic_pixels(draw.unseen, f"{step} unseen") if draw.unseen else None,
+            unseen_labels=torch.tensor(draw.unseen_labels) if draw.unseen else None,
+        )
+
+    def draw(self, step: int) -> Draw:
+        """The images of ``step`` (from 0)."""
+        size = self._config.batch_size
+        positions = tuple(self._order[step * size : (step + 1) * size])
+        if not self._synthetic:
+            return Draw(positions=positions, rows=(), seen=(), unseen=(), unseen_labels=())
+        generator = random.Random(f"{self._key} step {step}")
+        partners = [self._synthetic[self._items[position].label] for position in positions]
+        rows = tuple(row for row, images in enumerate(partners) if images)
+        seen = tuple(generator.choice(partners[row]) for row in rows)
+        labels = tuple(generator.choice(self._new) for _ in positions) if self._new else ()
+        unseen = tuple(generator.choice(self._synthetic[label]) for label in labels)
+        return Draw(positions=positions, rows=rows, seen=seen, unseen=unseen, unseen_labels=labels)
+
+    def _real_pixels(self, positions: Sequence[int]) -> torch.Tensor:
+        return torch.stack(
+            [
+                training_view(self._cache, self._items[i].path, i, self._size_px, self._config, self._epoch)
+                for i in positions
+            ]
+        )
+
+    def _synthetic_pixels(self, paths: Sequence[Path], draw: str) -> torch.Tensor:
+        """Unless the recipe redraws them, a synthetic image has one crop for the whole run."""
+        if self._config.redraw_synthetic:
+            keys = [f"{self._key} {draw} {place}" for place in range(len(paths))]
+        else:
+            keys = [f"{self._config.seed} once {path.name}" for path in paths]
+        return torch.from_numpy(np.stack([self._one(path, key) for path, key in zip(paths, keys, strict=True)]))
+
+    def _one(self, path: Path, key: str) -> NDArray[np.uint8]:
+        return training_pixels(self._cache.image(path), self._size_px, self._config, key)

@@ -1,0 +1,31 @@
+"""The synthetic set that a run learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from clipship.core.errors import DataError
+from clipship.training.config import TrainConfig
+from clipship.training.methods import method_named
+from clipship.training.synthetic_set import SYNTHETIC, SyntheticSet
+
+
+def synthetic_beside(data: Path) -> Path:
+    """Where the synthetic set of a data set lies if nobody says: in its folder, or beside its list of images."""
+    return (data if data.is_dir() else data.parent) / SYNTHETIC
+
+
+def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
+    """The synthetic set in ``folder``, if a run with these settings learns from one.
+
+    Raises:
+        DataError: it does, and there is none.
+    """
+    if not method_named(config.method).needs_synthetic or config.synthetic_shots == 0:
+        return None
+    if not folder.is_dir():
+        raise DataError(
+            f"recipe {config.recipe} learns from synthetic images and {folder} is not there: "
+            "give a synthetic set with --synthetic DIR, or make one with clipship synthesize"
+        )
+    return SyntheticSet.load(folder)

@@ -1,0 +1,1 @@
+"""CLIP itself: loading its weights, prompts in its towers, the precision it computes in."""

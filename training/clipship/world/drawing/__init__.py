@@ -1,0 +1,1 @@
+"""Scenes of the built-in world: what is in them, how they are drawn, what their captions say."""

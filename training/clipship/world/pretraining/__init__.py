@@ -1,0 +1,1 @@
+"""How clipship-tiny was trained on the built-in world."""
