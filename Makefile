@@ -8,7 +8,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check format benchmarks clean
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest wheels check format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -50,6 +50,10 @@ test-lowest:  ## the client's and export's tests with the lowest versions that p
 		--editable '.[export,vocab,openvino,telemetry,turbo]' hatchling opentelemetry-sdk pytest pytest-timeout
 	CLIPSHIP_CACHE=$(CURDIR)/$(LOWEST)/cache OMP_NUM_THREADS=1 \
 		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training --ignore tests/test_readme.py tests
+
+wheels: install  ## clipship and its built-in models, into dist
+	$(BIN)/python -m hatchling build --target wheel --directory $(CURDIR)/dist
+	cd deploy/models && $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory $(CURDIR)/dist
 
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
