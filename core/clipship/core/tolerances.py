@@ -6,7 +6,7 @@ of the expected features is subtracted from both sides (from both the same, so t
 needs two different images; where there are none it is not measured, and the plain gates stand alone.
 
 **Golden samples.** ``pack`` and ``verify`` hold many images to the table; whoever is about to answer (this process, a
-model inside Triton, a server) holds the few golden ones to it, see ``verify.md``. What went wrong is a text here,
+model inside Triton, a server) holds the few golden ones to it, see ``docs/verify.md``. What went wrong is a text here,
 because this file needs NumPy only: a copy of it lies beside the models that run inside Triton.
 
 Shape legend: N inputs, C classes, D features, k best classes.

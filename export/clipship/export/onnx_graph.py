@@ -1,7 +1,7 @@
 """PyTorch modules to ONNX files, with one free axis, and the checks that it really is free.
 
 Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 has attention as one node; which versions
-run them stands in precision.md. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights
+run them stands in docs/precision.md. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights
 in ``<name>.onnx.data``.
 """
 

@@ -191,7 +191,7 @@ def _plan_need(repository: Path) -> Iterator[Need]:
 
 
 def _opset_need(repository: Path) -> Iterator[Need]:
-    """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: precision.md, which versions run what."""
+    """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: docs/precision.md, which versions run what."""
     found = opset_of(repository)
     if found is not None:
         opset, precision = found
