@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import shlex
 import subprocess
@@ -146,12 +147,15 @@ def test_names_of_the_code_exist(page: Path) -> None:
             assert_importable(name)
     for identifier in re.findall(r"^::: (clipship\.[\w.]+)$", text_of(page), re.MULTILINE):
         assert_importable(identifier)
-    for language, content in blocks_of(page):
-        if language == "python":
-            for node in ast.walk(ast.parse(content)):
-                if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("clipship"):
-                    for alias in node.names:
-                        assert_importable(f"{node.module}.{alias.name}")
+
+
+@pytest.mark.parametrize("page", TODAY, ids=lambda page: str(page.relative_to(ROOT)))
+def test_imports_of_programs_work(page: Path) -> None:
+    programs = [ast.parse(content) for language, content in blocks_of(page) if language == "python"]
+    for node in (node for program in programs for node in ast.walk(program)):
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("clipship"):
+            module = importlib.import_module(str(node.module))
+            assert all(hasattr(module, alias.name) for alias in node.names), ast.unparse(node)
 
 
 def assert_importable(name: str) -> None:
