@@ -8,7 +8,11 @@ export PYTHONDONTWRITEBYTECODE := 1
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
+<<<<<<< HEAD
 .PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest wheels check format benchmarks clean
+=======
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check docs format benchmarks clean
+>>>>>>> wt-g
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -59,6 +63,10 @@ check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install  ## the documentation site in build/site; warnings are errors, the network is not used
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "read it: $(BIN)/python -m http.server --directory build/site 8080"
 
 format: install
 	$(BIN)/ruff format .
