@@ -36,7 +36,6 @@ from PIL import Image
 
 from clipship.core.images import decoding as images
 from clipship.core.images.decoding import (
-    IMAGE_SUFFIXES,
     ImageSpec,
     Resample,
     centred_corner,
@@ -44,6 +43,7 @@ from clipship.core.images.decoding import (
     pixels_from_bytes,
     resized_size,
 )
+from clipship.core.images.files import files_in
 from clipship.core.tables import Table, machine, with_spread, write_table
 
 SIZES = ("500x375", "300x225", "1920x1080", "4000x3000")
@@ -60,7 +60,7 @@ def pictures(folder: Path | None) -> list[Image.Image]:
         random = np.random.default_rng(0)
         coarse = random.integers(0, 256, (PICTURES, 24, 32, 3), dtype=np.uint8)
         return [Image.fromarray(one).resize((640, 480), Image.Resampling.BICUBIC) for one in coarse]
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [Path(found.path) for found in files_in(str(folder))]
     decoded = [decode_image(path.read_bytes()) for path in files[:: max(1, len(files) // (4 * PICTURES))]]
     return sorted(decoded, key=lambda image: -min(image.size))[:PICTURES]
 
@@ -89,12 +89,12 @@ def by_pillow(data: bytes, *, box: bool = False, draft: bool = False) -> NDArray
     crop = (left, top, left + SPEC.size_px, top + SPEC.size_px)
     if draft:
         image.draft("RGB", (width, height))
-    image = image.convert("RGB")
+    rgb = image.convert("RGB")
     if not box:
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC).crop(crop))
-    across, down = image.width / width, image.height / height
+        return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop(crop))
+    across, down = rgb.width / width, rgb.height / height
     kept = (crop[0] * across, crop[1] * down, crop[2] * across, crop[3] * down)
-    return np.asarray(image.resize((SPEC.size_px, SPEC.size_px), Image.Resampling.BICUBIC, box=kept))
+    return np.asarray(rgb.resize((SPEC.size_px, SPEC.size_px), Image.Resampling.BICUBIC, box=kept))
 
 
 def ways() -> dict[str, Way]:

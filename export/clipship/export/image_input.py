@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipship.core.images.inputs import some_image_files
+from clipship.core.images.files import some_image_files
 from clipship.export.reference import VERIFY_COUNT, Picture
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import sample_scene

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_made_again(tmp_path: Path) -
 
 
 def vars_of(number: int) -> dict[str, Any]:
-    return place(number).to_json()
+    return asdict(place(number))
 
 
 @pytest.mark.parametrize(

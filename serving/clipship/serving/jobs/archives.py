@@ -6,7 +6,6 @@ time. What is damaged becomes an image with an error, at the place where the dam
 
 from __future__ import annotations
 
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.core.images.decoding import IMAGE_SUFFIXES
+from clipship.core.images.files import is_image_name
 from clipship.serving.client.inputs import MAX_IMAGE_BYTES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -40,11 +39,6 @@ class Member:
 
 Reader = Callable[[str, int], Iterator[Member]]
 """``reader(path, skip)``: the members of an archive from number ``skip`` on."""
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file's name ends as those of images do."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def reader_of(path: str, image_column: str | None = None) -> Reader | None:

@@ -319,7 +319,7 @@ def _feed(
 
     if isinstance(source, Inputs):
         place, images = (after.place, after.images) if after is not None else (None, 0)
-        job.run(source.items(place), write, total=source.total(), done=images)
+        job.run(source.images(place), write, total=source.total(), done=images)
         return
     log(f"watching {', '.join(map(str, source.folders))} until Ctrl-C")
     with stopped_by_signals() as stop:

@@ -13,11 +13,10 @@ from pathlib import Path
 from threading import Event
 from types import FrameType
 
+from clipship.core.images.files import files_in
 from clipship.serving.errors import ServingError
-from clipship.serving.jobs.archives import is_image_name
 from clipship.serving.jobs.inputs import JobImage, text_of_path
 from clipship.serving.jobs.job import Job, Write
-from clipship.serving.jobs.walk import files_in
 
 LONGEST_WAIT_S = 60.0
 """How long a row waits for its shard to be finished."""
@@ -60,7 +59,7 @@ class Watcher:
         """Those that have become whole since the last call."""
         before, self._changing = self._changing, {}
         for folder in self._folders:
-            for found in files_in(folder, set(), is_image_name):
+            for found in files_in(folder):
                 name = text_of_path(found.path)
                 if found.error is None and name not in self._done and self._is_whole(found.path, before):
                     self._done.add(name)
