@@ -39,6 +39,11 @@ class Header:
     """D; None where features are not stored."""
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Of bundle and vocabulary, by name."""
+        return {"bundle_digest": self.bundle_digest, "vocabulary_digest": self.vocabulary_digest}
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns, in order."""
         return COLUMNS if self.embed_dim is None else (*COLUMNS, EMBEDDING)
@@ -198,7 +203,7 @@ def _parquet(path: Path, header: Header) -> Iterator[Sink]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    digests = {"clipship.bundle_digest": header.bundle_digest, "clipship.vocabulary_digest": header.vocabulary_digest}
+    digests = {f"clipship.{name}": digest for name, digest in header.digests.items()}
     best = (pa.string(), pa.string(), pa.float32())
     top_k = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.int64()))
     features = () if header.embed_dim is None else (pa.list_(pa.float32()),)

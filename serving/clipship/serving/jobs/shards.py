@@ -48,6 +48,21 @@ class Shard:
     sha256: str
 
 
+class Tally:
+    """Counts of images, as they come."""
+
+    def __init__(self) -> None:
+        self.images = self.errors = 0
+        self.classes: Counter[str] = Counter()
+
+    def add(self, result: Result) -> None:
+        """Count one image."""
+        self.images += 1
+        self.errors += result.error is not None
+        if result.label is not None:
+            self.classes[result.label] += 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far a job has come: what its shards hold."""
@@ -62,14 +77,14 @@ class Progress:
     complete: bool = False
     """Whether the inputs came to their end."""
 
-    def with_shard(self, shard: Shard, classes: Mapping[str, int], place: Place | None) -> Progress:
-        """After one more shard, whose images are of ``classes`` and end at ``place``."""
-        return Progress(
-            images=self.images + shard.rows,
-            errors=self.errors + shard.errors,
-            classes=Counter(self.classes) + Counter(classes),
-            place=place,
-            shards=(*self.shards, shard),
+    def after(self, tally: Tally, **changes: Any) -> Progress:
+        """After the images of ``tally``."""
+        return replace(
+            self,
+            images=self.images + tally.images,
+            errors=self.errors + tally.errors,
+            classes=Counter(self.classes) + tally.classes,
+            **changes,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -87,6 +102,9 @@ class Progress:
 class ResultsFolder:
     """The results of one job in shards; :func:`results_folder` opens it."""
 
+    flush_every_s = 60.0
+    """How long a watch lets rows wait for their shard."""
+
     def __init__(
         self,
         folder: Path,
@@ -94,24 +112,17 @@ class ResultsFolder:
         settings: Mapping[str, Any],
         header: Header,
         progress: Progress,
-        shard_size: int,
         check: Callable[[], None],
     ) -> None:
         self.progress = progress
         self._folder = folder
         self._settings = settings
         self._header = header
-        self._shard_size = shard_size
         self._check = check
         self._shard: _OpenShard | None = None
 
-    @property
-    def rows_waiting(self) -> int:
-        """Rows that no finished shard holds yet."""
-        return self._shard.rows if self._shard is not None else 0
-
-    def write(self, item: JobImage, result: Result) -> None:
-        """Add the result of ``item``; every ``shard_size`` rows a shard is finished.
+    def write(self, image: JobImage, result: Result) -> None:
+        """Add the result of ``image``; every ``shard_size`` rows a shard is finished.
 
         Raises:
             OSError: the disk is full; the finished shards are kept.
@@ -119,11 +130,11 @@ class ResultsFolder:
         if self._shard is None:
             name = f"part-{len(self.progress.shards):06d}.{self._settings['shard_format']}"
             self._shard = _OpenShard(self._folder / name, self._header)
-        self._shard.write(item, result)
-        if self._shard.rows >= self._shard_size:
-            self.finish_shard()
+        self._shard.write(image, result)
+        if self._shard.tally.images >= self._settings["shard_size"]:
+            self.flush()
 
-    def finish_shard(self) -> None:
+    def flush(self) -> None:
         """Put the rows that wait on disk as a shard, and then name it in the manifest."""
         if self._shard is None:
             return
@@ -133,28 +144,28 @@ class ResultsFolder:
         done = Shard(
             file=shard.path.name,
             first_row=self.progress.images,
-            rows=shard.rows,
-            errors=shard.errors,
+            rows=shard.tally.images,
+            errors=shard.tally.errors,
             size_bytes=shard.path.stat().st_size,
             sha256=sha256_of(shard.path),
         )
-        self.progress = self.progress.with_shard(done, shard.classes, shard.place)
+        self.progress = self.progress.after(shard.tally, place=shard.place, shards=(*self.progress.shards, done))
         self.write_manifest()
 
     def complete(self) -> None:
         """Finish the last shard, and say in the manifest that there is no more."""
-        self.finish_shard()
+        self.flush()
         self.progress = replace(self.progress, complete=True)
         self.write_manifest()
 
     def drop_shard(self) -> None:
-        """Forget the rows that wait."""
+        """Delete the rows that wait."""
         if self._shard is not None:
             self._shard.drop()
             self._shard = None
 
     def write_manifest(self) -> None:
-        """Replace the manifest by one that tells the present state."""
+        """Replace the manifest by one of the present state."""
         head = {"format": _FORMAT, "format_version": _VERSION, **self._settings}
         write_json_atomic(self._folder / MANIFEST, {**head, **self.progress.to_json()})
 
@@ -169,19 +180,15 @@ class _OpenShard:
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
-        self.rows = self.errors = 0
-        self.classes: Counter[str] = Counter()
+        self.tally = Tally()
         self.place: Place | None = None
         self._file = ExitStack()
         self._sink: Sink = self._file.enter_context(results_file(path, header))
 
-    def write(self, item: JobImage, result: Result) -> None:
-        self._sink.write(item.name, result)
-        self.rows += 1
-        self.place = item.place
-        if result.label is not None:
-            self.classes[result.label] += 1
-        self.errors += result.error is not None
+    def write(self, image: JobImage, result: Result) -> None:
+        self._sink.write(image.name, result)
+        self.tally.add(result)
+        self.place = image.place
 
     def close(self) -> None:
         """Flush it to disk and give it its name."""
@@ -204,14 +211,16 @@ def results_folder(
     settings: Mapping[str, Any],
     header: Header,
     shard_size: int,
+    shard_format: str = "parquet",
     restart: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[ResultsFolder]:
     """The folder of a job's results, new or as an earlier run of the same job left it.
 
     Args:
-        settings: what the job is told to do, as JSON; the key "shard_format" is their suffix.
+        settings: what the rows depend on, as JSON; an earlier run must have had the same.
         shard_size: rows a shard.
+        shard_format: their suffix.
         restart: delete the results of an earlier run.
         check: called before a shard is named in the manifest; what it raises keeps the shard out.
 
@@ -223,12 +232,10 @@ def results_folder(
     if shard_size < 1:
         raise UsageError(f"shard size {shard_size}: give a positive number of rows")
     folder.mkdir(parents=True, exist_ok=True)
-    told = {**settings, "bundle_digest": header.bundle_digest, "vocabulary_digest": header.vocabulary_digest}
+    told = {**settings, "shard_format": shard_format, "shard_size": shard_size, **header.digests}
     with locked_folder(folder, "another process writes its results there: wait for it, or stop it"):
         progress = _read_progress(folder, told, restart=restart)
-        results = ResultsFolder(
-            folder, settings=told, header=header, progress=progress, shard_size=shard_size, check=check
-        )
+        results = ResultsFolder(folder, settings=told, header=header, progress=progress, check=check)
         results.write_manifest()
         _delete_unnamed(folder, progress)
         try:

@@ -6,35 +6,17 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from types import FrameType
 
 from clipship.core.images.files import files_in
-from clipship.serving.errors import ServingError
 from clipship.serving.jobs.inputs import JobImage, text_of_path
-from clipship.serving.jobs.job import Job, Write
-
-LONGEST_WAIT_S = 60.0
-"""How long a row waits for its shard to be finished."""
 
 _State = tuple[int, int]
 """Size in bytes and time of change in ns of a file."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What is to be watched."""
-
-    folders: tuple[str, ...]
-    settle_s: float
-
-    def watcher(self, done: set[str]) -> Watcher:
-        """One that passes over the images called as in ``done``."""
-        return Watcher(self.folders, settle_s=self.settle_s, done=done)
 
 
 class Watcher:
@@ -47,7 +29,7 @@ class Watcher:
         done: the names, as rows have them, of images that need not come again.
     """
 
-    def __init__(self, folders: tuple[str, ...], *, settle_s: float, done: set[str]) -> None:
+    def __init__(self, folders: Sequence[str], *, settle_s: float, done: set[str]) -> None:
         self.pause_s = min(1.0, settle_s / 2)
         """How often to look."""
         self._folders = folders
@@ -55,7 +37,7 @@ class Watcher:
         self._done = done
         self._changing: dict[str, tuple[_State, float]] = {}
 
-    def items(self) -> Iterator[JobImage]:
+    def images(self) -> Iterator[JobImage]:
         """Those that have become whole since the last call."""
         before, self._changing = self._changing, {}
         for folder in self._folders:
@@ -117,30 +99,3 @@ def stopped_by_signals() -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def watch_into(
-    job: Job, watcher: Watcher, write: Write, *, flush: Callable[[], None], stop: Event, wait_s: float
-) -> None:
-    """Classify what comes and ``write`` it until ``stop`` is set; ``flush`` what was written every ``wait_s`` seconds.
-
-    Raises:
-        ServingError: the server failed for good; what came before is flushed.
-        OSError: ``write`` met a full disk.
-    """
-    flushed_s = time.monotonic()
-    try:
-        while not stop.is_set():
-            with closing(job.results(watcher.items())) as results:
-                for item, result in results:
-                    write(item, result)
-                    if stop.is_set():
-                        break
-            if time.monotonic() - flushed_s >= wait_s:
-                flush()
-                flushed_s = time.monotonic()
-            stop.wait(watcher.pause_s)
-    except ServingError:  # raised between two rows, so that those written are whole
-        flush()
-        raise
-    flush()

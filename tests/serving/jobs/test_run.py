@@ -22,8 +22,9 @@ from clipship.core.images.decoding import pixels_from_bytes
 from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.jobs.inputs import JobImage
-from clipship.serving.jobs.job import Job, Tally
 from clipship.serving.jobs.results import names_in
+from clipship.serving.jobs.run import Job
+from clipship.serving.jobs.shards import Progress, Tally
 from clipship.serving.server.process import Server
 from tests.serving.bundles import EMBED_DIM, image_encoder_model, jpeg_bytes, reference_answers, write_bundle
 from tests.serving.jobs.folders import assert_complete, manifest_of, many_images, write_tar
@@ -299,7 +300,7 @@ def test_the_summary_shows_the_most_frequent_classes(job: Job) -> None:
     tally = Tally()
     for _, result in job.results(JobImage(name="", image=jpeg_bytes(number)) for number in range(40)):
         tally.add(result)
-    summary = job.summary(tally.progress)
+    summary = job.summary(Progress().after(tally))
     first = summary.table().splitlines()[0]
     name, count = next(iter(summary.classes.items()))
     assert first.split(maxsplit=2) == [str(count), f"{count / 40:.1%}", name]
