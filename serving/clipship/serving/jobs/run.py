@@ -26,7 +26,7 @@ from clipship.core.progress import log, progress
 from clipship.serving.client.classifier import Classifier, Result, Retry, ServerMetadata
 from clipship.serving.errors import RETRYABLE, JobStopped, ServingError
 from clipship.serving.jobs.inputs import Inputs, JobImage
-from clipship.serving.jobs.results import Header, JsonLinesSink, Sink, TableSink, results_file
+from clipship.serving.jobs.results import Header, WriteRow, json_lines, results_file, table_lines
 from clipship.serving.jobs.shards import Progress, ResultsFolder, Tally, results_folder
 from clipship.serving.jobs.watch import Watcher
 
@@ -113,8 +113,8 @@ class _StreamResults:
 
     flush_every_s = 0.0
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    def __init__(self, write_row: WriteRow) -> None:
+        self._write_row = write_row
         self._tally = Tally()
 
     @property
@@ -122,7 +122,7 @@ class _StreamResults:
         return Progress().after(self._tally)
 
     def write(self, image: JobImage, result: Result) -> None:
-        self._sink.write(image.name, result)
+        self._write_row(image.name, result)
         self._tally.add(result)
 
     def flush(self) -> None:
@@ -340,8 +340,8 @@ def _opened(output: JobOutput, job: Job, settings: Mapping[str, Any]) -> Iterato
     """The results that ``output`` describes, open for writing."""
     header = job.header(embeddings=output.embeddings)
     if output.folder is None:
-        with _sink(output, header) as sink:
-            yield _StreamResults(sink)
+        with _one_file(output, header) as write_row:
+            yield _StreamResults(write_row)
         return
     with (
         results_folder(
@@ -359,13 +359,13 @@ def _opened(output: JobOutput, job: Job, settings: Mapping[str, Any]) -> Iterato
 
 
 @contextmanager
-def _sink(output: JobOutput, header: Header) -> Iterator[Sink]:
+def _one_file(output: JobOutput, header: Header) -> Iterator[WriteRow]:
     """The one file of ``output``, or stdout."""
     if output.out is None:
-        yield JsonLinesSink(sys.stdout, header) if output.as_json else TableSink(sys.stdout)
+        yield json_lines(sys.stdout, header) if output.as_json else table_lines(sys.stdout)
         return
-    with results_file(output.out, header) as sink:
-        yield sink
+    with results_file(output.out, header) as write_row:
+        yield write_row
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from clipship.core.errors import DataError, UsageError
 from clipship.core.files import locked_folder, read_record, sha256_of, write_json_atomic
 from clipship.serving.client.classifier import Result
 from clipship.serving.jobs.inputs import JobImage, Place
-from clipship.serving.jobs.results import Header, Sink, names_in, results_file
+from clipship.serving.jobs.results import Header, names_in, results_file
 
 MANIFEST = "manifest.json"
 _FORMAT = "clipship-results"
@@ -183,10 +183,10 @@ class _OpenShard:
         self.tally = Tally()
         self.place: Place | None = None
         self._file = ExitStack()
-        self._sink: Sink = self._file.enter_context(results_file(path, header))
+        self._write_row = self._file.enter_context(results_file(path, header))
 
     def write(self, image: JobImage, result: Result) -> None:
-        self._sink.write(image.name, result)
+        self._write_row(image.name, result)
         self.tally.add(result)
         self.place = image.place
 
