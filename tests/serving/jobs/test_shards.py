@@ -152,7 +152,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     for restart in (False, True):
-        with pytest.raises(UsageError, match="which is no result"):
+        with pytest.raises(UsageError, match="which is not a result"):
             run(tmp_path, range(3), restart=restart)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 

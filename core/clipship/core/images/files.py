@@ -1,6 +1,6 @@
 """Image files by their names, and a walk over folders: lazy, in one fixed order, in memory that does not grow.
 
-The order is that of the names, folder by folder, so that a job can go on where an earlier one was stopped.
+The order is that of the names, folder by folder, so that a job can resume where an earlier one stopped.
 """
 
 from __future__ import annotations

@@ -34,12 +34,12 @@ _server_options = option_group(
     click.option(
         "--precision",
         type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-        help="With --bundle: of the image encoder, one that the bundle was packed with. [default: fp32]",
+        help="With --bundle: the image encoder's precision, one that the bundle was packed with. [default: fp32]",
     ),
     click.option(
         "--vocabulary",
         metavar="NAME[=BUNDLE]",
-        help="A further vocabulary that the server has, by its name; with --bundle, and the bundle that it is of.",
+        help="Another vocabulary: its name on the server; with --bundle, its name and its bundle.",
     ),
     connection_options,
     click.option("--compression", type=click.Choice(["none", "gzip", "deflate"]), default="none", show_default=True),
@@ -49,33 +49,36 @@ _server_options = option_group(
         type=click.Choice(["auto", "client", "server"]),
         default="auto",
         show_default=True,
-        help="Who decodes and resizes: what is cheaper, or always the one. The results are the same.",
+        help="Where to decode and resize; auto takes the cheaper. The results are the same.",
     ),
     click.option(
         "--resample",
         type=click.Choice(["exact", "fast"]),
         default="exact",
         show_default=True,
-        help="How images decoded here are resized: as open_clip to the bit, or sooner and at most 2 of 255 off.",
+        help="How to resize images decoded here: equal to open_clip, or faster and at most 2 of 255 off.",
     ),
-    click.option("--batch-size", type=int, help="Images a request. [default: what the server takes]"),
-    click.option("--window", default=4, show_default=True, help="Requests in flight at the same time."),
+    click.option("--batch-size", type=int, help="Images a request. [default: the server's maximum]"),
+    click.option("--window", default=4, show_default=True, help="Requests in flight."),
     click.option("--workers", type=int, help="Threads that read and decode. [default: one a processor]"),
-    click.option("--timeout-s", default=60.0, show_default=True, help="How long one attempt of a request may take."),
+    click.option("--timeout-s", default=60.0, show_default=True, help="Time limit of one attempt of a request."),
     click.option(
-        "--retry-s", default=120.0, show_default=True, help="How long a request is tried while no server is there."
+        "--retry-s", default=120.0, show_default=True, help="How long to retry a request while no server answers."
     ),
 )
 
 _output_options = option_group(
     click.option("--out", type=_PATH, help="A .parquet, .jsonl or .csv file, or a folder of shards. [default: stdout]"),
     click.option(
-        "--format", "shard_format", type=click.Choice(["parquet", "jsonl", "csv"]), help="Of shards. [default: parquet]"
+        "--format",
+        "shard_format",
+        type=click.Choice(["parquet", "jsonl", "csv"]),
+        help="Format of the shards. [default: parquet]",
     ),
     click.option("--shard-size", type=int, help="Rows a shard. [default: 50000]"),
-    click.option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of going on from them."),
+    click.option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of resuming."),
     click.option("--embeddings", is_flag=True, help="Store the images' features too."),
-    click.option("--top-k", type=int, help="Classes a row. [default: what the server reports]"),
+    click.option("--top-k", type=int, help="Classes a row. [default: as many as the server reports]"),
 )
 
 
@@ -83,7 +86,7 @@ _output_options = option_group(
 @click.argument("images", nargs=-1)
 @click.option("--list", "lists", multiple=True, help="A file with one path a line, or NUL between them; - is stdin.")
 @click.option("--image-column", help="The column of images in Parquet files. [default: the one of bytes]")
-@click.option("--watch", is_flag=True, help="Classify what comes into the folders IMAGES, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Classify images that arrive in the folders IMAGES, until Ctrl-C.")
 @click.option("--settle-s", default=2.0, show_default=True, help="With --watch: how long a file must stay unchanged.")
 @_output_options
 @_server_options
@@ -103,7 +106,7 @@ def classify(
     a column of image bytes, and @LIST files. An image that cannot be read becomes a row with an error and makes the
     exit code 1; all others are classified. Without --out, --json prints one object an image; with it, the summary.
 
-    With a folder as --out, a job that was stopped, by whatever, goes on when the same command is given again.
+    With a folder as --out, a stopped job resumes when the same command is given again.
 
     Examples:
 
@@ -163,12 +166,10 @@ def _classifier(
     from clipship.serving.client.classifier import Classifier
 
     if bundle is not None and (urls or any(value not in (None, (), False, "none") for value in connection.values())):
-        raise UsageError(
-            "--bundle runs in this process: it goes with none of --url, --tls and what else leads to a server"
-        )
+        raise UsageError("--bundle runs in this process: give no --url, --tls or other option of a connection with it")
     if bundle is None and precision is not None:
         raise UsageError(
-            f"--precision {precision}: a server has its repository's: give it to clipship repository, or give --bundle"
+            f"--precision {precision}: a server's repository sets it: give it to clipship repository, or give --bundle"
         )
     server = (
         connection_from_options(urls or ("127.0.0.1:8001",), **connection)

@@ -1,7 +1,7 @@
-"""A job's inputs as they are named on a command line, and their images: lazily, in the same order each time.
+"""A job's inputs as a command line names them, and their images: lazily, in the same order each time.
 
-An image is found again by its :class:`Place`: how many files come before its own, a digest of their names, and its
-number within its file. The images of an archive are not listed, so archives count with their size and time of change.
+A :class:`Place` identifies an image: the number of files before its own, a digest of their names, and its own number
+within its file. The images of an archive are not listed; its size and time of change stand for them.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _NOTHING = "0" * 64
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Where an image is among the inputs."""
+    """An image's position among the inputs."""
 
     files: int
     """Files before its own."""
     digest: str
-    """Of those files' identities, chained: SHA-256 of the digest so far and the next identity, in hexadecimal."""
+    """Of those files' identities, chained: hexadecimal SHA-256 of the digest so far and the next identity."""
     file: str
     """Its own file's identity: the path, and of an archive size and time of change."""
     number: int
@@ -43,36 +43,36 @@ class Place:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobImage:
-    """One image of a job: what its row is called, and what the client is given."""
+    """One image of a job, under the name of its row."""
 
     name: str
     image: bytes | Path = b""
     error: str | None = None
-    """Why there is nothing to classify; ``image`` is empty then."""
+    """Why the image could not be read; ``image`` is then empty."""
     place: Place | None = None
-    """None where a job does not go on from places."""
+    """None for a watch, which resumes by names."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Input:
-    """A file, folder, glob or list, as it was given."""
+    """A file, folder, glob or list of the command line."""
 
     text: str
     kind: Literal["file", "folder", "glob", "list"]
     files: Callable[[Folders], Iterator[Found]]
-    """Its files, given the folders that were searched before."""
+    """Its files, given the folders that were already searched."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """All that a job is given; :func:`inputs_from_arguments` makes it."""
+    """All inputs of a job; :func:`inputs_from_arguments` makes it."""
 
     given: tuple[Input, ...]
     image_column: str | None = None
     """The column of images in Parquet files; None takes the one of bytes."""
 
     def files(self) -> Iterator[Found]:
-        """Every file once, though several inputs name it; the lines of lists as they are."""
+        """Every file once, even if several inputs name it; the lines of lists as they are."""
         searched: Folders = set()
         earlier = _Named()
         for given in self.given:
@@ -82,10 +82,10 @@ class Inputs:
             earlier.add(given)
 
     def images(self, after: Place | None = None) -> Iterator[JobImage]:
-        """Every image, or those behind the one at ``after``.
+        """Every image, or those that follow the one at ``after``.
 
         Raises:
-            DataError: the files up to the one at ``after`` are not the ones they were.
+            DataError: the files up to the one at ``after`` have changed.
         """
         digest = _NOTHING
         count = 0
@@ -112,14 +112,14 @@ class Inputs:
             yield _image(inside, member.image, member.error, there)
 
     def total(self) -> int | None:
-        """How many images there are; None where only reading everything would tell."""
+        """The number of images; None if it takes reading everything to know."""
         counted = all(given.kind == "file" and reader_of(given.text) is None for given in self.given)
         return len({given.text for given in self.given}) if counted else None
 
 
 def _image(name: str, image: bytes | Path, error: str | None, place: Place) -> JobImage:
     if error is None and isinstance(image, Path) and ":" in str(image) and not image.exists():
-        error = "no such file; addresses are not fetched"  # a client refuses them, and all other images with them
+        error = "no such file; addresses are not fetched"  # the client would refuse the whole request
     return JobImage(name=name, image=b"" if error is not None else image, error=error, place=place)
 
 
@@ -202,9 +202,9 @@ class _Named:
 def inputs_from_arguments(
     arguments: Sequence[str], *, lists: Sequence[str] = (), image_column: str | None = None
 ) -> Inputs:
-    """What a command line names: files, folders, globs, numbered names in braces, ``@LIST``; and lists of files.
+    """The inputs that a command line names: files, folders, globs, names with braces, ``@LIST``; and lists of files.
 
-    Only the first file of each is looked for here, so that a mistyped name is told before the job begins.
+    The first file of each is looked up here, so that a mistyped name fails before the job begins.
 
     Raises:
         DataError: nothing was given, a path does not exist, a glob matches nothing, a folder holds no image, or the
@@ -270,7 +270,7 @@ def _files_listed(text: str) -> Iterator[Found]:
 
 
 def _paths_in(handle: BinaryIO) -> Iterator[str]:
-    """The paths in a list: one a line, or NUL between them, which lets them hold newlines."""
+    """The paths in a list: one a line, or separated by NUL, so that they may contain newlines."""
     chunk = handle.read(_CHUNK_BYTES)
     separator = b"\0" if b"\0" in chunk else b"\n"
     rest = b""
@@ -288,7 +288,7 @@ def text_of_path(path: str) -> str:
 
 
 def _identity(path: str) -> str:
-    """What tells whether a file is the one it was: its path, and of an archive its size and time of change."""
+    """By what a file is recognised: its path, and an archive's size and time of change."""
     name = text_of_path(path)
     if reader_of(path) is None:
         return name
@@ -300,10 +300,10 @@ def _identity(path: str) -> str:
 
 
 def _done_of(place: Place, after: Place | None) -> int:
-    """How many images of the file at ``place`` are done when the image at ``after`` is.
+    """How many images of the file at ``place`` are done once the image at ``after`` is.
 
     Raises:
-        DataError: it should be the file of ``after``, and it or one before is another.
+        DataError: it is not the file of ``after``, or a file before it is another.
     """
     if after is None or place.files > after.files:
         return 0
@@ -312,4 +312,4 @@ def _done_of(place: Place, after: Place | None) -> int:
     return after.number + 1
 
 
-_OTHER_INPUTS = "give the inputs of the first run as they were, or --restart to begin anew"
+_OTHER_INPUTS = "give the inputs of the first run, or --restart to start over"

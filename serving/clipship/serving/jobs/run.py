@@ -3,7 +3,7 @@
     with Classifier("127.0.0.1:8001") as classifier:
         summary = run_job(inputs_from_arguments(["photos"]), classifier, JobOutput(out=Path("results")))
 
-A job into a folder of shards that was stopped, by whatever, goes on when it is run again.
+A stopped job with a folder of shards resumes when it is run again.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class JobSummary:
     classes: Mapping[str, int]
     """Images by their best class, the most frequent first."""
     resumed_at: int
-    """Images that earlier runs had done."""
+    """Images that earlier runs classified."""
     seconds: float
     """Of this run."""
     images_per_s: float
@@ -91,11 +91,11 @@ class JobOutput:
     shard_size: int | None = None
     """Rows a shard; None is 50,000."""
     restart: bool = False
-    """Delete the shards of an earlier run instead of going on from them."""
+    """Delete the shards of an earlier run instead of resuming."""
     embeddings: bool = False
     """Store the images' features too."""
     top_k: int | None = None
-    """Classes a row; None is what the server reports."""
+    """Classes a row; None is as many as the server reports."""
 
     def __post_init__(self) -> None:
         if self.folder is None and (self.restart or self.shard_size is not None or self.shard_format is not None):
@@ -142,7 +142,7 @@ class Job:
 
     Args:
         top_k: classes a row, at most those that the server reports (the default).
-        retry: how long the server is waited for when a shard is finished; requests have the classifier's own.
+        retry: how long to wait for the server when a shard is finished; requests have the classifier's own.
 
     Raises:
         UsageError: ``top_k`` is out of range.
@@ -167,7 +167,7 @@ class Job:
         """What the rows of this job have in common.
 
         Raises:
-            UsageError: features are wanted, and the server's repository does not give them.
+            UsageError: ``embeddings`` without a repository that gives them.
         """
         facts = self._facts
         if embeddings and facts.embed_dim is None:
@@ -204,17 +204,17 @@ class Job:
         return replace(result, **{name: getattr(result, name)[: self.top_k] for name in names})
 
     def validate_server_identity(self) -> None:
-        """Ask the server, for as long as a request is tried, which bundle and vocabulary it has.
+        """Ask the server which bundle and vocabulary it has.
 
         Raises:
-            CheckFailed: it has taken up others since the job began.
-            ServingError: it does not answer.
+            CheckFailed: they have changed since the job began.
+            ServingError: it did not answer within the retry deadline.
         """
         now = self._facts_now()
         before = self._facts
         if (before.bundle_digest, before.vocabulary_digest) != (now.bundle_digest, now.vocabulary_digest):
             raise CheckFailed(
-                "the server has taken up another bundle or vocabulary in mid-job: put the former one back, or --restart"
+                "the server loaded another bundle or vocabulary during the job: restore the former one, or --restart"
             )
 
     def _facts_now(self) -> ServerMetadata:
@@ -230,7 +230,7 @@ class Job:
         raise AssertionError("unreachable")
 
     def summary(self, result: Progress, *, resumed_at: int = 0) -> JobSummary:
-        """What has been done so far, ``resumed_at`` of it by earlier runs."""
+        """A summary of ``result``; earlier runs classified the first ``resumed_at`` images."""
         seconds = self.seconds
         return JobSummary(
             images=result.images,
@@ -252,10 +252,10 @@ def run_job(
     settings: Mapping[str, Any] | None = None,
     retry: Retry | None = None,
 ) -> JobSummary:
-    """Classify the images of ``inputs`` that a folder of shards does not hold yet, or all into one file or stdout.
+    """Classify the images of ``inputs``; with a folder of shards, those that it does not hold yet.
 
     Args:
-        settings: what else the rows depend on, as JSON; a folder of shards goes on with the same settings only.
+        settings: what else the rows depend on, as JSON; a folder of shards resumes with the same settings only.
         retry: as :class:`Job`.
 
     Raises:
@@ -285,14 +285,14 @@ def watch_job(
     settings: Mapping[str, Any] | None = None,
     retry: Retry | None = None,
 ) -> JobSummary:
-    """Classify the images that come into ``folders`` until ``stop`` is set; then finish the last shard.
+    """Classify the images that arrive in ``folders`` until ``stop`` is set; then finish the last shard.
 
     Args:
         settle_s: how long a file must stay unchanged.
 
     Raises:
         UsageError: a folder does not exist, ``output`` is a single file, or as :func:`run_job`.
-        JobStopped: as :func:`run_job`; the rows that came before are kept too.
+        JobStopped: as :func:`run_job`; the rows of the last shard are kept too.
     """
     output = output or JobOutput()
     validate_watch(folders, output, settle_s)
@@ -303,7 +303,7 @@ def watch_job(
         log(f"watching {', '.join(folders)} until Ctrl-C")
         try:
             _watch(job, watcher, results, stop)
-        except ServingError:  # raised between two rows, so that those written are whole
+        except ServingError:  # raised between two rows, so the written ones are whole
             results.flush()
             raise
         results.flush()
@@ -370,14 +370,14 @@ def _one_file(output: JobOutput, header: Header) -> Iterator[WriteRow]:
 
 @contextmanager
 def _kept(results: _Results, folder: Path) -> Iterator[None]:
-    """When the block ends early, say what is kept and how to go on."""
+    """If the block fails, say how many images are kept and how to resume."""
     try:
         yield
     except KeyboardInterrupt:
-        log(f"{folder}: {results.progress.images} images are kept: give the same command again to go on")
+        log(f"{folder}: {results.progress.images} images are kept: give the same command again to resume")
         raise
     except (ServingError, CheckFailed, OSError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise JobStopped(
-            f"{reason}; {results.progress.images} images are kept in {folder}: give the same command again to go on"
+            f"{reason}; {results.progress.images} images are kept in {folder}: give the same command again to resume"
         ) from error

@@ -1,4 +1,4 @@
-"""Results of very many images: shards in a folder, and a manifest that says which of them count.
+"""Results in a folder of shards, with a manifest that says which of them count.
 
 ::
 
@@ -6,10 +6,10 @@
       manifest.json          what was asked for, the digests, the counts, and every shard with its rows and SHA-256
       part-000000.parquet    rows 0 to 49,999, and so on
 
-A shard is written beside its place, flushed to disk and renamed, and only then named in the manifest, which is replaced
-as a whole. So after a kill at any moment the manifest names whole shards only, together with the place in the inputs
-that the last one ends at. The same job goes on from there; what an unnamed shard held is classified again. Its folder
-is then the one that a job without a kill would have left.
+A shard is written under a temporary name, flushed to disk and renamed, and only then named in the manifest, which is
+replaced atomically. So after a kill at any moment the manifest names whole shards only, and the place in the inputs
+where the last one ends. The same job resumes there; the images of an unnamed shard are classified again. The folder
+ends up as if the job had not been killed.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ MANIFEST = "manifest.json"
 _FORMAT = "clipship-results"
 _VERSION = 1
 _PARTS = re.compile(r"part-\d{6,}\.\w+|\.(?:part-\d{6,}\.\w+|manifest\.json)\.\d+-[0-9a-f]+\.part")
-_BEGIN_ANEW = "run the job that the folder is of, give another folder, or --restart to delete these results"
+_BEGIN_ANEW = "run the folder's own job, give another folder, or --restart to delete these results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A file of results that is whole and on disk."""
+    """A finished file of results."""
 
     file: str
     first_row: int
@@ -72,10 +72,10 @@ class Progress:
     classes: Mapping[str, int] = field(default_factory=dict)
     """Images by their best class."""
     place: Place | None = None
-    """Of the last of them in the inputs; None before the first, and for a watch, which goes by names."""
+    """Of the last of them in the inputs; None before the first, and for a watch, which resumes by names."""
     shards: tuple[Shard, ...] = ()
     complete: bool = False
-    """Whether the inputs came to their end."""
+    """Whether all inputs are done."""
 
     def after(self, tally: Tally, **changes: Any) -> Progress:
         """After the images of ``tally``."""
@@ -93,7 +93,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Progress:
-        """The inverse of :meth:`to_json`; what else ``content`` holds is passed over."""
+        """The inverse of :meth:`to_json`; other keys of ``content`` are ignored."""
         known = {each.name: content[each.name] for each in fields(cls)}
         place = None if known["place"] is None else Place(**known["place"])
         return cls(**{**known, "place": place, "shards": tuple(Shard(**shard) for shard in known["shards"])})
@@ -135,7 +135,7 @@ class ResultsFolder:
             self.flush()
 
     def flush(self) -> None:
-        """Put the rows that wait on disk as a shard, and then name it in the manifest."""
+        """Finish the open shard: flush it to disk, then name it in the manifest."""
         if self._shard is None:
             return
         shard, self._shard = self._shard, None
@@ -153,13 +153,13 @@ class ResultsFolder:
         self.write_manifest()
 
     def complete(self) -> None:
-        """Finish the last shard, and say in the manifest that there is no more."""
+        """Finish the last shard and mark the job complete."""
         self.flush()
         self.progress = replace(self.progress, complete=True)
         self.write_manifest()
 
     def drop_shard(self) -> None:
-        """Delete the rows that wait."""
+        """Delete the open shard."""
         if self._shard is not None:
             self._shard.drop()
             self._shard = None
@@ -176,7 +176,7 @@ class ResultsFolder:
 
 
 class _OpenShard:
-    """A shard that is being written beside its place."""
+    """A shard that is being written under a temporary name."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
@@ -201,7 +201,7 @@ class _OpenShard:
 
 
 class _Dropped(Exception):
-    """Passes through :func:`results_file`, which keeps nothing of a block that an exception left."""
+    """Makes :func:`results_file` discard its file."""
 
 
 @contextmanager
@@ -215,14 +215,14 @@ def results_folder(
     restart: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[ResultsFolder]:
-    """The folder of a job's results, new or as an earlier run of the same job left it.
+    """Open the folder of a job's results, new or as an earlier run of the same job left it.
 
     Args:
         settings: what the rows depend on, as JSON; an earlier run must have had the same.
         shard_size: rows a shard.
         shard_format: their suffix.
         restart: delete the results of an earlier run.
-        check: called before a shard is named in the manifest; what it raises keeps the shard out.
+        check: called before a shard is named in the manifest; an exception keeps the shard out.
 
     Raises:
         UsageError: ``folder`` has other files, the results of another job or damaged ones, or another process writes
@@ -245,7 +245,7 @@ def results_folder(
 
 
 def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Progress:
-    """What an earlier run of the job of ``settings`` left; nothing where there was none, or it is not wanted."""
+    """The progress of an earlier run with these ``settings``; none if there was no run, or on ``restart``."""
     path = folder / MANIFEST
     if not path.exists():
         _validate_files(folder, restart=restart)
@@ -259,7 +259,7 @@ def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) 
     for shard in progress.shards:
         file = folder / shard.file
         if not file.is_file() or file.stat().st_size != shard.size_bytes:
-            raise DataError(f"{file}: is missing or not as the job wrote it: {_BEGIN_ANEW}")
+            raise DataError(f"{file}: is missing or was changed: {_BEGIN_ANEW}")
     return replace(progress, complete=False)
 
 
@@ -267,7 +267,7 @@ def _progress_from_record(path: Path, record: Mapping[str, Any]) -> Progress:
     try:
         return Progress.from_json(record)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {error} is missing or of another kind: {_BEGIN_ANEW}") from error
+        raise DataError(f"{path}: {error} is missing or of the wrong type: {_BEGIN_ANEW}") from error
 
 
 def _shown(value: Any) -> str:
@@ -276,16 +276,16 @@ def _shown(value: Any) -> str:
 
 
 def _validate_files(folder: Path, *, restart: bool) -> None:
-    """Raise :class:`UsageError` for files in a folder that no manifest explains; ``restart`` may delete shards."""
+    """Raise :class:`UsageError` for files in a folder without a manifest; ``restart`` accepts shards."""
     for name in os.listdir(folder):
         if not _PARTS.fullmatch(name):
-            raise UsageError(f"{folder}: holds {name}, which is no result: give a new or empty folder")
+            raise UsageError(f"{folder}: holds {name}, which is not a result: give a new or empty folder")
         if not restart and not name.startswith("."):
             raise UsageError(f"{folder}: has shards and no {MANIFEST}: {_BEGIN_ANEW}")
 
 
 def _delete_unnamed(folder: Path, progress: Progress) -> None:
-    """Delete shards that the manifest does not name, and what killed runs were writing; the lock keeps theirs out."""
+    """Delete shards that the manifest does not name and temporary files of killed runs; the lock excludes live ones."""
     named = {shard.file for shard in progress.shards}
     for name in os.listdir(folder):
         if _PARTS.fullmatch(name) and name not in named:

@@ -1,4 +1,8 @@
-"""Folders that images come into: which of them are new, and whole."""
+"""Finds the new and complete images in watched folders.
+
+Folders are polled: change notifications (inotify) miss network file systems, and tell nothing of files that came while
+no watch ran or that are still being written.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +24,25 @@ _State = tuple[int, int]
 
 
 class Watcher:
-    """The images that come into ``folders``, each once, when it is whole.
+    """Finds the images that arrive in ``folders``, each once, when it is complete.
 
-    A file is whole when its size and time of change have stayed the same for ``settle_s`` seconds, and no process of
+    A file is complete when its size and time of change have not changed for ``settle_s`` seconds, and no process of
     this machine has it open for writing.
 
     Args:
-        done: the names, as rows have them, of images that need not come again.
+        done: the row names of images to skip.
     """
 
     def __init__(self, folders: Sequence[str], *, settle_s: float, done: set[str]) -> None:
         self.pause_s = min(1.0, settle_s / 2)
-        """How often to look."""
+        """Between two looks into the folders."""
         self._folders = folders
         self._settle_s = settle_s
         self._done = done
         self._changing: dict[str, tuple[_State, float]] = {}
 
     def images(self) -> Iterator[JobImage]:
-        """Those that have become whole since the last call."""
+        """The images that became complete since the last call."""
         before, self._changing = self._changing, {}
         for folder in self._folders:
             for found in files_in(folder):
@@ -51,7 +55,7 @@ class Watcher:
         now_s = time.monotonic()
         try:
             status = os.stat(path)
-        except OSError:  # it went away, or is a link to nothing yet
+        except OSError:  # deleted meanwhile, or a dangling link
             return False
         state = (status.st_size, status.st_mtime_ns)
         known, since_s = before.get(path, (None, now_s))
@@ -62,16 +66,16 @@ class Watcher:
 
 
 def is_being_written(path: str) -> bool:
-    """Whether a process of this machine has the file open for writing, as a read lease on it tells (fcntl(2)).
+    """Whether a process of this machine has the file open for writing, found out by a read lease (fcntl(2)).
 
     False where the file system has no leases, or the file is another user's.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:  # whoever reads it will say why
+    except OSError:  # reading it will give the error
         return False
     try:
-        # a writer that comes in this moment is told of by a signal; the default one, SIGIO, would end this process
+        # a new writer breaks the lease by a signal; the default one, SIGIO, would end this process
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
