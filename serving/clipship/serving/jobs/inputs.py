@@ -176,25 +176,23 @@ class _Named:
 
     def __init__(self) -> None:
         self._here = Path.cwd()
-        self._files: set[str] = set()
-        self._folders: set[str] = set()
+        self._paths: set[str] = set()
         self._globs: list[_Glob] = []
 
     def add(self, given: Input) -> None:
         """Add the files of ``given``."""
-        path = str(self._here / given.text)
         if given.kind == "glob":
             self._globs.append(_Glob(given.text))
         elif given.kind != "list":
-            (self._files if given.kind == "file" else self._folders).add(path)
+            self._paths.add(str(self._here / given.text))
 
     def __contains__(self, path: str) -> bool:
-        if not (self._files or self._folders or self._globs):
+        if not (self._paths or self._globs):
             return False
         full = self._here / path
         return (
-            str(full) in self._files
-            or (is_image_name(path) and any(str(folder) in self._folders for folder in full.parents))
+            str(full) in self._paths
+            or (is_image_name(path) and any(str(folder) in self._paths for folder in full.parents))
             or any(pattern.names(path) for pattern in self._globs)
         )
 
