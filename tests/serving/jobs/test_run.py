@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -21,9 +23,10 @@ from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
-from clipship.serving.jobs.inputs import JobImage
-from clipship.serving.jobs.job import Job, Tally
+from clipship.serving.jobs.inputs import JobImage, inputs_from_arguments
 from clipship.serving.jobs.results import names_in
+from clipship.serving.jobs.run import Job, JobOutput, run_job, watch_job
+from clipship.serving.jobs.shards import Progress, Tally
 from clipship.serving.server.process import Server
 from tests.serving.bundles import EMBED_DIM, image_encoder_model, jpeg_bytes, reference_answers, write_bundle
 from tests.serving.jobs.folders import assert_complete, manifest_of, many_images, write_tar
@@ -299,7 +302,7 @@ def test_the_summary_shows_the_most_frequent_classes(job: Job) -> None:
     tally = Tally()
     for _, result in job.results(JobImage(name="", image=jpeg_bytes(number)) for number in range(40)):
         tally.add(result)
-    summary = job.summary(tally.progress)
+    summary = job.summary(Progress().after(tally))
     first = summary.table().splitlines()[0]
     name, count = next(iter(summary.classes.items()))
     assert first.split(maxsplit=2) == [str(count), f"{count / 40:.1%}", name]
@@ -313,3 +316,33 @@ def test_a_tar_of_images_goes_through_in_order(clipship: Run, bundle: Bundle, tm
     )
     assert done.returncode == 0, done.stderr
     assert_complete(tmp_path / "o", names)
+
+
+def test_a_program_runs_a_job_and_resumes_it(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    output = JobOutput(out=tmp_path / "results", shard_size=8, top_k=2)
+    with Classifier(LocalTransport(bundle, max_batch_size=8)) as classifier:
+        first = run_job(inputs_from_arguments([str(photos)]), classifier, output)
+        again = run_job(inputs_from_arguments([str(photos)]), classifier, output)
+        with pytest.raises(UsageError, match="top_k was 2, is 1"):
+            run_job(inputs_from_arguments([str(photos)]), classifier, replace(output, top_k=1))
+    assert (first.images, first.resumed_at, again.images, again.resumed_at) == (30, 0, 30, 30)
+    assert [shard["rows"] for shard in manifest_of(tmp_path / "results")["shards"]] == [8, 8, 8, 6]
+
+
+def test_a_program_watches_until_it_says_stop(bundle: Bundle, photos: Path, tmp_path: Path) -> None:
+    out, stop = tmp_path / "results", Event()
+
+    def stop_behind_the_first_shard() -> None:
+        while manifest_of(out)["images"] < 30:
+            time.sleep(0.02)
+        stop.set()
+
+    output = JobOutput(out=out, shard_size=30)
+    with Classifier(LocalTransport(bundle, max_batch_size=8)) as classifier:
+        Thread(target=stop_behind_the_first_shard, daemon=True).start()
+        summary = watch_job([str(photos)], classifier, output, stop=stop, settle_s=0.05)
+        assert summary.images == 30 == manifest_of(out)["images"]
+        with pytest.raises(UsageError, match="watch was True, is False"):
+            run_job(inputs_from_arguments([str(photos)]), classifier, output)
+        with pytest.raises(UsageError, match="a watch has no end"):
+            watch_job([str(photos)], classifier, JobOutput(out=tmp_path / "out.csv"), stop=stop)
