@@ -22,7 +22,7 @@ from clipship.serving.client.async_classifier import AsyncClassifier
 from clipship.serving.client.classifier import Classifier, Result, Retry
 from clipship.serving.errors import ServerOverloaded, ServerUnreachable, ServingError
 from clipship.serving.server.process import Server
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.fake_server import answer, fake, flat, grey
 from tests.serving.grpc_servers import Triton, serving

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -36,9 +37,10 @@ from clipship.serving.errors import (
     ServerUnreachable,
     ServingError,
 )
-from clipship.serving.transport.grpc import FakeTransport, Tensors, serving_error
+from clipship.serving.transport.base import Tensors
+from clipship.serving.transport.grpc import serving_error
 from tests.serving.bundles import EMBED_DIM, SPEC, jpeg_bytes
-from tests.serving.fake_server import answer, configs, fake, flat, grey
+from tests.serving.fake_server import FakeTransport, answer, configs, fake, flat, grey
 
 
 def test_facts_come_from_the_server() -> None:
@@ -317,33 +319,33 @@ def test_what_is_no_image(image: Any) -> None:
 
 
 class GrpcError:
-    """As ``tritonclient`` raises it."""
+    """As gRPC raises it."""
 
     def __init__(self, status: str | None, message: str) -> None:
         self._status, self._message = status, message
 
-    def status(self) -> str | None:
-        return self._status
+    def code(self) -> grpc.StatusCode | None:
+        return grpc.StatusCode[self._status] if self._status else None
 
-    def message(self) -> str:
+    def details(self) -> str:
         return self._message
 
 
 @pytest.mark.parametrize(
     ("status", "message", "expected"),
     [
-        ("StatusCode.UNAVAILABLE", "failed to connect to all addresses", ServerUnreachable),
-        ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", ServerOverloaded),
-        ("StatusCode.UNAVAILABLE", "Request timeout expired", ServerOverloaded),
-        ("StatusCode.UNAVAILABLE", "Request for unknown model: 'x' is not found", ModelsMissing),
-        ("StatusCode.NOT_FOUND", "Request for unknown model: 'x' is not found", ModelsMissing),
-        ("StatusCode.UNAVAILABLE", "Request for unknown model: 'x' has no available versions", ServerUnreachable),
-        ("StatusCode.CANCELLED", "CANCELLED", ServerUnreachable),
-        ("StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
-        ("StatusCode.INVALID_ARGUMENT", "unexpected shape", RequestRejected),
-        ("StatusCode.INTERNAL", "boom", RequestFailed),
-        ("StatusCode.UNAUTHENTICATED", "no token", AccessDenied),
-        ("StatusCode.UNAVAILABLE", "This protocol is restricted, expecting header 'x'", AccessDenied),
+        ("UNAVAILABLE", "failed to connect to all addresses", ServerUnreachable),
+        ("UNAVAILABLE", "Exceeds maximum queue size", ServerOverloaded),
+        ("UNAVAILABLE", "Request timeout expired", ServerOverloaded),
+        ("UNAVAILABLE", "Request for unknown model: 'x' is not found", ModelsMissing),
+        ("NOT_FOUND", "Request for unknown model: 'x' is not found", ModelsMissing),
+        ("UNAVAILABLE", "Request for unknown model: 'x' has no available versions", ServerUnreachable),
+        ("CANCELLED", "CANCELLED", ServerUnreachable),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("INVALID_ARGUMENT", "unexpected shape", RequestRejected),
+        ("INTERNAL", "boom", RequestFailed),
+        ("UNAUTHENTICATED", "no token", AccessDenied),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", AccessDenied),
         (None, "Exception serializing request!", RequestRejected),
     ],
 )

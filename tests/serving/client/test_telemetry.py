@@ -10,7 +10,7 @@ import pytest
 from clipship.core.errors import MissingExtraError
 from clipship.serving.client.classifier import Classifier, Retry
 from clipship.serving.errors import RequestRejected, ServerOverloaded
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 from tests.serving.fake_server import answer, fake, flat
 from tests.serving.processes import python
 

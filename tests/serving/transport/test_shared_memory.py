@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2
 
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.serving.client.classifier import Classifier, Connection, Retry
@@ -33,7 +32,7 @@ def shared(url: str) -> Connection:
 def regions(url: str) -> set[str]:
     """The names of the regions that the server holds."""
     transport = TritonTransport(url)
-    names = set(transport.call("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest()).regions)
+    names = set(transport.call("SystemSharedMemoryStatus").regions)
     transport.close()
     return names
 

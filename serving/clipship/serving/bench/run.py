@@ -20,8 +20,8 @@ from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
 from clipship.serving.client.classifier import ServerMetadata, read_facts
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.model_names import ENCODER, PRECISION, RUNTIME
+from clipship.serving.transport.base import parameters_of
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import parameters_of
 
 _WARM_UP_S = 0.5
 

@@ -23,8 +23,8 @@ from clipship.serving.client.inputs import Decode
 from clipship.serving.client.results import Embeddings, Result, ServerMetadata, embeddings_from_results
 from clipship.serving.client.scheduler import RequestScheduler, Retry
 from clipship.serving.errors import ServingError
+from clipship.serving.transport.base import Transport
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Transport
 
 Images = Iterable[ImageLike] | AsyncIterable[ImageLike]
 

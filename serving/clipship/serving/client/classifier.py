@@ -21,8 +21,8 @@ from clipship.serving.client.core import Canary, ClientCore, Purpose, Settings
 from clipship.serving.client.inputs import Decode
 from clipship.serving.client.results import Embeddings, Result, ServerMetadata, embeddings_from_results, read_facts
 from clipship.serving.client.scheduler import RequestScheduler, Retry
+from clipship.serving.transport.base import Transport
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Transport
 
 __all__ = [
     "Canary",

@@ -35,8 +35,9 @@ from clipship.serving.client.results import (
 from clipship.serving.client.scheduler import Kind, PendingImage, RequestBatch, RequestScheduler, Retry, Window
 from clipship.serving.errors import ModelsMissing, ServingError
 from clipship.serving.model_names import CLASSIFY, CLASSIFY_ENCODED, EMBED, of_vocabulary
+from clipship.serving.transport.base import Tensors, Transport
 from clipship.serving.transport.connection import Connection, connection_from_text
-from clipship.serving.transport.grpc import Tensors, Transport, TritonTransport
+from clipship.serving.transport.grpc import TritonTransport
 
 if TYPE_CHECKING:
     from clipship.serving.client.telemetry import Telemetry

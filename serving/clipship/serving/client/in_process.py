@@ -32,11 +32,11 @@ from clipship.serving.repository.golden_check import validate_classifier_model
 from clipship.serving.repository.golden_samples import FILES, truth_from_bundle
 from clipship.serving.repository.models import configs_from_facts, facts_from_bundle
 from clipship.serving.repository.vocabularies import validate_same_encoder
-from clipship.serving.transport.grpc import Tensors, config_json
+from clipship.serving.transport.base import Tensors, config_json
 
 
 class LocalTransport:
-    """A :class:`~clipship.serving.transport.grpc.Transport` that runs ``bundle`` in this process.
+    """A :class:`~clipship.serving.transport.base.Transport` that runs ``bundle`` in this process.
 
     Images are decoded by the client only.
 

@@ -28,7 +28,7 @@ from clipship.serving.model_names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
-from clipship.serving.transport.grpc import Tensors, Transport, parameters_of
+from clipship.serving.transport.base import Tensors, Transport, parameters_of
 
 SCORES, INDICES, LABELS = (tensor(1).name for tensor in (scores_tensor, indices_tensor, labels_tensor))
 EMBEDDING = embedding_tensor(1).name

@@ -35,7 +35,7 @@ from clipship.serving.errors import (
     RequestRejected,
     ServingError,
 )
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Images of one request together; a larger one travels alone."""
