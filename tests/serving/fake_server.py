@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.images.decoding import pixels_from_bytes
-from clipship.serving.client.classifier import Result
+from clipship.serving import Result
 from clipship.serving.errors import ModelsMissing, ServingError
 from clipship.serving.model_names import CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, of_vocabulary
 from clipship.serving.repository.write import ModelSettings, configs_from_facts

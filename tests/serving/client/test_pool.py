@@ -12,12 +12,11 @@ from typing import Any
 import grpc
 import pytest
 
-from clipship.serving.client.classifier import Classifier, Connection, Retry
-from clipship.serving.client.core import identity_of
-from clipship.serving.client.pool import Identity, ServerPool
-from clipship.serving.client.results import read_facts
+from clipship.serving import Classifier, Connection, Retry
+from clipship.serving.client.metadata import read_identity
+from clipship.serving.client.pool import ServerPool
 from clipship.serving.errors import DeadlineExceeded, ModelsMissing, ServerChanged, ServerOverloaded, ServerUnreachable
-from clipship.serving.transport.base import Tensors, Transport
+from clipship.serving.transport.base import Tensors
 from clipship.serving.transport.grpc import TritonTransport
 from tests.serving.fake_server import FakeTransport, answer, configs, flat, grey
 from tests.serving.grpc_servers import Triton, serving
@@ -54,13 +53,9 @@ class Server(FakeTransport):
         return super().model_config(model)
 
 
-def identity(transport: Transport) -> Identity:
-    return identity_of(read_facts(transport))
-
-
 def pool(*servers: Server) -> tuple[ServerPool, Clock]:
     clock = Clock()
-    return ServerPool(servers, identity, clock=clock), clock
+    return ServerPool(servers, read_identity, clock=clock), clock
 
 
 def ask(endpoints: ServerPool, times: int = 1) -> None:
@@ -251,7 +246,7 @@ def test_a_vocabulary_published_meanwhile_is_followed(caplog: pytest.LogCaptureF
 def test_cancelling_reaches_the_server() -> None:
     flying: Future[Tensors] = Future()
     server = FakeTransport(lambda model, inputs: flying, configs())
-    endpoints = ServerPool([server], identity)
+    endpoints = ServerPool([server], read_identity)
     endpoints.infer("classify", IMAGE, ["scores"], timeout_s=5).cancel()
     assert flying.cancelled()
     endpoints.close()
@@ -268,7 +263,7 @@ def test_closing_ends_a_check_that_hangs_and_the_request_that_waits_for_it() -> 
 
     triton = Triton(hang)
     with serving(triton) as url:
-        endpoints = ServerPool([TritonTransport(url, Connection(urls=(url,), connect_timeout_s=60))], identity)
+        endpoints = ServerPool([TritonTransport(url, Connection(urls=(url,), connect_timeout_s=60))], read_identity)
         endpoints.infer("classify", IMAGE, ["scores"], timeout_s=0.1).exception(timeout=20)
         triton.told = hang
         waiting = [endpoints.infer("classify", IMAGE, ["scores"], timeout_s=30) for _ in range(3)]

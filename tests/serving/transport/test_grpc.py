@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from clipship.core.errors import UsageError
-from clipship.serving.client.classifier import Classifier, Connection, Retry
+from clipship.serving import Classifier, Connection, Retry
 from clipship.serving.errors import (
     AccessDenied,
     BadAnswer,

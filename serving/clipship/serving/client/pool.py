@@ -15,9 +15,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar, Unpack
+from typing import Any, TypeVar, Unpack
 
 from clipship.core.errors import ClipshipError
+from clipship.serving.client.metadata import Identity
 from clipship.serving.errors import (
     RETRYABLE,
     AccessDenied,
@@ -37,15 +38,6 @@ _MAX_IDLE_S = 2.0
 """Less than a Triton needs to stop, start and load its models: a longer silence may hide a restart."""
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
-
-
-class Identity(NamedTuple):
-    """What all servers of a pool must have in common."""
-
-    bundle: str
-    """The digest of the image encoder, or of the whole bundle if the server does not report that of the encoder."""
-    vocabulary: str
-    """The vocabulary's digest."""
 
 
 @dataclass(eq=False)

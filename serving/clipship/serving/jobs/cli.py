@@ -18,8 +18,10 @@ from clipship.serving.connection_cli import connection_from_options, connection_
 
 if TYPE_CHECKING:
     from clipship.core.bundle import Precision
-    from clipship.serving.client.classifier import Classifier, Result, Retry
+    from clipship.serving.client.classifier import Classifier
     from clipship.serving.client.in_process import LocalTransport
+    from clipship.serving.client.results import Result
+    from clipship.serving.client.settings import Retry
     from clipship.serving.jobs.inputs import Inputs, JobImage
     from clipship.serving.jobs.job import Job, JobSummary, Write
     from clipship.serving.jobs.results import Header, Sink
@@ -140,7 +142,7 @@ def classify(
       clipship classify photos/ --out results.parquet
       clipship classify 'shards/*.tar' --out results --format parquet --shard-size 50000
     """
-    from clipship.serving.client.classifier import Retry
+    from clipship.serving.client.settings import Retry
     from clipship.serving.jobs.inputs import inputs_from_arguments, text_of_path
     from clipship.serving.jobs.job import Job
     from clipship.serving.jobs.watch import Watch

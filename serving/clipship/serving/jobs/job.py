@@ -12,7 +12,10 @@ from typing import Any
 
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import progress
-from clipship.serving.client.classifier import Classifier, Result, Retry, ServerMetadata
+from clipship.serving.client.classifier import Classifier
+from clipship.serving.client.metadata import ServerMetadata
+from clipship.serving.client.results import Result
+from clipship.serving.client.settings import Retry
 from clipship.serving.errors import RETRYABLE
 from clipship.serving.jobs.inputs import JobImage
 from clipship.serving.jobs.results import Header
@@ -96,7 +99,7 @@ class Job:
     """
 
     def __init__(self, classifier: Classifier, *, top_k: int | None = None, retry: Retry | None = None) -> None:
-        self._facts = classifier.facts
+        self._facts = classifier.metadata
         self._retry = retry or Retry()
         most = self._facts.top_k
         if top_k is not None and not 1 <= top_k <= most:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
 from clipship.core.files import replace_file
-from clipship.serving.client.classifier import Result
+from clipship.serving.client.results import Result
 
 COLUMNS = ("path", "label", "score", "labels", "scores", "indices", "error")
 EMBEDDING = "embedding"
