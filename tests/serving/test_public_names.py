@@ -18,7 +18,7 @@ def test_the_names_are_those_that_type_checkers_see() -> None:
     tree = ast.parse(Path(clipship.serving.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
     typed = {f"{each.module}.{each.names[0].name}" for each in block.body if isinstance(each, ast.ImportFrom)}
-    public = [getattr(clipship.serving, name) for name in clipship.serving.__all__]
+    public = [getattr(clipship.serving, name) for name in vars(clipship.serving)["__all__"]]
     assert {f"{each.__module__}.{each.__name__}" for each in public} == typed
     own = [each for each in vars(errors).values() if inspect.isclass(each) and each.__module__ == errors.__name__]
     assert set(own) <= set(public)
