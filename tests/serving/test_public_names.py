@@ -17,11 +17,17 @@ from tests.serving.processes import python
 def test_the_names_are_those_that_type_checkers_see() -> None:
     tree = ast.parse(Path(clipship.serving.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    typed = {f"{each.module}.{each.names[0].name}" for each in block.body if isinstance(each, ast.ImportFrom)}
-    public = [getattr(clipship.serving, name) for name in vars(clipship.serving)["__all__"]]
-    assert {f"{each.__module__}.{each.__name__}" for each in public} == typed
+    typed = {each.names[0].name: each.module for each in block.body if isinstance(each, ast.ImportFrom)}
+    lazy = vars(clipship.serving)["_MODULES"]
+    assert {name: f"clipship.serving.{module}" for name, module in lazy.items()} == typed
+    assert {name: getattr(clipship.serving, name).__module__ for name in lazy} == typed
+    assert set(lazy) <= set(dir(clipship.serving))
+
+
+def test_all_errors_are_there() -> None:
     own = [each for each in vars(errors).values() if inspect.isclass(each) and each.__module__ == errors.__name__]
-    assert set(own) <= set(public)
+    assert len(own) > 10
+    assert all(getattr(clipship.serving, each.__name__) is each for each in own)
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:

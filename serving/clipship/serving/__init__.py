@@ -1,11 +1,13 @@
 """From a bundle to a Triton repository, a server, a client and batch jobs. Imports ``clipship.core`` only.
 
-The client's names can be imported from here: ``from clipship.serving import Classifier, RequestRejected``. Their
-modules are imported when a name is first used.
+The client's names and all errors can be imported from here: ``from clipship.serving import Classifier, BadAnswer``.
+Their modules are imported when a name is first used; those of the errors are light.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING
+
+from clipship.serving.errors import *  # noqa: F403
 
 if TYPE_CHECKING:
     from clipship.serving.client.async_classifier import AsyncClassifier as AsyncClassifier
@@ -17,26 +19,8 @@ if TYPE_CHECKING:
     from clipship.serving.client.settings import Canary as Canary
     from clipship.serving.client.settings import ClientSettings as ClientSettings
     from clipship.serving.client.settings import Retry as Retry
-    from clipship.serving.errors import AccessDenied as AccessDenied
-    from clipship.serving.errors import BadAnswer as BadAnswer
-    from clipship.serving.errors import DeadlineExceeded as DeadlineExceeded
-    from clipship.serving.errors import JobStopped as JobStopped
-    from clipship.serving.errors import ModelsMissing as ModelsMissing
-    from clipship.serving.errors import RepositoryError as RepositoryError
-    from clipship.serving.errors import RequestFailed as RequestFailed
-    from clipship.serving.errors import RequestRejected as RequestRejected
-    from clipship.serving.errors import ServerChanged as ServerChanged
-    from clipship.serving.errors import ServerFailed as ServerFailed
-    from clipship.serving.errors import ServerOverloaded as ServerOverloaded
-    from clipship.serving.errors import ServerUnreachable as ServerUnreachable
-    from clipship.serving.errors import ServingError as ServingError
     from clipship.serving.transport.connection import Connection as Connection
 else:
-    _ERRORS = (
-        *("AccessDenied", "BadAnswer", "DeadlineExceeded", "JobStopped", "ModelsMissing", "RepositoryError"),
-        *("RequestFailed", "RequestRejected", "ServerChanged", "ServerFailed", "ServerOverloaded"),
-        *("ServerUnreachable", "ServingError"),
-    )
     _MODULES = {
         "AsyncClassifier": "client.async_classifier",
         "Canary": "client.settings",
@@ -48,9 +32,7 @@ else:
         "Result": "client.results",
         "Retry": "client.settings",
         "ServerMetadata": "client.metadata",
-        **dict.fromkeys(_ERRORS, "errors"),
     }
-    __all__ = sorted(_MODULES)
 
     def __getattr__(name: str) -> type:
         if name not in _MODULES:
@@ -58,4 +40,4 @@ else:
         return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
     def __dir__() -> list[str]:
-        return sorted({*globals(), *__all__})
+        return sorted({*globals(), *_MODULES})

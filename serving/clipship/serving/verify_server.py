@@ -23,17 +23,10 @@ from clipship.core.comparison import (
     verify_samples,
 )
 from clipship.core.errors import CheckFailed
-from clipship.core.tensors import (
-    ENCODED,
-    ERROR,
-    embedding_tensor,
-    image_tensor,
-    indices_tensor,
-    labels_tensor,
-    scores_tensor,
-)
+from clipship.core.tensors import ENCODED, ERROR, image_tensor
 from clipship.core.tolerances import TOLERANCES
 from clipship.serving.client.inputs import stacked
+from clipship.serving.client.results import EMBEDDING, INDICES, LABELS, SCORES
 from clipship.serving.errors import ModelsMissing, ServingError
 from clipship.serving.model_names import (
     BUNDLE_DIGEST,
@@ -47,7 +40,6 @@ from clipship.serving.transport.base import Transport, parameters_of
 from clipship.serving.transport.grpc import TritonTransport
 
 _TIMEOUT_S = 60.0
-_CLASSES = tuple(tensor(1).name for tensor in (scores_tensor, indices_tensor, labels_tensor))
 
 
 def verify_server(
@@ -111,7 +103,7 @@ def _infer(transport: Transport, model: str, name: str, rows: NDArray[Any], outp
 def _embed(transport: Transport, pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Pixels [N, H, W, 3] to features [N, D]."""
     features: NDArray[np.float32]
-    (features,) = _infer(transport, EMBED, image_tensor(1).name, pixels, [embedding_tensor(1).name])
+    (features,) = _infer(transport, EMBED, image_tensor(1).name, pixels, [EMBEDDING])
     return features
 
 
@@ -141,7 +133,7 @@ def _classify(
     transport: Transport, model: str, bundle: Bundle, samples: VerificationSamples, size: int
 ) -> list[NDArray[Any]]:
     """Scores, indices and labels [N, k]."""
-    name, rows, outputs = image_tensor(1).name, samples.pixels, list(_CLASSES)
+    name, rows, outputs = image_tensor(1).name, samples.pixels, [SCORES, INDICES, LABELS]
     if model == CLASSIFY_ENCODED:
         name, rows, outputs = ENCODED.name, stacked(list(samples.files), bundle.image_spec), [*outputs, ERROR.name]
     parts = [_infer(transport, model, name, rows[start : start + size], outputs) for start in range(0, len(rows), size)]

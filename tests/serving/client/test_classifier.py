@@ -750,4 +750,4 @@ def test_the_way_to_resize_reaches_the_pixels(mode: Resample) -> None:
     with pytest.raises(UsageError, match="resample is 'sharp': give exact or fast"):
         ClientSettings(resample="sharp")  # type: ignore[arg-type]
     loaded = Loader(spec=SPEC, decode="client", on_this_machine=True, resample=mode).load(image)
-    np.testing.assert_array_equal(loaded.payload, pixels_from_bytes(image, SPEC, mode))
+    np.testing.assert_array_equal(np.asarray(loaded), pixels_from_bytes(image, SPEC, mode))

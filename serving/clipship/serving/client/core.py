@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from clipship.core.errors import UsageError
 from clipship.core.machine.runtimes import available_cores
 from clipship.serving.client.inputs import Loader, stacked
-from clipship.serving.client.metadata import Identity, ServerMetadata, read_identity, read_server_metadata
+from clipship.serving.client.metadata import ServerMetadata, read_identity, read_server_metadata
 from clipship.serving.client.pool import ServerPool
 from clipship.serving.client.request_batch import Kind, PendingImage, Purpose, RequestBatch, Window
 from clipship.serving.client.results import Result, results_from_outputs
@@ -47,24 +47,24 @@ class ClientCore:
         self._lock = threading.Lock()
         self._prefix, self._numbers = uuid.uuid4().hex[:12], itertools.count(1)
         self._telemetry = _telemetry() if settings.telemetry else None
-        self._transport = ServerPool(_transports(server), self._read_identity)
+        self._pool = ServerPool(_transports(server), lambda transport: read_identity(transport, settings.vocabulary))
         try:
-            self.metadata = self._read_metadata()
+            self.metadata = self._pool.ask(self._read_metadata)
             self.batch_size = _validated_batch_size(settings.batch_size, self.metadata.max_batch_size)
         except BaseException:
-            self._transport.close()
+            self._pool.close()
             raise
         self._loading = ThreadPoolExecutor(max_workers=self.workers, thread_name_prefix="clipship-load")
 
     def close(self) -> None:
         """Close the connection and end the threads."""
         self._loading.shutdown(wait=True, cancel_futures=True)
-        self._transport.close()
+        self._pool.close()
 
     def refresh(self) -> ServerMetadata:
         """Read the server's metadata again, and require its identity of all servers from now on."""
-        self.metadata = self._read_metadata()
-        self._transport.accept(self.metadata.identity)
+        self.metadata = self._pool.ask(self._read_metadata)
+        self._pool.accept(self.metadata.identity)
         return self.metadata
 
     def loader(self) -> Loader:
@@ -72,7 +72,7 @@ class ClientCore:
         return Loader(
             spec=self.metadata.image_spec,
             decode=self.settings.decode,
-            on_this_machine=self._transport.on_this_machine,
+            on_this_machine=self._pool.on_this_machine,
             resample=self.settings.resample,
         )
 
@@ -111,11 +111,10 @@ class ClientCore:
         timeout_s = max(min(self.settings.timeout_s, left_s), 1e-3)
         options: CallOptions = {"timeout_s": timeout_s, "request_id": batch.request_id}
         if self._telemetry is None:
-            return self._transport.infer(batch.model, batch.inputs, batch.outputs, **options)
-        attempt = self._telemetry.begin(batch, self._transport.url)
-        options["headers"] = attempt.headers
-        answer = self._transport.infer(batch.model, batch.inputs, batch.outputs, **options)
-        answer.add_done_callback(attempt.end)
+            return self._pool.infer(batch.model, batch.inputs, batch.outputs, **options)
+        options["headers"], end = self._telemetry.begin(batch, self._pool.url)
+        answer = self._pool.infer(batch.model, batch.inputs, batch.outputs, **options)
+        answer.add_done_callback(end)
         return answer
 
     def results(self, batch: RequestBatch) -> list[Result]:
@@ -126,7 +125,7 @@ class ClientCore:
             ServingError: the attempt failed.
         """
         outputs, names = batch.answer.result(), batch.outputs
-        url, vocabulary = self._transport.url, batch.vocabulary
+        url, vocabulary = self._pool.url, batch.vocabulary
         return results_from_outputs(outputs, names, len(batch.images), url=url, vocabulary=vocabulary)
 
     def drop_canary(self, batch: RequestBatch) -> bool:
@@ -155,16 +154,13 @@ class ClientCore:
             self._canary_due -= 1
             return canary.vocabulary
 
-    def _read_identity(self, transport: Transport) -> Identity:
-        return read_identity(transport, self.settings.vocabulary)
-
-    def _read_metadata(self) -> ServerMetadata:
-        metadata = read_server_metadata(self._transport, self.settings.vocabulary)
+    def _read_metadata(self, transport: Transport) -> ServerMetadata:
+        metadata = read_server_metadata(transport, self.settings.vocabulary)
         if self._canary is not None:
-            read_identity(self._transport, self._canary.vocabulary)  # raises if it is not served
+            read_identity(transport, self._canary.vocabulary)  # raises if it is not served
         if self.settings.embeddings and metadata.embed_dim is None:
             raise ModelsMissing(
-                f"the Triton at {self._transport.url} gives no embeddings: write its repository again with "
+                f"the Triton at {transport.url} gives no embeddings: write its repository again with "
                 "clipship repository"
             )
         return metadata

@@ -16,6 +16,7 @@ from PIL import Image
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, Resample, rgb_from_image
 from clipship.core.images.inputs import ImageLike, bytes_or_image, pixels_from_any
+from clipship.serving.client.results import Result
 
 MAX_IMAGE_BYTES = 2**30
 """Larger files are not sent: they get a result with an error."""
@@ -28,19 +29,8 @@ than it saves, so the client decodes; also arrays and PIL images, which would ha
 _URL = re.compile(r"(https?|ftp|s3|gs|az|abfss?|wasbs?|hdfs|data|file):", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An image ready to be sent (pixels [H, W, 3], or encoded bytes), or the error."""
-
-    payload: NDArray[np.uint8] | bytes | None
-    error: str | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """Its size in a request."""
-        if self.payload is None:
-            return 0
-        return len(self.payload) if isinstance(self.payload, bytes) else self.payload.nbytes
+Payload = NDArray[np.uint8] | bytes
+"""What is sent for an image: pixels [H, W, 3], or the file's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,30 +44,29 @@ class Loader:
     resample: Resample = "exact"
     """How images decoded here are resized."""
 
-    def load(self, image: ImageLike) -> Loaded:
-        """What is sent for ``image``.
+    def load(self, image: ImageLike) -> Payload | Result:
+        """What is sent for ``image``, or a result with an error.
 
         Raises:
             UsageError: it is not an image, or a URL.
         """
         try:
-            return Loaded(self._payload(given_bytes(image) if isinstance(image, str | os.PathLike) else image))
+            return self._payload(given_bytes(image) if isinstance(image, str | os.PathLike) else image)
         except ImageDecodeError as error:
-            return Loaded(None, str(error))
+            return Result(error=str(error))
         except OSError as error:
-            return Loaded(None, f"cannot be read: {error.strerror or error}")
+            return Result(error=f"cannot be read: {error.strerror or error}")
         except (ValueError, MemoryError) as error:
             if isinstance(error, UsageError):
                 raise
-            return Loaded(None, f"cannot be read: {error or type(error).__name__}")  # a path with a NUL in it
+            return Result(error=f"cannot be read: {error or type(error).__name__}")  # a path with a NUL in it
 
     def is_ready(self, array: NDArray[Any]) -> bool:
         """Whether ``array`` already has the encoder's shape and type, so needs no loading."""
         size_px = self.spec.size_px
         return self.decode != "server" and array.dtype == np.uint8 and array.shape == (size_px, size_px, 3)
 
-    def _payload(self, image: bytes | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8] | bytes:
-        """Pixels uint8 [H, W, 3], or encoded bytes where the server decodes."""
+    def _payload(self, image: bytes | Image.Image | NDArray[np.uint8]) -> Payload:
         if isinstance(image, bytes) and len(image) > MAX_IMAGE_BYTES:
             raise _too_large(len(image))
         if self.decode == "server":

@@ -1,4 +1,4 @@
-"""Several servers as one transport: requests are balanced, failing servers are ejected, then readmitted.
+"""Several servers as one: requests are balanced, failing servers are ejected, then readmitted.
 
 A server is *healthy* while it answers. One that fails is ejected for a time that doubles with every failure. It is
 readmitted when it answers again and its identity (the digests of its bundle and vocabulary) is still that of the pool.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 from clipship.core.errors import ClipshipError
 from clipship.serving.client.metadata import Identity
@@ -69,9 +69,7 @@ class _Request:
 
 
 class ServerPool:
-    """A :class:`~clipship.serving.transport.base.Transport` over the servers ``transports``.
-
-    ``read_identity`` asks a server for its identity; the first one that answers sets the identity of the pool.
+    """The servers ``transports``. The first that answers sets the identity that ``read_identity`` must find at all.
 
     Raises:
         ServerUnreachable: none of them answers.
@@ -108,16 +106,21 @@ class ServerPool:
         self._send(request)
         return request.answer
 
-    def model_config(self, model: str) -> dict[str, Any]:
-        """See :meth:`Transport.model_config`."""
-        return self._ask_any(lambda transport: transport.model_config(model))
-
-    def model_names(self) -> list[str]:
-        """See :meth:`Transport.model_names`."""
-        return self._ask_any(lambda transport: transport.model_names())
+    def ask(self, question: Callable[[Transport], _T]) -> _T:
+        """The answer of the first server that can be reached, the healthy ones first."""
+        with self._lock:
+            usable = [server for server in self._servers if server.refusal is None]
+            usable.sort(key=lambda server: not server.healthy)
+        last: ServingError | None = None
+        for server in usable:
+            try:
+                return question(server.transport)
+            except RETRYABLE as error:
+                last = error
+        raise last or ServerUnreachable(f"no server left of {self.url}")
 
     def close(self) -> None:
-        """See :meth:`Transport.close`."""
+        """Close the connections."""
         for server in self._servers:
             server.transport.close()  # which ends the running checks
         self._checks.shutdown(wait=True, cancel_futures=True)
@@ -143,19 +146,6 @@ class ServerPool:
                 break
         if error is not None:
             raise error
-
-    def _ask_any(self, question: Callable[[Transport], _T]) -> _T:
-        """The answer of the first server that has one, the healthy ones first."""
-        with self._lock:
-            usable = [server for server in self._servers if server.refusal is None]
-            usable.sort(key=lambda server: not server.healthy)
-        last: ServingError | None = None
-        for server in usable:
-            try:
-                return question(server.transport)
-            except RETRYABLE as error:
-                last = error
-        raise last or ServerUnreachable(f"no server left of {self.url}")
 
     def _send(self, request: _Request) -> None:
         """To the healthy server with the fewest requests; if there is none, to the first that passes a check."""

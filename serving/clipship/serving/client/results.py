@@ -107,7 +107,7 @@ def _validated(outputs: Tensors, names: Sequence[str], count: int) -> Tensors:
 def _rows(outputs: Tensors, count: int, vocabulary: str | None) -> Iterator[Result]:
     """One result per row of the outputs [N, k], [N, D] and [N, 1]."""
     errors = outputs[ERROR.name][:, 0].tolist() if ERROR.name in outputs else [b""] * count
-    columns = (_column(outputs, name, count) for name in (LABELS, SCORES, INDICES))
+    columns = (outputs[name].tolist() if name in outputs else [()] * count for name in (LABELS, SCORES, INDICES))
     embeddings = outputs.get(EMBEDDING, [None] * count)
     are_finite = _are_finite(outputs, count)
     for error, labels, scores, indices, embedding, is_finite in zip(
@@ -125,11 +125,6 @@ def _rows(outputs: Tensors, count: int, vocabulary: str | None) -> Iterator[Resu
                 embedding=None if embedding is None else np.array(embedding),  # not a view that keeps the batch alive
                 vocabulary=vocabulary,
             )
-
-
-def _column(outputs: Tensors, name: str, count: int) -> list[Any]:
-    """The output's rows as lists; empty rows if it was not requested."""
-    return outputs[name].tolist() if name in outputs else [()] * count
 
 
 def _are_finite(outputs: Tensors, count: int) -> list[bool]:

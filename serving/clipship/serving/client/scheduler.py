@@ -25,7 +25,7 @@ import numpy as np
 
 from clipship.core.images.inputs import ImageLike
 from clipship.serving.client.core import ClientCore
-from clipship.serving.client.inputs import Loaded
+from clipship.serving.client.inputs import Payload
 from clipship.serving.client.request_batch import Kind, PendingImage, Purpose, Refusals, RequestBatch
 from clipship.serving.client.results import Result
 from clipship.serving.errors import (
@@ -88,7 +88,7 @@ class RequestScheduler:
         self._trace_context = client.trace_context()
         self._images: deque[PendingImage] = deque()
         """All without a delivered result, in order."""
-        self._loading: deque[tuple[PendingImage, Future[Loaded]]] = deque()
+        self._loading: deque[tuple[PendingImage, Future[Payload | Result]]] = deque()
         self._queues: dict[Kind, _Queue] = {"pixels": _Queue(), "encoded": _Queue()}
         self._in_flight: set[RequestBatch] = set()
         self._completed: deque[RequestBatch] = deque()
@@ -99,7 +99,7 @@ class RequestScheduler:
         self._order = itertools.count()
         self._held_bytes = 0
         """Of all loaded images without a result."""
-        self._watched: Future[Loaded] | None = None
+        self._watched: Future[Payload | Result] | None = None
         self._ended = False
         self._accepted = False
         self._refusals = 0
@@ -137,7 +137,7 @@ class RequestScheduler:
             image = np.array(image)
             if self._loader.is_ready(image):
                 self._images.append(pending)
-                self._enqueue(pending, Loaded(image))
+                self._enqueue(pending, image)
                 return
         self._loading.append((pending, self._client.in_thread(self._loader.load, image)))
         self._images.append(pending)
@@ -184,12 +184,13 @@ class RequestScheduler:
         self._client.count(results)
         return results
 
-    def _enqueue(self, image: PendingImage, loaded: Loaded) -> None:
-        if loaded.error is not None:
-            image.result = Result(error=loaded.error)
+    def _enqueue(self, image: PendingImage, loaded: Payload | Result) -> None:
+        if isinstance(loaded, Result):
+            image.result = loaded
             return
-        image.payload, image.size_bytes = loaded.payload, loaded.size_bytes
-        self._queues["encoded" if isinstance(loaded.payload, bytes) else "pixels"].add(image)
+        image.payload = loaded
+        image.size_bytes = len(loaded) if isinstance(loaded, bytes) else loaded.nbytes
+        self._queues["encoded" if isinstance(loaded, bytes) else "pixels"].add(image)
         self._held_bytes += image.size_bytes
 
     def _watch_loading(self) -> None:

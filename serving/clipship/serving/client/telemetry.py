@@ -11,22 +11,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from clipship.core.errors import MissingExtraError
 from clipship.serving.client.request_batch import RequestBatch
 from clipship.serving.client.results import Result
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One attempt of a request."""
-
-    headers: dict[str, str]
-    """Tell the server of its span."""
-    end: Callable[[Future[Any]], None]
-    """Ends its span; takes the answer."""
 
 
 class Telemetry:
@@ -52,8 +41,8 @@ class Telemetry:
         """The context that a stream's requests belong to."""
         return self._context.get_current()
 
-    def begin(self, batch: RequestBatch, url: str) -> Attempt:
-        """Start the span of an attempt."""
+    def begin(self, batch: RequestBatch, url: str) -> tuple[dict[str, str], Callable[[Future[Any]], None]]:
+        """Start the span of an attempt: the headers that carry its context, and what ends it, given the answer."""
         attributes = {
             "rpc.system": "grpc",
             "rpc.service": "inference.GRPCInferenceService",
@@ -69,7 +58,7 @@ class Telemetry:
         headers: dict[str, str] = {}
         self._propagate.inject(headers, context=self._trace.set_span_in_context(span, parent))
         started_s = time.monotonic()
-        return Attempt(headers=headers, end=lambda answer: self._end(span, started_s, answer))
+        return headers, lambda answer: self._end(span, started_s, answer)
 
     def _end(self, span: Any, started_s: float, answer: Future[Any]) -> None:
         error = None if answer.cancelled() else answer.exception()

@@ -51,7 +51,7 @@ class Connection:
     token: str | None = field(default=None, repr=False)
     """Sent as ``authorization: Bearer TOKEN`` with every call."""
     token_file: Path | None = None
-    """A file with the token; read again when it changes."""
+    """A file with the token, read for every call: it may be replaced at any time."""
     token_in_plain_text: bool = False
     """Allow sending the token (or a header with a secret) to other hosts without TLS."""
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS, repr=False, hash=False)

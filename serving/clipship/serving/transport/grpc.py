@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import ssl
-import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -59,8 +58,7 @@ class TritonTransport:
         self.url = address_of(url)
         self.on_this_machine = is_loopback(self.url)
         self._connection = connection or Connection(urls=(url,))
-        self._token = _Token(self._connection)
-        self._channel = open_channel(self.url, self._connection)
+        self._channel = _open_channel(self.url, self._connection)
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         parse = service_pb2.ModelInferResponse.FromString
         self._infer = self._channel.unary_unary(_MODEL_INFER, response_deserializer=parse)  # requests are bytes
@@ -133,9 +131,21 @@ class TritonTransport:
         return self._infer_bytes.future(request, timeout=timeout_s, metadata=self._metadata({}))
 
     def _metadata(self, headers: Mapping[str, str]) -> list[tuple[str, str]]:
-        token = self._token.value()
+        token = self._token()
         secret = [("authorization", f"Bearer {token}")] if token else []
         return [*self._connection.headers.items(), *headers.items(), *secret]
+
+    def _token(self) -> str | None:
+        """The bearer token. A token file is read for every call: it may be replaced at any time."""
+        file = self._connection.token_file
+        if file is None:
+            return self._connection.token
+        try:
+            token = Path(file).read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"{file}: the token cannot be read ({type(error).__name__})") from error
+        validate_token(token, f"{file}: the token")
+        return token
 
     def _request(
         self, model: str, inputs: Tensors, outputs: Sequence[str], request_id: str, slots: list[Slot]
@@ -218,36 +228,7 @@ def _field_header(number: int, size_bytes: int) -> bytes:
     return bytes(header)
 
 
-class _Token:
-    """The bearer token; a token file is read again when it changes."""
-
-    def __init__(self, connection: Connection) -> None:
-        self._value = connection.token
-        self._file = connection.token_file
-        self._read: tuple[int, int] | None = None
-        self._lock = threading.Lock()
-
-    def value(self) -> str | None:
-        """The token, or None.
-
-        Raises:
-            UsageError: the file cannot be read, or holds no token.
-        """
-        if self._file is None:
-            return self._value
-        with self._lock:
-            try:
-                stat = Path(self._file).stat()
-                if self._read != (stat.st_mtime_ns, stat.st_ino):
-                    text = Path(self._file).read_text(encoding="utf-8").strip()
-                    validate_token(text, f"{self._file}: the token")
-                    self._value, self._read = text, (stat.st_mtime_ns, stat.st_ino)
-            except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"{self._file}: the token cannot be read ({type(error).__name__})") from error
-            return self._value
-
-
-def open_channel(address: str, connection: Connection) -> Any:
+def _open_channel(address: str, connection: Connection) -> Any:
     """A gRPC channel to ``address`` (HOST:PORT) with the limits, compression and TLS of ``connection``.
 
     Raises:
