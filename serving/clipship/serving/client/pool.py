@@ -69,7 +69,7 @@ class _Request:
 
 
 class ServerPool:
-    """The servers ``transports``. The first that answers sets the identity that ``read_identity`` must find at all.
+    """The servers at ``transports``, all with one identity: that which ``read_identity`` finds at the first to answer.
 
     Raises:
         ServerUnreachable: none of them answers.
@@ -188,16 +188,11 @@ class ServerPool:
         call.add_done_callback(lambda done: self._complete(server, request, done))
 
     def _complete(self, server: _Server, request: _Request, call: Future[Tensors]) -> None:
-        error = None if call.cancelled() else call.exception()
+        error = CancelledError() if call.cancelled() else call.exception()
         with self._lock:
             server.in_flight -= 1
-            if error is None and not call.cancelled():
+            if error is None:
                 server.failures, server.answered_at_s = 0, self._clock()
-        if call.cancelled():
-            return
-        if error is None:
-            settle(request.answer, call.result())
-            return
         if isinstance(error, (*RETRYABLE, BadAnswer, RequestFailed, AccessDenied)):
             if not isinstance(error, ServerOverloaded):  # a busy server is healthy
                 self._eject(server)
@@ -205,7 +200,7 @@ class ServerPool:
                 request.retries_left -= 1
                 self._send(request)
                 return
-        settle(request.answer, error if isinstance(error, Exception) else ServerUnreachable(str(error)))
+        settle(request.answer, call.result() if error is None else error)
 
     def _has_other(self, server: _Server) -> bool:
         with self._lock:

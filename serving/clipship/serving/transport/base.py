@@ -58,10 +58,10 @@ class Transport(Protocol):
         """Close the connection."""
 
 
-def settle(future: Future[_T], outcome: _T | Exception) -> None:
+def settle(future: Future[_T], outcome: _T | BaseException) -> None:
     """Set the result or the exception of ``future``, unless it was cancelled meanwhile."""
     try:
-        if isinstance(outcome, Exception):
+        if isinstance(outcome, BaseException):
             future.set_exception(outcome)
         else:
             future.set_result(outcome)
