@@ -32,7 +32,7 @@ class Tolerance:
     max_abs: float = math.inf
     """Largest difference of any value of the unit features."""
     top1_agreement: float
-    """Smallest share of images whose best class is the same, near-ties excused (``core/comparison.py``)."""
+    """Smallest share of images whose best class is the same, near-ties excused (``export/comparison.py``)."""
     min_cosine: float = -math.inf
     mean_cosine: float = -math.inf
     min_centred_cosine: float = -math.inf
