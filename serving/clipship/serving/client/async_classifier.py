@@ -53,7 +53,7 @@ class AsyncClassifier:
         await self.close()
 
     async def connect(self) -> ServerMetadata:
-        """Connect, unless connected; what the server says about its models.
+        """Connect, unless connected, and return the server's metadata.
 
         Raises:
             ServingError: as the constructor of the blocking client.
@@ -69,7 +69,7 @@ class AsyncClassifier:
 
     @property
     def metadata(self) -> ServerMetadata:
-        """What the server said about its models when the client connected, or at the last :meth:`refresh`."""
+        """What the server reported about its models when the client connected, or at the last :meth:`refresh`."""
         return self._core.metadata
 
     @property

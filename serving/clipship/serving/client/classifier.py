@@ -48,7 +48,7 @@ class Classifier:
 
     @property
     def metadata(self) -> ServerMetadata:
-        """What the server said about its models when the client was made, or at the last :meth:`refresh`."""
+        """What the server reported about its models when the client was made, or at the last :meth:`refresh`."""
         return self._core.metadata
 
     @property

@@ -1,4 +1,4 @@
-"""What a server says about its models, read from their configurations."""
+"""What a server reports about its models, read from their configurations."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Identity(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class ServerMetadata:
-    """What the server says about its models."""
+    """What the server reports about its models."""
 
     bundle_digest: str
     vocabulary_digest: str
@@ -56,7 +56,7 @@ class ServerMetadata:
 
 
 def read_server_metadata(transport: Transport, vocabulary: str | None = None) -> ServerMetadata:
-    """What the server says about its models: those of its first vocabulary, or of a further ``vocabulary``.
+    """What the server reports about its models: those of its first vocabulary, or of a further ``vocabulary``.
 
     Raises:
         ModelsMissing: it does not serve them; lists the models it has.

@@ -207,7 +207,7 @@ class ServerPool:
             return any(other.healthy and other is not server for other in self._servers)
 
     def _eject(self, server: _Server, *, by_check: bool = False) -> None:
-        """Send it nothing for a while. Requests that fail after the first one change nothing."""
+        """Send it no requests for a while. Further failures of requests already in flight do not prolong that."""
         with self._lock:
             if not server.healthy and not by_check:
                 return

@@ -116,12 +116,12 @@ class RequestScheduler:
 
     @property
     def finished(self) -> bool:
-        """Whether every image has had its result."""
+        """Whether all results have been returned."""
         return self._ended and not self._images
 
     @property
     def batch_is_partial(self) -> bool:
-        """Whether all images that are loading or loaded do not fill a request: :meth:`advance` would send nothing."""
+        """Whether the images that are loading or loaded do not fill a request, so :meth:`advance` would send none."""
         loaded = sum(len(queue.images) for queue in self._queues.values())
         return len(self._loading) + loaded < self._client.batch_size
 

@@ -2,7 +2,7 @@
 
 Triton's system shared memory extension: the client creates a region, the server maps it when it is registered, and a
 request names the region instead of carrying the bytes. The region's file is unlinked as soon as the server has mapped
-it, so nothing stays in ``/dev/shm`` however the client ends. Regions that a killed client leaves registered are
+it, so no file stays in ``/dev/shm``, however the client ends. Regions that a killed client leaves registered are
 unregistered by the next client on the same machine.
 """
 
