@@ -2,19 +2,71 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.images.decoding import pixels_from_bytes
-from clipship.serving.client.classifier import Result
+from clipship.serving import Result
+from clipship.serving.errors import ModelsMissing, ServingError
 from clipship.serving.model_names import CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, of_vocabulary
 from clipship.serving.repository.write import ModelSettings, configs_from_facts
-from clipship.serving.transport.grpc import FakeTransport, Tensors, config_json
+from clipship.serving.transport.base import CallOptions, Tensors, config_json
 from tests.serving.bundles import EMBED_DIM, SPEC
 
 BATCH = 4
+
+
+class FakeTransport:
+    """A transport whose ``function(model, inputs)`` gives the outputs, or a future of them, or raises."""
+
+    def __init__(
+        self,
+        function: Callable[[str, Tensors], Tensors | Future[Tensors]],
+        configs: Mapping[str, dict[str, Any]],
+        *,
+        url: str = "fake",
+        on_this_machine: bool = True,
+    ) -> None:
+        self.url = url
+        self.on_this_machine = on_this_machine
+        self.requests: list[tuple[str, Tensors]] = []
+        self.request_ids: list[str] = []
+        self.headers: list[Mapping[str, str]] = []
+        self.function = function
+        self.configs = dict(configs)
+        self.closed = False
+
+    def infer(
+        self, model: str, inputs: Tensors, outputs: Sequence[str], **options: Unpack[CallOptions]
+    ) -> Future[Tensors]:
+        self.requests.append((model, inputs))
+        self.request_ids.append(options.get("request_id", ""))
+        self.headers.append(options.get("headers", {}))
+        future: Future[Tensors] = Future()
+        try:
+            answer = self.function(model, inputs)
+        except ServingError as error:
+            future.set_exception(error)
+            return future
+        if isinstance(answer, Future):
+            return answer
+        future.set_result(answer)
+        return future
+
+    def model_config(self, model: str) -> dict[str, Any]:
+        if model not in self.configs:
+            raise ModelsMissing(f"{self.url}: no model {model!r}")
+        return self.configs[model]
+
+    def model_names(self) -> list[str]:
+        return sorted(self.configs)
+
+    def close(self) -> None:
+        self.closed = True
 
 
 def configs(

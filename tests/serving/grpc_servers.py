@@ -15,7 +15,7 @@ from google.protobuf import json_format
 from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor, triton_to_np_dtype
 
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 from tests.serving.fake_server import answer, configs
 
 Infer = Callable[[Any, grpc.ServicerContext], Any]

@@ -21,7 +21,7 @@ from PIL import Image
 from clipship.core.bundle import Bundle
 from clipship.core.images.decoding import ImageDecodeError, pixels_from_bytes
 from clipship.core.tensors import ENCODED, ERROR
-from clipship.serving.client.classifier import Classifier, Result
+from clipship.serving import Classifier, Result
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import DeadlineExceeded, ModelsMissing, RequestRejected, ServerOverloaded
 from clipship.serving.jobs.inputs import inputs_from_arguments

@@ -1,20 +1,20 @@
-"""Two sets of features, or of answers, compared: objects that know their numbers and their verdict.
+"""Verification: samples run through a runner, compared with a reference, as objects that know their verdict.
 
 Tolerances and cosines are those of ``clipship/core/tolerances.py``.
 
 **Few images.** A share of 99.8 % cannot be reached with one of 8 images changed, nor with one of 499: below 500 images
 the gate means "all".
 
-**Near-ties.** Where two classes are as good as equal, an error within tolerance picks either. A changed best class is
-*excused* when the expected logits of the two classes differ by no more than an error of the size that the tolerance
-allows moves them typically: an error of length e in a random direction of D dimensions moves the margin between the
-classes i and j with a standard deviation of ``logit_scale e |t_i - t_j| / sqrt(D)``. One such deviation is excused.
-(The largest move, of an error that points from one class to the other, is sqrt(D) times that; excusing it would excuse
-everything that the cosine gate lets through, and the top-1 gate could never fail.) To that comes what float32 rounds a
-logit by: of two names that are as good as one word, either may win. A classifier's cache is left out of that estimate,
-which makes it stricter. The gate counts what is not excused; the raw agreement is shown beside it.
+**Near-ties.** If two classes are nearly equal, an error within tolerance picks either. A changed best class is
+*excused* if the expected logits of the two classes differ by no more than an error within the tolerance typically moves
+them: an error of length e in a random direction of D dimensions moves the margin between the classes i and j with a
+standard deviation of ``logit_scale e |t_i - t_j| / sqrt(D)``. One such deviation is excused. (The largest move, of an
+error that points from one class to the other, is sqrt(D) times that; excusing it would excuse everything that the
+cosine gate lets through, and the top-1 gate could never fail.) float32's rounding of a logit is added: of two names
+that are nearly one word, either may win. A classifier's cache is left out of that estimate, which makes it stricter.
+The gate counts what is not excused; the raw agreement is shown beside it.
 
-Shape legend: N inputs, C classes, D features, k best classes.
+Shape legend: N inputs, C classes, D features, H = W pixels, k best classes.
 """
 
 from __future__ import annotations
@@ -27,15 +27,28 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import VocabularyFeatures
-from clipship.core.tolerances import GATES, Tolerance, array_problem, broken_gates, closeness, finite_or_none
+from clipship.core.bundle import GOLDEN, Bundle, VocabularyFeatures
+from clipship.core.errors import CheckFailed
+from clipship.core.machine.runtimes import Run
+from clipship.core.tolerances import (
+    GATES,
+    TOLERANCES,
+    Tolerance,
+    array_problem,
+    broken_gates,
+    closeness,
+    finite_or_none,
+)
 
+BATCH_SIZES = (1, 2, 7, 64)
+"""One, the smallest batch, one that divides nothing, and the default maximum of a server."""
 WORST_KEPT = 3
 """Images that a comparison remembers."""
 
+_FEW = 16  # rows at every batch size but the largest: those show that a batch size works, the largest that all rows do
 _TOP = 5
-_PLAIN_SCALE = 100.0  # the logit scale of every published CLIP, where only references are given
-_ROUNDED = 8 * float(np.finfo(np.float32).eps)  # what a float32 cosine is off by: a few steps of its last digit
+_PLAIN_SCALE = 100.0  # the logit scale of every published CLIP, used if only references are given
+_ROUNDED = 8 * float(np.finfo(np.float32).eps)  # a few steps of the last digit of a float32 cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,54 +56,43 @@ class Worst:
     """One of the inputs that differ most."""
 
     position: int
-    """In the set that was compared."""
+    """Among the inputs."""
     cosine: float
-    """Centred where that is measured."""
+    """Centred if that is measured."""
     expected: tuple[int, ...]
-    """The best classes by the reference, best first."""
+    """The reference's best classes, best first."""
     given: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """One form against its reference on one set of inputs at one batch size. True when within tolerance.
+class _Outcome:
+    """What both kinds of comparison measure. True when within tolerance.
 
     A number that was not measured is NaN, and null in JSON.
     """
 
     what: str
+    """The set of samples."""
     provider: str
     batch_size: int
     count: int
     """Different inputs."""
-    max_abs: float = math.nan
-    min_cosine: float = math.nan
+    tolerance: Tolerance
     top1_agreement: float = math.nan
     """The raw share of inputs whose best class is the same."""
-    tolerance: Tolerance
-    form: str = ""
-    """The file."""
-    reference: str = "PyTorch"
-    """Where the expected features come from."""
-    mean_cosine: float = math.nan
-    min_centred_cosine: float = math.nan
-    mean_centred_cosine: float = math.nan
-    max_norm_error: float = math.nan
     top1_excused: float = 0.0
     """The share of inputs whose best class changed between near-ties."""
     top5_agreement: float = math.nan
-    """How much of the best five classes is the same, as a mean share."""
-    max_logit_difference: float = math.nan
+    """The mean share of the best classes that are the same: of five, or of those that a server returns."""
     problem: str = ""
-    """Why there are no numbers; empty where there are."""
-    worst: tuple[Worst, ...] = ()
+    """Why there are no numbers, or empty."""
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Each gate that said no, with its number and its limit."""
+        """Each gate that failed, with its number and its limit."""
         if self.problem:
             return (self.problem,)
-        failed = list(broken_gates({name: getattr(self, name) for name in GATES}, self.tolerance))
+        failed = self._broken()
         counted = self.top1_agreement + self.top1_excused
         if not counted >= self.tolerance.top1_agreement - 1e-9:  # a sum of two shares
             failed.append(f"top-1 {100 * counted:.2f} %, limit {100 * self.tolerance.top1_agreement:g} %")
@@ -101,71 +103,7 @@ class Comparison:
 
     def __str__(self) -> str:
         head = f"{'ok    ' if self else 'FAILED'} {self.what:<22} {self.provider:<21} batch {self.batch_size:<3} "
-        if self.problem:
-            return f"{head}{self.form} {self.problem}"
-        return (
-            f"{head}n {self.count:<5} max diff {self.max_abs:.1e}  min cosine {self.min_cosine:.7f}  "
-            f"top-1 {100 * self.top1_agreement:.2f} %"
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every number and the verdict."""
-        numbers = {field.name: finite_or_none(getattr(self, field.name)) for field in fields(self)}
-        return {
-            **numbers,
-            "tolerance": self.tolerance.to_json(),
-            "worst": [asdict(one) for one in self.worst],
-            "passed": bool(self),
-            "failures": list(self.failures),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """A server's classes and scores against the expected ones. True when within tolerance."""
-
-    what: str
-    model: str
-    """The served model that was asked."""
-    provider: str
-    batch_size: int
-    count: int
-    max_score_difference: float = math.nan
-    """Between a returned probability and the expected one of the class that the returned *label* names."""
-    top1_agreement: float = math.nan
-    top1_excused: float = 0.0
-    """The share of images whose best two probabilities differ by less than the tolerance, and changed places."""
-    top5_agreement: float = math.nan
-    """How much of the returned classes is the same, as a mean share."""
-    mislabelled: int = 0
-    """Returned labels that are not the name of the returned index."""
-    tolerance: Tolerance
-    problem: str = ""
-
-    @property
-    def failures(self) -> tuple[str, ...]:
-        """Each gate that said no, with its number and its limit."""
-        if self.problem:
-            return (self.problem,)
-        failed = [f"{self.mislabelled} labels are not their indices' names"] if self.mislabelled else []
-        if not self.max_score_difference <= self.tolerance.max_score:
-            failed.append(f"score difference {self.max_score_difference:.3g}, limit {self.tolerance.max_score:g}")
-        counted = self.top1_agreement + self.top1_excused
-        if not counted >= self.tolerance.top1_agreement - 1e-9:
-            failed.append(f"top-1 {100 * counted:.2f} %, limit {100 * self.tolerance.top1_agreement:g} %")
-        return tuple(failed)
-
-    def __bool__(self) -> bool:
-        return not self.failures
-
-    def __str__(self) -> str:
-        head = f"{'ok    ' if self else 'FAILED'} {self.what:<22} {self.provider:<21} batch {self.batch_size:<3} "
-        if self.problem:
-            return f"{head}{self.model} {self.problem}"
-        return (
-            f"{head}n {self.count:<5} {self.model}: max score diff {self.max_score_difference:.1e}  "
-            f"top-1 {100 * self.top1_agreement:.2f} %  wrong labels {self.mislabelled}"
-        )
+        return head + (f"{self._subject()} {self.problem}" if self.problem else self._numbers())
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every number and the verdict."""
@@ -173,20 +111,91 @@ class Answers:
         tolerance = self.tolerance.to_json()
         return {**numbers, "tolerance": tolerance, "passed": bool(self), "failures": list(self.failures)}
 
+    def _subject(self) -> str:
+        raise NotImplementedError
+
+    def _numbers(self) -> str:
+        raise NotImplementedError
+
+    def _broken(self) -> list[str]:
+        """The failed gates but top-1."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(_Outcome):
+    """The features of one variant against its reference, on one set of inputs at one batch size."""
+
+    max_abs: float = math.nan
+    min_cosine: float = math.nan
+    form: str = ""
+    """The file."""
+    reference: str = "PyTorch"
+    """Where the expected features come from."""
+    mean_cosine: float = math.nan
+    min_centred_cosine: float = math.nan
+    mean_centred_cosine: float = math.nan
+    max_norm_error: float = math.nan
+    max_logit_difference: float = math.nan
+    worst: tuple[Worst, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with every number and the verdict."""
+        return {**super().to_json(), "worst": [asdict(one) for one in self.worst]}
+
+    def _subject(self) -> str:
+        return self.form
+
+    def _numbers(self) -> str:
+        return (
+            f"n {self.count:<5} max diff {self.max_abs:.1e}  min cosine {self.min_cosine:.7f}  "
+            f"top-1 {100 * self.top1_agreement:.2f} %"
+        )
+
+    def _broken(self) -> list[str]:
+        return list(broken_gates({name: getattr(self, name) for name in GATES}, self.tolerance))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answers(_Outcome):
+    """A server's classes and scores against the expected ones; the best two count as a near-tie within max_score."""
+
+    model: str
+    """The served model."""
+    max_score_difference: float = math.nan
+    """Between a returned probability and the expected one of the class that the returned *label* names."""
+    mislabelled: int = 0
+    """Returned labels that are not the name of the returned index."""
+
+    def _subject(self) -> str:
+        return self.model
+
+    def _numbers(self) -> str:
+        return (
+            f"n {self.count:<5} {self.model}: max score diff {self.max_score_difference:.1e}  "
+            f"top-1 {100 * self.top1_agreement:.2f} %  wrong labels {self.mislabelled}"
+        )
+
+    def _broken(self) -> list[str]:
+        failed = [f"{self.mislabelled} labels are not their indices' names"] if self.mislabelled else []
+        if not self.max_score_difference <= self.tolerance.max_score:
+            failed.append(f"score difference {self.max_score_difference:.3g}, limit {self.tolerance.max_score:g}")
+        return failed
+
 
 @dataclass(frozen=True)
 class Verification:
-    """All comparisons of a bundle. True when there is at least one and every one is."""
+    """All comparisons of a bundle. True if there is at least one and all are true."""
 
     comparisons: tuple[Comparison, ...]
     answers: tuple[Answers, ...] = ()
     """Of a live server."""
     skipped: tuple[str, ...] = ()
-    """What could not be compared here, and why."""
+    """What could not be compared on this machine, and why."""
 
     @property
     def rows(self) -> tuple[Comparison | Answers, ...]:
-        """All that has a verdict."""
+        """Comparisons and answers."""
         return (*self.comparisons, *self.answers)
 
     def __bool__(self) -> bool:
@@ -203,7 +212,7 @@ class Verification:
         return "\n".join([*map(str, self.rows), *(f"not compared: {reason}" for reason in self.skipped)])
 
     def to_json(self) -> dict[str, Any]:
-        """What stands in ``verification.json``."""
+        """The content of ``verification.json``."""
         return {
             "passed": bool(self),
             "comparisons": [comparison.to_json() for comparison in self.comparisons],
@@ -225,11 +234,11 @@ def compare_features(
     reference: str = "PyTorch",
     count: int | None = None,
 ) -> Comparison:
-    """Compare unit features [N, D]; a wrong shape or type, NaN and infinity are a comparison that is false.
+    """Compare unit features [N, D]; a wrong shape or type, NaN or infinity make the comparison false.
 
     Args:
-        references: what decides the best classes: a bundle's classifier, or unit features [C, D] (logit scale 100).
-        count: how many of the inputs are different, where they were repeated to fill a batch; None: all.
+        references: a bundle's classifier, or unit features [C, D] (logit scale 100), which give the best classes.
+        count: how many of the inputs are different, if they were repeated to fill a batch; None: all.
     """
     about: dict[str, Any] = {
         "what": what,
@@ -295,7 +304,7 @@ def _near_ties(
     classifier: VocabularyFeatures,
     tolerance: Tolerance,
 ) -> NDArray[np.bool_]:
-    """Whether the expected logits of the two best classes [N] differ by less than a tolerable error moves them."""
+    """Whether the expected logits of the two best classes [N] differ by less than an error within tolerance."""
     dim = expected.shape[1]
     first, second = tops.expected[:, :1], tops.given[:, :1]
     margin = np.take_along_axis(logits, first, 1) - np.take_along_axis(logits, second, 1)
@@ -333,7 +342,7 @@ def compare_answers(
 ) -> Answers:
     """``answers`` with its numbers: a server's best k classes [N, k] against the probabilities [N, C] of all ``names``.
 
-    A label is looked up by its name, so that a wrong one is compared with the probability of the class it names.
+    Labels are looked up by name: a wrong one is compared with the probability of the class it names.
     """
     places = {name: place for place, name in enumerate(names)}
     problem = _answer_problem(expected_scores, scores, labels, places)
@@ -366,3 +375,118 @@ def _answer_problem(
         return "gives NaN or infinite scores"
     unknown = sorted({label for row in labels for label in row} - set(places))
     return f"gives the label {unknown[0]!r}, which is not in the vocabulary" if unknown else ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runner:
+    """What turns inputs into features: a variant loaded by a runtime, or a server."""
+
+    name: str
+    """The provider, runtime or server, for tables."""
+    run: Run
+
+
+def run_in_batches(run: Run, rows: NDArray[Any], batch_size: int) -> NDArray[np.float32]:
+    """``run`` over ``rows`` in batches of ``batch_size``; the last one may be smaller."""
+    parts = [run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return np.concatenate(parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerificationSamples:
+    """Images and the features that every variant must give for them."""
+
+    what: str
+    """ "golden samples" or "images"."""
+    names: tuple[str, ...]
+    files: tuple[bytes, ...]
+    """Encoded images."""
+    pixels: NDArray[np.uint8]
+    """[N, H, W, 3]."""
+    expected: NDArray[np.float32]
+    """Unit features [N, D]."""
+    reference: str
+    """Where ``expected`` comes from."""
+
+
+def golden_samples(bundle: Bundle) -> VerificationSamples:
+    """The bundle's golden samples, with PyTorch's features."""
+    golden = bundle.golden()
+    return VerificationSamples(
+        what="golden samples",
+        names=golden.files,
+        files=tuple((bundle.path / GOLDEN / name).read_bytes() for name in golden.files),
+        pixels=golden.pixels,
+        expected=golden.embedding,
+        reference="PyTorch",
+    )
+
+
+def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
+    """1, 2, 7 and ``largest``, none above it."""
+    return tuple(sorted({size for size in BATCH_SIZES[:3] if size < largest} | {largest}))
+
+
+def verify_runner(
+    runner: Runner,
+    what: str,
+    rows: NDArray[Any],
+    expected: NDArray[np.float32],
+    *,
+    references: NDArray[np.float32] | VocabularyFeatures,
+    tolerance: Tolerance,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    form: str = "",
+    reference: str = "PyTorch",
+) -> tuple[Comparison, ...]:
+    """``runner`` against ``expected`` [N, D]: a comparison per batch size, false if the run fails.
+
+    All of ``rows`` [N, ...] are run at the largest batch size, the first 16 at the others. A set smaller than a batch
+    is repeated until it fills one.
+    """
+    largest = max(batch_sizes)
+
+    def compared(batch_size: int) -> Comparison:
+        used = len(rows) if batch_size == largest else min(len(rows), _FEW)
+        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": used}
+        count = max(used, batch_size)  # repeated until they fill one batch
+        try:
+            given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
+        except CheckFailed as error:
+            return Comparison(what=what, provider=runner.name, batch_size=batch_size, problem=str(error), **about)
+        wanted = _repeated(expected, count)
+        return compare_features(what, runner.name, batch_size, wanted, given, references=references, **about)
+
+    return tuple(compared(batch_size) for batch_size in batch_sizes)
+
+
+def _repeated(rows: NDArray[Any], count: int) -> NDArray[Any]:
+    return rows[:count] if count <= len(rows) else rows[np.arange(count) % len(rows)]
+
+
+def verify_samples(
+    runner: Runner,
+    form: str,
+    samples: Sequence[VerificationSamples],
+    classifier: VocabularyFeatures,
+    precision: str,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+) -> Verification:
+    """``runner`` on every set of ``samples`` at every batch size, within the tolerance of ``precision``."""
+    return Verification(
+        tuple(
+            comparison
+            for one in samples
+            for comparison in verify_runner(
+                runner,
+                one.what,
+                one.pixels,
+                one.expected,
+                references=classifier,
+                tolerance=TOLERANCES[precision],
+                batch_sizes=batch_sizes,
+                form=form,
+                reference=one.reference,
+            )
+        )
+    )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import click
 
 from clipship.core.bundle import Bundle, Precision, read_bundle
-from clipship.core.cli.main import emit, json_option
+from clipship.core.cli.main import emit, json_option, other_stage
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.files import sha256_of
 from clipship.core.progress import log
@@ -183,7 +183,6 @@ def _verified(
 ) -> tuple[list[VerificationSamples], Verification]:
     """All that was asked for; what is quick to fail comes first."""
     from clipship.export.reference import verify_text
-    from clipship.export.verification.live_server import verify_live
     from clipship.export.verification.verify import (
         Verification,
         batch_sizes_up_to,
@@ -197,7 +196,7 @@ def _verified(
     samples = [golden_samples(bundle), *_image_samples(bundle, images, method)]
     other = Verification(())
     if url:
-        other += verify_live(bundle, url, samples, precision=precision, batch_sizes=sizes)
+        other += other_stage("verify_server")(bundle, url, samples, precision=precision, batch_sizes=sizes)
     if plan:
         other += verify_plan(bundle, plan, samples, batch_sizes=sizes)
     total = verify_bundle(bundle, samples, batch_sizes=sizes, providers=providers or None)

@@ -1,4 +1,4 @@
-"""The options of the command line that lead to a server: a token, headers, TLS. What they mean is Connection's."""
+"""Command-line options of a connection: token, headers, TLS. They map to the fields of ``Connection``."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ connection_options = option_group(
         "--header", "headers", multiple=True, help="'NAME: VALUE' to send with every request; may be repeated."
     ),
     click.option("--tls", is_flag=True, help="Encrypt; implied by the three files below."),
-    click.option("--tls-ca", type=_PATH, help="The authorities (PEM) to check the server's certificate against."),
+    click.option(
+        "--tls-ca", type=_PATH, help="CA certificates (PEM) to verify the server with. [default: the system's]"
+    ),
     click.option("--tls-cert", type=_PATH, help="This client's certificate (PEM), with --tls-key."),
     click.option("--tls-key", type=_PATH, help="This client's private key (PEM)."),
 )
-"""For a command that talks to a server; :func:`connection_from_options` takes what they give."""
+"""For a command that connects to a server; :func:`connection_from_options` takes their values."""
 
 
 def connection_from_options(
@@ -37,7 +39,7 @@ def connection_from_options(
     tls_key: Path | None,
     **same: Any,
 ) -> Connection:
-    """The connection to ``urls`` (HOST:PORT each) that the options ask for; ``same``: settings by Connection's names.
+    """The connection to ``urls`` (HOST:PORT each); ``same``: further fields of ``Connection``.
 
     Raises:
         UsageError: a header without a colon; as :class:`~clipship.serving.transport.connection.Connection`.

@@ -1,24 +1,24 @@
-"""What can go wrong between a model repository, a server and its clients.
+"""The errors of repositories, servers and clients.
 
 ::
 
     ClipshipError
     |-- ServingError              exit 1
-    |   |-- ServerUnreachable     nobody answers at the address, or the connection broke
+    |   |-- ServerUnreachable     no server answers at the address, or the connection broke
     |   |-- ServerOverloaded      the server's queue is full, or the request waited in it for too long
     |   |-- DeadlineExceeded      no answer within the time limit
     |   |-- RequestRejected       the server refused the request
-    |   |   |-- RequestFailed     it took the request and failed while it ran
-    |   |   `-- BadAnswer         it answered something that does not fit the request
-    |   |-- AccessDenied          the token, certificate or header does not suffice
+    |   |   |-- RequestFailed     the model failed while it ran
+    |   |   `-- BadAnswer         the answer does not fit the request
+    |   |-- AccessDenied          authentication failed
     |   |-- ModelsMissing         a Triton answers, but it does not serve our models
-    |   |-- ServerChanged         a server that came back serves another bundle
+    |   |-- ServerChanged         a restarted server serves another bundle
     |   |-- ServerFailed          Triton did not start, or died
-    |   `-- JobStopped            a batch job ended before its end; what it finished is kept
+    |   `-- JobStopped            a batch job was interrupted; finished results are kept
     `-- UsageError                exit 2
         `-- RepositoryError       a model repository that Triton would not load
 
-The gRPC status codes are translated in one place, ``transport/grpc.py``. The first three are worth another try.
+``transport/grpc.py`` translates gRPC's status codes. Requests that meet one of the first three are retried.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from clipship.core.errors import ClipshipError, UsageError
 
 
 class ServingError(ClipshipError):
-    """A server, or the way to it, failed."""
+    """A server, or the connection to it, failed."""
 
 
 class ServerUnreachable(ServingError):
-    """Nobody answers at the address, or the connection broke."""
+    """No server answers at the address, or the connection broke."""
 
 
 class ServerOverloaded(ServingError):
@@ -47,15 +47,15 @@ class RequestRejected(ServingError):
 
 
 class RequestFailed(RequestRejected):
-    """The server took the request and failed while it ran."""
+    """The model failed while it ran."""
 
 
 class BadAnswer(RequestRejected):
-    """The server answered something that does not fit the request."""
+    """The answer does not fit the request."""
 
 
 class AccessDenied(ServingError):
-    """The server knows the client too little: its token, certificate or header does not suffice."""
+    """Authentication failed: the token, certificate or header is missing or wrong."""
 
 
 class ModelsMissing(ServingError):
@@ -63,7 +63,7 @@ class ModelsMissing(ServingError):
 
 
 class ServerChanged(ServingError):
-    """A server that came back serves another bundle than before."""
+    """A restarted server serves another bundle than before."""
 
 
 class ServerFailed(ServingError):
@@ -71,7 +71,7 @@ class ServerFailed(ServingError):
 
 
 class JobStopped(ServingError):
-    """A batch job ended before its end; what it finished is kept, and the same job goes on from there."""
+    """A batch job was interrupted; finished results are kept, and the same command resumes it."""
 
 
 class RepositoryError(UsageError):
@@ -79,4 +79,4 @@ class RepositoryError(UsageError):
 
 
 RETRYABLE = (ServerUnreachable, ServerOverloaded, DeadlineExceeded)
-"""What may pass: all our requests are idempotent, so they are simply sent again."""
+"""Transient failures: all our requests are idempotent, so they are sent again."""

@@ -1,4 +1,4 @@
-"""The names of models and parameters that repository, server and client share; tensors' names: ``core/tensors.py``."""
+"""The names of models and parameters that repository, server and client share. Tensors: ``core/tensors.py``."""
 
 ENCODER = "image_encoder"
 CLASSIFIER = "classifier"
@@ -17,7 +17,7 @@ VOCABULARY_DIGEST = "vocabulary_digest"
 TOP_K = "top_k"
 TENSORRT_VERSION = "tensorrt_version"
 VERSION_COMPATIBLE = "version_compatible"
-"""Which of the plans run in later TensorRT versions, too: "all" or "some"; absent: none."""
+"""Which plans run in later TensorRT versions too: "all" or "some"; absent: none."""
 
 OPSET = "opset"
 """Of the ONNX file that runs."""
@@ -25,16 +25,16 @@ OPSET = "opset"
 PRECISION = "precision"
 RUNTIME = "runtime"
 MEASURED_WITH = "measured_with"
-"""The instruction sets of the processor that the runtime was the fastest on; one without them takes the portable."""
+"""Instruction sets of the processor on which the runtime was the fastest; without them the portable one is used."""
 NEXT = "next"
-"""The model that an admission is to."""
+"""The model behind an admission model."""
 THREADS = "intra_op_thread_count"
-"""Of one product on the CPU; the ONNX Runtime backend knows it by this name."""
+"""Of one product on the CPU; the ONNX Runtime backend's own parameter."""
 
 ENCODER_DIGEST = "encoder_digest"
-"""Of the ONNX file that runs, or that the plans were built from: a vocabulary must be of the same encoder."""
+"""Of the ONNX file that runs, or from which the plans were built. A vocabulary belongs to one encoder."""
 
 
 def of_vocabulary(model: str, vocabulary: str | None) -> str:
-    """The name of ``model`` for ``vocabulary``: "classify-birds"; the repository's first vocabulary has no name."""
+    """The name of ``model`` for ``vocabulary``: "classify-birds"; the first vocabulary has no name."""
     return model if vocabulary is None else f"{model}-{vocabulary}"

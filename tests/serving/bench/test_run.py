@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2
 
 from clipship.core.bundle import Bundle
 from clipship.core.cli.main import main
@@ -91,7 +90,7 @@ def test_each_step_of_the_ensemble_has_its_share(rows: list[BenchRow]) -> None:
 @pytest.mark.triton
 def test_no_shared_memory_is_left_behind(bench: Bench, server: Server) -> None:
     def held() -> dict[str, int]:
-        status = bench.wire.transport.call("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest())
+        status = bench.wire.transport.call("SystemSharedMemoryStatus")
         return {name: region.byte_size for name, region in status.regions.items()}
 
     before = held()

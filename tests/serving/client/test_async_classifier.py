@@ -18,11 +18,11 @@ from tritonclient.grpc import service_pb2
 
 from clipship.core.errors import UsageError
 from clipship.core.images.inputs import ImageLike
+from clipship.serving import Classifier, Result, Retry
 from clipship.serving.client.async_classifier import AsyncClassifier
-from clipship.serving.client.classifier import Classifier, Result, Retry
 from clipship.serving.errors import ServerOverloaded, ServerUnreachable, ServingError
 from clipship.serving.server.process import Server
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.fake_server import answer, fake, flat, grey
 from tests.serving.grpc_servers import Triton, serving
@@ -61,8 +61,8 @@ def test_errors_and_embeddings_as_the_blocking_client() -> None:
             assert embeddings.errors[1] is not None
             with pytest.raises(UsageError, match="is a URL"):
                 await classifier.classify(["https://a/b.jpg"])
-            facts = await classifier.refresh()
-            assert facts == classifier.facts
+            metadata = await classifier.refresh()
+            assert metadata == classifier.metadata
 
     run(main())
 
@@ -70,7 +70,7 @@ def test_errors_and_embeddings_as_the_blocking_client() -> None:
 def test_it_must_be_connected() -> None:
     classifier = AsyncClassifier(fake())
     with pytest.raises(ServingError, match="await connect"):
-        _ = classifier.facts
+        _ = classifier.metadata
 
     async def main() -> None:
         assert (await classifier.connect()).top_k == 2

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -20,11 +21,12 @@ from PIL import Image
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import Resample, pixels_from_bytes
 from clipship.core.images.inputs import ImageLike
+from clipship.serving import Canary, Classifier, Result, Retry
 from clipship.serving.client import inputs as loading
 from clipship.serving.client import scheduler
-from clipship.serving.client.classifier import Canary, Classifier, Result, Retry
-from clipship.serving.client.core import Settings
 from clipship.serving.client.inputs import Loader
+from clipship.serving.client.request_batch import Window
+from clipship.serving.client.settings import ClientSettings
 from clipship.serving.errors import (
     AccessDenied,
     BadAnswer,
@@ -36,16 +38,17 @@ from clipship.serving.errors import (
     ServerUnreachable,
     ServingError,
 )
-from clipship.serving.transport.grpc import FakeTransport, Tensors, serving_error
+from clipship.serving.transport.base import Tensors
+from clipship.serving.transport.grpc import serving_error
 from tests.serving.bundles import EMBED_DIM, SPEC, jpeg_bytes
-from tests.serving.fake_server import answer, configs, fake, flat, grey
+from tests.serving.fake_server import FakeTransport, answer, configs, fake, flat, grey
 
 
-def test_facts_come_from_the_server() -> None:
-    facts = Classifier(fake()).facts
-    assert facts.image_spec == SPEC
-    assert (facts.bundle_digest, facts.vocabulary_digest) == ("b" * 64, "v" * 64)
-    assert (facts.max_batch_size, facts.top_k) == (4, 2)
+def test_metadata_comes_from_the_server() -> None:
+    metadata = Classifier(fake()).metadata
+    assert metadata.image_spec == SPEC
+    assert (metadata.bundle_digest, metadata.vocabulary_digest) == ("b" * 64, "v" * 64)
+    assert (metadata.max_batch_size, metadata.top_k) == (4, 2)
 
 
 def test_a_result_has_names_scores_and_indices() -> None:
@@ -140,10 +143,10 @@ def test_a_slow_image_in_front_is_waited_for_in_peace(tmp_path: Path) -> None:
     advanced = 0
 
     class Counted(scheduler.RequestScheduler):
-        def advance(self, *, hurry: bool = False) -> list[Result]:
+        def advance(self, *, flush: bool = False) -> list[Result]:
             nonlocal advanced
             advanced += 1
-            return super().advance(hurry=hurry)
+            return super().advance(flush=flush)
 
     class Slow(Image.Image):
         def load(self) -> Any:
@@ -153,7 +156,7 @@ def test_a_slow_image_in_front_is_waited_for_in_peace(tmp_path: Path) -> None:
     slow = Slow()
     slow.__dict__.update(Image.fromarray(flat(7)).__dict__)
     with pytest.MonkeyPatch.context() as patch, Classifier(fake(), workers=2) as classifier:
-        patch.setattr("clipship.serving.client.core.RequestScheduler", Counted)
+        patch.setattr("clipship.serving.client.classifier.RequestScheduler", Counted)
         results = classifier.classify([slow, *(jpeg_bytes(seed) for seed in range(3))])
     assert grey(results[0]) == 7
     assert advanced < 50
@@ -287,7 +290,7 @@ def test_a_server_without_our_models_is_named_with_what_it_has() -> None:
     namesakes = FakeTransport(answer, {"classify": {"max_batch_size": 1}, "classifier": {}})
     with pytest.raises(ModelsMissing, match="it has classifier, classify"):
         Classifier(namesakes)
-    with pytest.raises(ModelsMissing, match="no model at all"):
+    with pytest.raises(ModelsMissing, match="no models"):
         Classifier(FakeTransport(answer, {}))
 
 
@@ -296,7 +299,7 @@ def test_a_server_that_keeps_its_list_to_itself() -> None:
         def model_names(self) -> list[str]:
             raise AccessDenied("This protocol is restricted")
 
-    with pytest.raises(ModelsMissing, match=r"does not serve clipship's models; which it has, it does not tell"):
+    with pytest.raises(ModelsMissing, match=r"does not serve clipship's models; its model list is restricted"):
         Classifier(Secretive(answer, {}))
 
 
@@ -317,33 +320,33 @@ def test_what_is_no_image(image: Any) -> None:
 
 
 class GrpcError:
-    """As ``tritonclient`` raises it."""
+    """As gRPC raises it."""
 
     def __init__(self, status: str | None, message: str) -> None:
         self._status, self._message = status, message
 
-    def status(self) -> str | None:
-        return self._status
+    def code(self) -> grpc.StatusCode | None:
+        return grpc.StatusCode[self._status] if self._status else None
 
-    def message(self) -> str:
+    def details(self) -> str:
         return self._message
 
 
 @pytest.mark.parametrize(
     ("status", "message", "expected"),
     [
-        ("StatusCode.UNAVAILABLE", "failed to connect to all addresses", ServerUnreachable),
-        ("StatusCode.UNAVAILABLE", "Exceeds maximum queue size", ServerOverloaded),
-        ("StatusCode.UNAVAILABLE", "Request timeout expired", ServerOverloaded),
-        ("StatusCode.UNAVAILABLE", "Request for unknown model: 'x' is not found", ModelsMissing),
-        ("StatusCode.NOT_FOUND", "Request for unknown model: 'x' is not found", ModelsMissing),
-        ("StatusCode.UNAVAILABLE", "Request for unknown model: 'x' has no available versions", ServerUnreachable),
-        ("StatusCode.CANCELLED", "CANCELLED", ServerUnreachable),
-        ("StatusCode.DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
-        ("StatusCode.INVALID_ARGUMENT", "unexpected shape", RequestRejected),
-        ("StatusCode.INTERNAL", "boom", RequestFailed),
-        ("StatusCode.UNAUTHENTICATED", "no token", AccessDenied),
-        ("StatusCode.UNAVAILABLE", "This protocol is restricted, expecting header 'x'", AccessDenied),
+        ("UNAVAILABLE", "failed to connect to all addresses", ServerUnreachable),
+        ("UNAVAILABLE", "Exceeds maximum queue size", ServerOverloaded),
+        ("UNAVAILABLE", "Request timeout expired", ServerOverloaded),
+        ("UNAVAILABLE", "Request for unknown model: 'x' is not found", ModelsMissing),
+        ("NOT_FOUND", "Request for unknown model: 'x' is not found", ModelsMissing),
+        ("UNAVAILABLE", "Request for unknown model: 'x' has no available versions", ServerUnreachable),
+        ("CANCELLED", "CANCELLED", ServerUnreachable),
+        ("DEADLINE_EXCEEDED", "Deadline Exceeded", DeadlineExceeded),
+        ("INVALID_ARGUMENT", "unexpected shape", RequestRejected),
+        ("INTERNAL", "boom", RequestFailed),
+        ("UNAUTHENTICATED", "no token", AccessDenied),
+        ("UNAVAILABLE", "This protocol is restricted, expecting header 'x'", AccessDenied),
         (None, "Exception serializing request!", RequestRejected),
     ],
 )
@@ -497,7 +500,7 @@ def test_the_window_shrinks_to_what_the_server_takes_and_grows_again() -> None:
 
 
 def test_requests_sent_before_a_cut_do_not_cut_again() -> None:
-    window = scheduler.Window(16)
+    window = Window(16)
     sent_s = time.monotonic()
     for _ in range(16):
         window.overloaded(sent_s)
@@ -626,13 +629,13 @@ def test_a_share_out_of_range() -> None:
         Canary(vocabulary="next", share=5)
 
 
-def test_refresh_reads_the_facts_again() -> None:
+def test_refresh_reads_the_metadata_again() -> None:
     transport = fake()
     classifier = Classifier(transport)
     transport.configs = configs(digest="w" * 64)
-    assert classifier.facts.vocabulary_digest == "v" * 64
+    assert classifier.metadata.vocabulary_digest == "v" * 64
     assert classifier.refresh().vocabulary_digest == "w" * 64
-    assert classifier.facts.vocabulary_digest == "w" * 64
+    assert classifier.metadata.vocabulary_digest == "w" * 64
 
 
 # --- what is no image, and many of them -------------------------------------------------------------------------------
@@ -745,6 +748,6 @@ def test_the_way_to_resize_reaches_the_pixels(mode: Resample) -> None:
     """What is sent is what the mode makes of the file, and an unknown mode is refused."""
     image = jpeg_bytes(3, width=301, height=203)
     with pytest.raises(UsageError, match="resample is 'sharp': give exact or fast"):
-        Settings(resample="sharp")  # type: ignore[arg-type]
+        ClientSettings(resample="sharp")  # type: ignore[arg-type]
     loaded = Loader(spec=SPEC, decode="client", on_this_machine=True, resample=mode).load(image)
-    np.testing.assert_array_equal(loaded.payload, pixels_from_bytes(image, SPEC, mode))
+    np.testing.assert_array_equal(np.asarray(loaded), pixels_from_bytes(image, SPEC, mode))

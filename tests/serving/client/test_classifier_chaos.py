@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from clipship.core.images.decoding import pixels_from_bytes
-from clipship.serving.client.classifier import Classifier, Connection, Result, Retry
+from clipship.serving import Classifier, Connection, Result, Retry
 from clipship.serving.server.process import Server, start_server
 from tests.serving.bundles import SPEC, image_encoder_model, jpeg_bytes, reference_answers
 from tests.serving.fake_server import flat, grey

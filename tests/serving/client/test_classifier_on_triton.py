@@ -13,7 +13,7 @@ import pytest
 from clipship.core.bundle import Bundle
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.images.inputs import ImageLike
-from clipship.serving.client.classifier import Canary, Classifier, Connection
+from clipship.serving import Canary, Classifier, Connection
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import AccessDenied, ModelsMissing, ServerUnreachable
 from clipship.serving.repository.write import repository_from_bundle
@@ -74,7 +74,7 @@ def test_a_further_vocabulary_and_a_canary(pair: Server, decode: str) -> None:
 
 def test_a_vocabulary_that_is_not_served(pair: Server) -> None:
     """The list of models is an admin protocol, which this client has no secret for."""
-    with pytest.raises(ModelsMissing, match=r"not serve the vocabulary 'birds'; which it has, it does not tell"):
+    with pytest.raises(ModelsMissing, match=r"not serve the vocabulary 'birds'; its model list is restricted"):
         Classifier(pair.endpoints.url, vocabulary="birds")
 
 

@@ -27,10 +27,10 @@ def test_answers_equal_the_reference(bundle: Bundle, photos: Path) -> None:
     np.testing.assert_allclose([result.scores for result in results], scores, atol=1e-5)
 
 
-def test_top_k_and_facts(bundle: Bundle, photos: Path) -> None:
+def test_top_k_and_metadata(bundle: Bundle, photos: Path) -> None:
     with Classifier(LocalTransport(bundle, top_k=2)) as classifier:
-        assert classifier.facts.bundle_digest == bundle.digest
-        assert classifier.facts.vocabulary_digest == bundle.vocabulary.digest
+        assert classifier.metadata.bundle_digest == bundle.digest
+        assert classifier.metadata.vocabulary_digest == bundle.vocabulary.digest
         assert len(classifier.classify([next(photos.glob("*.jpg"))])[0].labels) == 2
 
 
@@ -55,7 +55,7 @@ def test_embeddings_are_the_encoders(bundle: Bundle, photos: Path) -> None:
     pixels = np.stack([pixels_from_bytes(path.read_bytes(), bundle.image_spec) for path in paths])
     expected, _, _ = reference_answers(pixels, image_encoder_model(), k=5)
     with Classifier(LocalTransport(bundle, max_batch_size=8), embeddings=True) as classifier:
-        assert classifier.facts.embed_dim == expected.shape[1]
+        assert classifier.metadata.embed_dim == expected.shape[1]
         with_classes = [result.embedding for result in classifier.classify(paths)]
         alone = classifier.embed([*paths, b"no image"])
     np.testing.assert_allclose(np.stack([vector for vector in with_classes if vector is not None]), expected, atol=1e-6)

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from clipship.core.errors import MissingExtraError
-from clipship.serving.client.classifier import Classifier, Retry
+from clipship.serving import Classifier, Retry
 from clipship.serving.errors import RequestRejected, ServerOverloaded
-from clipship.serving.transport.grpc import Tensors
+from clipship.serving.transport.base import Tensors
 from tests.serving.fake_server import answer, fake, flat
 from tests.serving.processes import python
 

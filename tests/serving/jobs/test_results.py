@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clipship.core.errors import UsageError
-from clipship.serving.client.classifier import Result
+from clipship.serving import Result
 from clipship.serving.jobs.results import COLUMNS, Header, names_in, results_file, table_lines
 
 HEADER = Header(bundle_digest="b" * 64, vocabulary_digest="v" * 64)

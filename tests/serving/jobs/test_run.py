@@ -237,7 +237,7 @@ def test_the_connections_options_reach_it(clipship: Run, photos: Path, tmp_path:
         (("--tls-ca", str(tmp_path / "gone.pem")), "no such file"),
         (("--tls-cert", str(tmp_path / "token")), "go together"),
         (("--tls-key", str(tmp_path / "token")), "go together"),
-        (("--url", "a.example:1", "--url", "b"), "'b' is no address"),
+        (("--url", "a.example:1", "--url", "b"), "'b' is not the address"),
     ):
         done = clipship("classify", photos / "05.jpg", *options)
         assert (done.returncode, message in done.stderr) == (2, True), (options, done.stderr)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from clipship.core.errors import CheckFailed, ClipshipError, DataError, UsageError
-from clipship.serving.client.classifier import Result
+from clipship.serving import Result
 from clipship.serving.jobs.inputs import JobImage, Place
 from clipship.serving.jobs.results import Header
 from clipship.serving.jobs.shards import results_folder

@@ -30,8 +30,9 @@ from clipship.serving.repository.validate import repository_problems
 from clipship.serving.repository.versions import classifier_in, locked, read_entries, vocabularies_in
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server.process import Server, start_server
+from clipship.serving.transport.base import Tensors
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Tensors, TritonTransport
+from clipship.serving.transport.grpc import TritonTransport
 from tests.serving.bundles import write_bundle
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT
 from tests.serving.publish.vocabularies import CLASSES, write_variant

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from tritonclient.grpc import service_pb2
 
 from clipship.core.errors import UsageError
-from clipship.serving.client.classifier import Classifier, Connection, Retry
+from clipship.serving import Classifier, Connection, Retry
 from clipship.serving.errors import (
     AccessDenied,
     BadAnswer,
@@ -416,10 +416,10 @@ def test_tls(certificates: Path) -> None:
         connection = Connection(urls=(url,), ca_file=certificates / "ca.pem", server_name="triton.test", token="t")
         assert numbers(connection) == list(range(60))
         stranger = Connection(urls=(f"grpcs://{url}",), server_name="triton.test", connect_timeout_s=2)
-        with pytest.raises(AccessDenied, match="no TLS connection"):
+        with pytest.raises(AccessDenied, match="TLS handshake failed"):
             Classifier(stranger)
         other_name = Connection(urls=(url,), ca_file=certificates / "ca.pem", connect_timeout_s=2)
-        with pytest.raises(AccessDenied, match="check the authorities, the name"):
+        with pytest.raises(AccessDenied, match="check the CA, the server's name"):
             Classifier(other_name)
 
 
@@ -453,5 +453,5 @@ def test_mutual_tls(certificates: Path) -> None:
 
 
 def test_tls_with_a_server_that_has_none(certificates: Path) -> None:
-    with serving(Triton()) as url, pytest.raises(AccessDenied, match="no TLS connection"):
+    with serving(Triton()) as url, pytest.raises(AccessDenied, match="TLS handshake failed"):
         Classifier(Connection(urls=(url,), ca_file=certificates / "ca.pem", connect_timeout_s=2))

@@ -13,10 +13,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tritonclient.grpc import service_pb2
 
 from clipship.core.images.decoding import pixels_from_bytes
-from clipship.serving.client.classifier import Classifier, Connection, Retry
+from clipship.serving import Classifier, Connection, Retry
 from clipship.serving.server.process import Server, start_server
 from clipship.serving.transport import shared_memory
 from clipship.serving.transport.grpc import TritonTransport
@@ -33,7 +32,7 @@ def shared(url: str) -> Connection:
 def regions(url: str) -> set[str]:
     """The names of the regions that the server holds."""
     transport = TritonTransport(url)
-    names = set(transport.call("SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest()).regions)
+    names = set(transport.call("SystemSharedMemoryStatus").regions)
     transport.close()
     return names
 
@@ -76,7 +75,7 @@ def test_threads_do_not_share_a_region(server: Server) -> None:
 def test_a_killed_client_leaves_no_file_and_the_next_one_takes_its_regions_back(server: Server) -> None:
     program = (
         "import sys, time, numpy as np\n"
-        "from clipship.serving.client.classifier import Classifier, Connection\n"
+        "from clipship.serving import Classifier, Connection\n"
         "classifier = Classifier(Connection(urls=(sys.argv[1],), shared_memory=True))\n"
         "classifier.classify([np.zeros((32, 32, 3), np.uint8)] * 30)\n"
         "print('classified', flush=True)\n"

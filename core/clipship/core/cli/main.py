@@ -40,7 +40,10 @@ VERBS: dict[str, tuple[str, str]] = {
 PARTS: dict[str, tuple[str, ...]] = {
     "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback"),
 }
-"""By verb, commands of another stage that stand under it."""
+"""By verb, its subcommands of another stage."""
+
+CALLS: dict[str, str] = {"verify_server": "clipship.serving.verify_server:verify_server"}
+"""Functions that a verb calls in a stage that its own stage does not import."""
 
 
 class LazyGroup(click.Group):
@@ -54,10 +57,10 @@ class LazyGroup(click.Group):
         """Import the verb's command."""
         if cmd_name not in VERBS:
             raise UsageError(f"unknown verb {cmd_name!r}: {near(cmd_name, VERBS)}")
-        command = _command_at(VERBS[cmd_name][0])
+        command: click.Command = _attribute_at(VERBS[cmd_name][0])
         for part in PARTS.get(cmd_name, ()):
             assert isinstance(command, click.Group)
-            command.add_command(_command_at(part))
+            command.add_command(_attribute_at(part))
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -66,10 +69,15 @@ class LazyGroup(click.Group):
             formatter.write_dl([(name, line) for name, (_, line) in VERBS.items()])
 
 
-def _command_at(place: str) -> click.Command:
+def other_stage(name: str) -> Callable[..., Any]:
+    """The function ``name`` of :data:`CALLS`."""
+    function: Callable[..., Any] = _attribute_at(CALLS[name])
+    return function
+
+
+def _attribute_at(place: str) -> Any:
     module, _, attribute = place.partition(":")
-    command: click.Command = getattr(importlib.import_module(module), attribute)
-    return command
+    return getattr(importlib.import_module(module), attribute)
 
 
 @click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

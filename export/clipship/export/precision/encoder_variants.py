@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
+from clipship.core.comparison import Runner
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.machine.processor import this_processor
 from clipship.core.progress import Report, log
@@ -31,7 +32,6 @@ from clipship.export.verification.runners import (
     CPU_PROVIDER,
     NotRunnable,
     Run,
-    Runner,
     onnx_function,
     openvino_function,
 )

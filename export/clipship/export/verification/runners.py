@@ -12,7 +12,6 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +40,6 @@ _OPTIONS: Mapping[str, Mapping[str, str]] = {"CUDAExecutionProvider": {"use_tf32
 
 class NotRunnable(CheckFailed):
     """This machine, or this runtime, cannot run the file at all: nothing was compared."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Runner:
-    """A form, loaded by a runtime that has been seen to do what it was asked."""
-
-    name: str
-    """The provider or runtime, for tables."""
-    run: Run
 
 
 def local_providers() -> tuple[str, ...]:
@@ -200,12 +190,6 @@ def openvino_precisions(compiled: Any) -> set[str]:
         if kind in ("FullyConnected", "MatMul", "Convolution") and "runtimePrecision" in about:
             found.add(str(about["runtimePrecision"].value).lower())
     return found
-
-
-def run_in_batches(run: Run, rows: NDArray[Any], batch_size: int) -> NDArray[np.float32]:
-    """``run`` over ``rows`` in batches of ``batch_size``; the last one is as small as what is left."""
-    parts = [run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return np.concatenate(parts)
 
 
 def _onnxruntime() -> Any:

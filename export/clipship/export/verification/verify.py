@@ -3,15 +3,13 @@
 The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``clipship/core/comparison.py``
 defines the other numbers.
 
-A set smaller than a batch is repeated until it fills one, so that a batch of 64 is one of 64.
-
 Shape legend: N inputs, C classes, H = W pixels, D features.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import (
-    GOLDEN,
     IMAGE_ENCODER,
     LABELS,
     VOCABULARY_TENSORS,
@@ -28,7 +25,21 @@ from clipship.core.bundle import (
     EncoderForm,
     VocabularyFeatures,
 )
-from clipship.core.comparison import Answers, Comparison, Verification, compare_answers, compare_features
+from clipship.core.comparison import (
+    BATCH_SIZES,
+    Answers,
+    Comparison,
+    Runner,
+    Verification,
+    VerificationSamples,
+    batch_sizes_up_to,
+    compare_answers,
+    compare_features,
+    golden_samples,
+    run_in_batches,
+    verify_runner,
+    verify_samples,
+)
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images.decoding import ImageSpec
 from clipship.core.progress import progress
@@ -39,12 +50,10 @@ from clipship.export.verification.runners import (
     CPU_PROVIDER,
     NotRunnable,
     Run,
-    Runner,
     local_providers,
     onnx_function,
     onnx_session,
     openvino_function,
-    run_in_batches,
     session_function,
 )
 
@@ -69,85 +78,10 @@ __all__ = [
     "verify_samples",
 ]
 
-BATCH_SIZES = (1, 2, 7, 64)
-"""One, the smallest batch, one that divides nothing, and the default maximum of a server."""
-
 _MOST_SOURCES = 7
 """The largest batch of whole images."""
 
 _EMULATED = 8  # images that NumPy, which is slow, computes
-_FEW = 16  # rows at every batch size but the largest: those show that a batch size works, the largest that all rows do
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerificationSamples:
-    """Images and what every form must give for them."""
-
-    what: str
-    """ "golden samples" or "images"."""
-    names: tuple[str, ...]
-    files: tuple[bytes, ...]
-    """As they came."""
-    pixels: NDArray[np.uint8]
-    """[N, H, W, 3]."""
-    expected: NDArray[np.float32]
-    """Unit features [N, D]."""
-    reference: str
-    """Where ``expected`` comes from."""
-
-
-def golden_samples(bundle: Bundle) -> VerificationSamples:
-    """The bundle's golden samples, with the features that PyTorch left in it."""
-    golden = bundle.golden()
-    return VerificationSamples(
-        what="golden samples",
-        names=golden.files,
-        files=tuple((bundle.path / GOLDEN / name).read_bytes() for name in golden.files),
-        pixels=golden.pixels,
-        expected=golden.embedding,
-        reference="PyTorch",
-    )
-
-
-def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
-    """1, 2, 7 and ``largest``, none above it."""
-    return tuple(sorted({size for size in BATCH_SIZES[:3] if size < largest} | {largest}))
-
-
-def verify_runner(
-    runner: Runner,
-    what: str,
-    rows: NDArray[Any],
-    expected: NDArray[np.float32],
-    *,
-    references: NDArray[np.float32] | VocabularyFeatures,
-    tolerance: Tolerance,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    form: str = "",
-    reference: str = "PyTorch",
-) -> tuple[Comparison, ...]:
-    """``runner`` against ``expected`` [N, D], a comparison a batch size. A run that fails is one, too.
-
-    All of ``rows`` [N, ...] are run at the largest batch size, the first 16 at the others.
-    """
-    largest = max(batch_sizes)
-
-    def compared(batch_size: int) -> Comparison:
-        used = len(rows) if batch_size == largest else min(len(rows), _FEW)
-        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": used}
-        count = max(used, batch_size)  # repeated until they fill one batch
-        try:
-            given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
-        except CheckFailed as error:
-            return Comparison(what=what, provider=runner.name, batch_size=batch_size, problem=str(error), **about)
-        wanted = _repeated(expected, count)
-        return compare_features(what, runner.name, batch_size, wanted, given, references=references, **about)
-
-    return tuple(compared(batch_size) for batch_size in batch_sizes)
-
-
-def _repeated(rows: NDArray[Any], count: int) -> NDArray[Any]:
-    return rows[:count] if count <= len(rows) else rows[np.arange(count) % len(rows)]
 
 
 def verify_encoder(
@@ -340,31 +274,3 @@ def verify_plan(
     sizes = sorted({min(max(size, info.profile.least), info.profile.most) for size in batch_sizes})
     runner = Runner(name=info.runtime, run=loaded.features)
     return verify_samples(runner, info.onnx_file, samples, bundle.vocabulary_features(), info.precision, sizes)
-
-
-def verify_samples(
-    runner: Runner,
-    form: str,
-    samples: Sequence[VerificationSamples],
-    classifier: VocabularyFeatures,
-    precision: str,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-) -> Verification:
-    """``runner`` on every set of ``samples`` at every batch size, within the tolerance of ``precision``."""
-    return Verification(
-        tuple(
-            comparison
-            for one in samples
-            for comparison in verify_runner(
-                runner,
-                one.what,
-                one.pixels,
-                one.expected,
-                references=classifier,
-                tolerance=TOLERANCES[precision],
-                batch_sizes=batch_sizes,
-                form=form,
-                reference=one.reference,
-            )
-        )
-    )

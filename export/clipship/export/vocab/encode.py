@@ -80,7 +80,7 @@ class WordEncoder:
             DataError: a prompt does not fit into the text encoder.
             MissingExtraError: onnxruntime, ftfy or regex is not installed.
         """
-        from clipship.export.verification.runners import run_in_batches
+        from clipship.core.comparison import run_in_batches
 
         prompts = [prompt_of(word, template) for word in words for template in self.templates]
         tokens = self.tokenizer.tokens(prompts, self.context_length)  # [W T, L]

@@ -21,8 +21,8 @@ from clipship.core.tensors import image_tensor
 from clipship.serving.bench.load import Done, Load, Send, counted
 from clipship.serving.bench.wire import Mode, Wire, encoded_request, outputs_of, pixels_request
 from clipship.serving.model_names import CLASSIFY
+from clipship.serving.transport.base import Transport
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Transport
 
 REQUESTS = 4
 """Different requests that are sent in turn."""

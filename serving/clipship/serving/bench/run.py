@@ -17,11 +17,11 @@ from clipship.serving.bench.load import measure
 from clipship.serving.bench.paths import BenchImages, InProcess, measure_client, prepared
 from clipship.serving.bench.steps import Breakdown, breakdown
 from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
-from clipship.serving.client.classifier import ServerMetadata, read_facts
 from clipship.serving.client.in_process import LocalTransport
+from clipship.serving.client.metadata import ServerMetadata, read_server_metadata
 from clipship.serving.model_names import ENCODER, PRECISION, RUNTIME
+from clipship.serving.transport.base import parameters_of
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import parameters_of
 
 _WARM_UP_S = 0.5
 
@@ -143,7 +143,7 @@ class Bench:
         self.wire = Wire(server, timeout_s=timeout_s)
         transport = self.wire.transport
         try:
-            self.facts: ServerMetadata = read_facts(transport)
+            self.facts: ServerMetadata = read_server_metadata(transport)
             self._encoder = parameters_of(transport.model_config(ENCODER))
             self._steps = {mode: _steps_of(transport.model_config(model_of(mode))) for mode in MODES}
             self.samples = BenchImages(files, self.facts.image_spec)

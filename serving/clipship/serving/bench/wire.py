@@ -119,9 +119,7 @@ class Wire:
         Raises:
             ServingError: as translated from gRPC.
         """
-        from tritonclient.grpc import service_pb2
-
-        reply = self.transport.call("ModelStatistics", service_pb2.ModelStatisticsRequest())
+        reply = self.transport.call("ModelStatistics")
         return {each.name: each for each in sorted(reply.model_stats, key=lambda each: int(each.version))}
 
     @contextmanager

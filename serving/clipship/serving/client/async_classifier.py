@@ -1,12 +1,11 @@
-"""The client for asyncio: the methods of :class:`~clipship.serving.client.classifier.Classifier`, to be awaited.
+"""The client for asyncio: :class:`~clipship.serving.client.classifier.Classifier` with methods to await.
 
 >>> async with AsyncClassifier("127.0.0.1:8001") as classifier:
 ...     async for result in classifier.classify_iter(paths):
 ...         print(result.label, result.score)
 
-It is the blocking client's engine with other waiting: gRPC calls back from a thread of its own, and images are decoded
-in threads, so nothing here keeps the event loop from its work. A coroutine that is cancelled cancels its requests and
-what it was loading.
+gRPC calls back from a thread of its own, and images are decoded in threads, so nothing here blocks the event loop. A
+cancelled coroutine cancels its requests and what it was loading.
 """
 
 from __future__ import annotations
@@ -16,59 +15,32 @@ from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Iterab
 from types import TracebackType
 from typing import Any
 
-from clipship.core.images.decoding import Resample
 from clipship.core.images.inputs import ImageLike
-from clipship.serving.client.core import Canary, ClientCore, Purpose, Settings
-from clipship.serving.client.inputs import Decode
-from clipship.serving.client.results import Embeddings, Result, ServerMetadata, embeddings_from_results
-from clipship.serving.client.scheduler import RequestScheduler, Retry
+from clipship.serving.client.core import ClientCore
+from clipship.serving.client.metadata import ServerMetadata
+from clipship.serving.client.request_batch import Purpose
+from clipship.serving.client.results import Embeddings, Result, embeddings_from_results
+from clipship.serving.client.scheduler import RequestScheduler
+from clipship.serving.client.settings import ClientSettings, ServerLike, settings_as_keywords
 from clipship.serving.errors import ServingError
-from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Transport
 
 Images = Iterable[ImageLike] | AsyncIterable[ImageLike]
 
-_COMPANY_S = 0.01
-"""How long images of a slow source wait for others, while nothing is in flight, until they are sent without."""
+_MAX_BATCHING_DELAY_S = 0.01
+"""How long images of a slow source wait for a full batch while nothing is in flight."""
 _END: Any = object()
 
 
 class AsyncClassifier:
     """An asyncio client; arguments and errors as :class:`~clipship.serving.client.classifier.Classifier`.
 
-    It connects in ``async with``, or at :meth:`connect`. For one event loop; tasks of it may share it.
+    It connects in ``async with``, or at :meth:`connect`. For one event loop, whose tasks may share it.
     """
 
-    def __init__(
-        self,
-        server: str | Connection | Transport,
-        *,
-        decode: Decode = "auto",
-        resample: Resample = "exact",
-        embeddings: bool = False,
-        vocabulary: str | None = None,
-        canary: Canary | None = None,
-        timeout_s: float = 60.0,
-        window: int = 4,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        retry: Retry | None = None,
-        telemetry: bool = False,
-    ) -> None:
+    @settings_as_keywords
+    def __init__(self, server: ServerLike, settings: ClientSettings) -> None:
         self._server = server
-        self._settings = Settings(
-            decode=decode,
-            resample=resample,
-            embeddings=embeddings,
-            vocabulary=vocabulary,
-            canary=canary,
-            timeout_s=timeout_s,
-            window=window,
-            batch_size=batch_size,
-            workers=workers,
-            retry=retry,
-            telemetry=telemetry,
-        )
+        self._settings = settings
         self._connected: ClientCore | None = None
 
     async def __aenter__(self) -> AsyncClassifier:
@@ -81,95 +53,95 @@ class AsyncClassifier:
         await self.close()
 
     async def connect(self) -> ServerMetadata:
-        """Connect, unless this has been done; what the server says about its models.
+        """Connect, unless connected, and return the server's metadata.
 
         Raises:
             ServingError: as the constructor of the blocking client.
         """
         if self._connected is None:
             self._connected = await asyncio.to_thread(ClientCore, self._server, self._settings)
-        return self._connected.facts
+        return self._connected.metadata
 
     async def close(self) -> None:
-        """End the connection and the threads that load images."""
+        """Close the connection and end the threads that load images."""
         if self._connected is not None:
             await asyncio.to_thread(self._connected.close)
 
     @property
-    def facts(self) -> ServerMetadata:
-        """What the server said about its models when the client connected, or at the last :meth:`refresh`."""
-        return self._engine.facts
+    def metadata(self) -> ServerMetadata:
+        """What the server reported about its models when the client connected, or at the last :meth:`refresh`."""
+        return self._core.metadata
 
     @property
     def batch_size(self) -> int:
         """Images a request."""
-        return self._engine.batch_size
+        return self._core.batch_size
 
     @property
     def window(self) -> int:
-        """Requests that may be in flight now: at most those asked for, fewer while the server is overloaded."""
-        return self._engine.window.size
+        """Requests that may be in flight now: the setting, or fewer while the server is overloaded."""
+        return self._core.window.size
 
     async def refresh(self) -> ServerMetadata:
         """See :meth:`Classifier.refresh`."""
-        return await asyncio.to_thread(self._engine.refresh)
+        return await asyncio.to_thread(self._core.refresh)
 
     async def classify(self, images: Images) -> list[Result]:
-        """One result an image, in order."""
+        """One result per image, in order."""
         return [result async for result in self.classify_iter(images)]
 
     def classify_iter(self, images: Images) -> AsyncGenerator[Result, None]:
-        """One result an image, in order, while ``images`` is being consumed, which may be an asynchronous iterable.
+        """One result per image, in order, while ``images`` is being consumed, which may be an asynchronous iterable.
 
-        See :meth:`Classifier.classify_iter`. Where the source is slow, images do not wait for full requests.
+        See :meth:`Classifier.classify_iter`. If the source is slow, images do not wait for a full batch.
         """
         return self._stream(images, "classify")
 
     async def embed(self, images: Images) -> Embeddings:
         """The images' embeddings, float32 [N, D], rows of unit length."""
         results = [result async for result in self.embed_iter(images)]
-        return embeddings_from_results(results, self.facts.embed_dim)
+        return embeddings_from_results(results, self.metadata.embed_dim)
 
     def embed_iter(self, images: Images) -> AsyncGenerator[Result, None]:
-        """One result an image, in order, with its embedding and no classes."""
+        """One result per image, in order, with its embedding and no classes."""
         return self._stream(images, "embed")
 
     @property
-    def _engine(self) -> ClientCore:
+    def _core(self) -> ClientCore:
         if self._connected is None:
             raise ServingError("the client is not connected: use it in async with, or await connect() first")
         return self._connected
 
     async def _stream(self, images: Images, purpose: Purpose) -> AsyncGenerator[Result, None]:
         awake, loop = asyncio.Event(), asyncio.get_running_loop()
-        flow = self._engine.flow(purpose, lambda: _call_in(loop, awake))
+        scheduler = RequestScheduler(self._core, purpose, lambda: _set_in_loop(loop, awake))
         source = _Source(images)
         try:
-            while not flow.finished:
+            while not scheduler.finished:
                 awake.clear()
-                results = flow.advance(hurry=source.is_slow)
+                results = scheduler.advance(flush=source.is_slow)
                 for result in results:
                     yield result
                 if results:
                     continue
-                if not (flow.wants_image and source.hand_over(flow)):
-                    await source.wait(awake, flow)
+                if not (scheduler.wants_image and source.add_next(scheduler)):
+                    await source.wait(awake, scheduler)
         finally:
-            flow.cancel()
+            scheduler.cancel()
             await source.close()
 
 
 class _Source:
-    """The images, of either kind of iterable; the next of an asynchronous one is fetched while answers are awaited."""
+    """The images, of either kind of iterable. The next one of an asynchronous source is fetched in a task."""
 
     def __init__(self, images: Images) -> None:
         self._sync = iter(images) if isinstance(images, Iterable) else None
-        self._later: AsyncIterator[ImageLike] | None = None if isinstance(images, Iterable) else aiter(images)
+        self._async: AsyncIterator[ImageLike] | None = None if isinstance(images, Iterable) else aiter(images)
         self._next: asyncio.Task[Any] | None = None
         self.is_slow = False
 
-    def hand_over(self, flow: RequestScheduler) -> bool:
-        """Give ``flow`` the next image or the end; False where that is still awaited."""
+    def add_next(self, scheduler: RequestScheduler) -> bool:
+        """Add the next image, or end the stream; False while the source has not produced it."""
         if self._sync is not None:
             image = next(self._sync, _END)
         else:
@@ -180,22 +152,22 @@ class _Source:
             image, self._next = self._next.result(), None
             self.is_slow = False
         if image is _END:
-            flow.end()
+            scheduler.end()
         else:
-            flow.add(image)
+            scheduler.add(image)
         return True
 
-    async def wait(self, awake: asyncio.Event, flow: RequestScheduler) -> None:
-        """Until ``awake`` is set, the next image is there, or something is to be sent."""
-        company_s = _COMPANY_S if self._next is not None and flow.idle else None
-        limit_s = min((each for each in (flow.wait_s(), company_s) if each is not None), default=None)
+    async def wait(self, awake: asyncio.Event, scheduler: RequestScheduler) -> None:
+        """Wait until ``awake`` is set, the next image has arrived, or a request is due."""
+        delay_s = _MAX_BATCHING_DELAY_S if self._next is not None and scheduler.is_idle else None
+        limit_s = min((each for each in (scheduler.wait_s(), delay_s) if each is not None), default=None)
         event: asyncio.Task[Any] = asyncio.ensure_future(awake.wait())
         awaited = {event, self._next} if self._next is not None else {event}
         try:
             done, _ = await asyncio.wait(awaited, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
         finally:
             event.cancel()
-        self.is_slow = not done and flow.idle
+        self.is_slow = not done and scheduler.is_idle
 
     async def close(self) -> None:
         """Stop fetching."""
@@ -203,14 +175,14 @@ class _Source:
             self._next.cancel()
             await asyncio.wait([self._next])
             if not self._next.cancelled():
-                self._next.exception()  # looked at, or asyncio would report it as forgotten
+                self._next.exception()  # retrieved, or asyncio would log it
 
     async def _fetched(self) -> Any:
-        assert self._later is not None
-        return await anext(self._later, _END)
+        assert self._async is not None
+        return await anext(self._async, _END)
 
 
-def _call_in(loop: asyncio.AbstractEventLoop, awake: asyncio.Event) -> None:
-    """Set ``awake`` from any thread; a loop that has ended has nobody to wake."""
+def _set_in_loop(loop: asyncio.AbstractEventLoop, awake: asyncio.Event) -> None:
+    """Set ``awake`` from any thread, unless the loop has ended."""
     if not loop.is_closed():
         loop.call_soon_threadsafe(awake.set)

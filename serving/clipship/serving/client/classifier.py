@@ -15,25 +15,13 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import TypeVar
 
-from clipship.core.images.decoding import Resample
 from clipship.core.images.inputs import ImageLike
-from clipship.serving.client.core import Canary, ClientCore, Purpose, Settings
-from clipship.serving.client.inputs import Decode
-from clipship.serving.client.results import Embeddings, Result, ServerMetadata, embeddings_from_results, read_facts
-from clipship.serving.client.scheduler import RequestScheduler, Retry
-from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Transport
-
-__all__ = [
-    "Canary",
-    "Classifier",
-    "Connection",
-    "Embeddings",
-    "Result",
-    "Retry",
-    "ServerMetadata",
-    "read_facts",
-]
+from clipship.serving.client.core import ClientCore
+from clipship.serving.client.metadata import ServerMetadata
+from clipship.serving.client.request_batch import Purpose
+from clipship.serving.client.results import Embeddings, Result, embeddings_from_results
+from clipship.serving.client.scheduler import RequestScheduler
+from clipship.serving.client.settings import ClientSettings, ServerLike, settings_as_keywords
 
 _Self = TypeVar("_Self", bound="Classifier")
 
@@ -42,75 +30,36 @@ class Classifier:
     """A client of the models that ``clipship repository`` writes. May be shared by threads.
 
     Args:
-        server: HOST:PORT of Triton's gRPC endpoint (several with commas between), a :class:`Connection` for TLS, tokens
-            and the like, or a transport.
-        decode: "client" decodes and resizes here and sends pixels; "server" sends the files' bytes; "auto" takes for
-            each image what is cheaper (see :data:`~clipship.serving.client.inputs.Decode`). The results are the same.
-        resample: how images that are decoded here are resized: "exact" as open_clip to the bit, "fast" at most 2 of 255
-            off.
-        embeddings: give each result its image's embedding, too.
-        vocabulary: a further vocabulary of the server, by name; None: its first.
-        canary: another vocabulary that answers a share of the requests.
-        timeout_s: how long one attempt of a request may take.
-        window: requests in flight at the same time, at most; fewer while the server is overloaded.
-        batch_size: images a request, at most what the server takes (the default).
-        workers: threads that read and decode, by default one a processor.
-        retry: how long, and how often, failed requests are sent again.
-        telemetry: report spans and counters to the application's OpenTelemetry providers.
+        server: HOST:PORT of Triton's gRPC endpoint (several, separated by commas), a ``Connection`` for TLS, tokens and
+            the like, or a transport.
+        settings: the keyword arguments; :class:`~clipship.serving.client.settings.ClientSettings` describes them.
 
     Raises:
-        ServerUnreachable: nobody answers.
-        ModelsMissing: a server without our models answers; says which it has.
-        AccessDenied: it asks for a token or certificate that was not given.
+        ServerUnreachable: no server answers.
+        ModelsMissing: a server without our models answers; lists those it has.
+        AccessDenied: the server requires a token or certificate.
         UsageError: a setting is out of range.
         MissingExtraError: opentelemetry-api is not installed.
     """
 
-    def __init__(
-        self,
-        server: str | Connection | Transport,
-        *,
-        decode: Decode = "auto",
-        resample: Resample = "exact",
-        embeddings: bool = False,
-        vocabulary: str | None = None,
-        canary: Canary | None = None,
-        timeout_s: float = 60.0,
-        window: int = 4,
-        batch_size: int | None = None,
-        workers: int | None = None,
-        retry: Retry | None = None,
-        telemetry: bool = False,
-    ) -> None:
-        settings = Settings(
-            decode=decode,
-            resample=resample,
-            embeddings=embeddings,
-            vocabulary=vocabulary,
-            canary=canary,
-            timeout_s=timeout_s,
-            window=window,
-            batch_size=batch_size,
-            workers=workers,
-            retry=retry,
-            telemetry=telemetry,
-        )
-        self._engine = ClientCore(server, settings)
+    @settings_as_keywords
+    def __init__(self, server: ServerLike, settings: ClientSettings) -> None:
+        self._core = ClientCore(server, settings)
 
     @property
-    def facts(self) -> ServerMetadata:
-        """What the server said about its models when the client was made, or at the last :meth:`refresh`."""
-        return self._engine.facts
+    def metadata(self) -> ServerMetadata:
+        """What the server reported about its models when the client was made, or at the last :meth:`refresh`."""
+        return self._core.metadata
 
     @property
     def batch_size(self) -> int:
         """Images a request."""
-        return self._engine.batch_size
+        return self._core.batch_size
 
     @property
     def window(self) -> int:
-        """Requests that may be in flight now: at most those asked for, fewer while the server is overloaded."""
-        return self._engine.window.size
+        """Requests that may be in flight now: the setting, or fewer while the server is overloaded."""
+        return self._core.window.size
 
     def __enter__(self: _Self) -> _Self:
         return self
@@ -121,64 +70,64 @@ class Classifier:
         self.close()
 
     def close(self) -> None:
-        """End the connection and the threads that load images."""
-        self._engine.close()
+        """Close the connection and end the threads that load images."""
+        self._core.close()
 
     def refresh(self) -> ServerMetadata:
-        """Read again what the server says about its models, after a vocabulary was published.
+        """Read the server's metadata again, after a vocabulary was published.
 
         Raises:
             ServingError: as the constructor.
         """
-        return self._engine.refresh()
+        return self._core.refresh()
 
     def classify(self, images: Iterable[ImageLike]) -> list[Result]:
-        """One result an image, in order. See :meth:`classify_iter`."""
+        """One result per image, in order. See :meth:`classify_iter`."""
         return list(self.classify_iter(images))
 
     def classify_iter(self, images: Iterable[ImageLike]) -> Iterator[Result]:
-        """One result an image, in order, while ``images`` is being consumed.
+        """One result per image, in order, while ``images`` is being consumed.
 
-        At most ``window`` requests are in flight, and the images of as many requests and of one more are held, however
-        many images there are. An image that cannot be read or decoded, or that the server refuses by itself, gives a
-        result with an error; the others are not affected.
+        At most ``window`` requests are in flight, and only the images of these and of one more request are held. An
+        image that cannot be read or decoded, or that the server refuses, gives a result with an error; the others are
+        not affected.
 
         Raises:
-            UsageError: an element of ``images`` is nothing an image can come from.
-            ServingError: requests failed for longer than the retry deadline, or the server refuses whatever it is sent.
+            UsageError: an element of ``images`` is not an image.
+            ServingError: requests failed for longer than the retry deadline, or the server refuses every request.
         """
         return self._stream(images, "classify")
 
     def embed(self, images: Iterable[ImageLike]) -> Embeddings:
         """The images' embeddings, float32 [N, D], rows of unit length. See :meth:`embed_iter`."""
-        return embeddings_from_results(list(self.embed_iter(images)), self.facts.embed_dim)
+        return embeddings_from_results(list(self.embed_iter(images)), self.metadata.embed_dim)
 
     def embed_iter(self, images: Iterable[ImageLike]) -> Iterator[Result]:
-        """One result an image, in order, with its embedding and no classes. As :meth:`classify_iter`."""
+        """One result per image, in order, with its embedding and no classes. Like :meth:`classify_iter`."""
         return self._stream(images, "embed")
 
     def _stream(self, images: Iterable[ImageLike], purpose: Purpose) -> Iterator[Result]:
         awake = threading.Event()
-        flow = self._engine.flow(purpose, awake.set)
+        scheduler = RequestScheduler(self._core, purpose, awake.set)
         source = iter(images)
         try:
-            while not flow.finished:
+            while not scheduler.finished:
                 awake.clear()
-                results = flow.advance()
+                results = scheduler.advance()
                 if results:
                     yield from results
-                elif flow.wants_image:
-                    _take_some(flow, source, awake)
+                elif scheduler.wants_image:
+                    _add_some(scheduler, source, awake)
                 else:
-                    awake.wait(flow.wait_s())
+                    awake.wait(scheduler.wait_s())
         finally:
-            flow.cancel()
+            scheduler.cancel()
 
 
-def _take_some(flow: RequestScheduler, source: Iterator[ImageLike], awake: threading.Event) -> None:
-    """One image, and more as long as there is nothing else to do."""
+def _add_some(scheduler: RequestScheduler, source: Iterator[ImageLike], awake: threading.Event) -> None:
+    """Add one image, and more while there is nothing else to do."""
     for image in source:
-        flow.add(image)
-        if awake.is_set() or not (flow.wants_image and flow.lacks_company):
+        scheduler.add(image)
+        if awake.is_set() or not (scheduler.wants_image and scheduler.batch_is_partial):
             return
-    flow.end()
+    scheduler.end()

@@ -1,4 +1,4 @@
-"""What the blocking and the asyncio client share: settings, the connection, loading threads, requests and answers."""
+"""What the sync and the asyncio client share: the connection, the loading threads, sending requests."""
 
 from __future__ import annotations
 
@@ -10,259 +10,168 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
-
-import numpy as np
+from typing import Any, TypeVar
 
 from clipship.core.errors import UsageError
-from clipship.core.images.decoding import Resample
-from clipship.core.images.inputs import ImageLike
 from clipship.core.machine.runtimes import available_cores
-from clipship.core.tensors import ENCODED, ERROR, image_tensor
-from clipship.serving.client.inputs import Decode, Loaded, Loader, stacked
-from clipship.serving.client.pool import Identity, ServerPool
-from clipship.serving.client.results import (
-    EMBEDDING,
-    INDICES,
-    LABELS,
-    SCORES,
-    Result,
-    ServerMetadata,
-    read_facts,
-    results_from_outputs,
-)
-from clipship.serving.client.scheduler import Kind, PendingImage, RequestBatch, RequestScheduler, Retry, Window
+from clipship.serving.client.inputs import Loader, stacked
+from clipship.serving.client.metadata import ServerMetadata, read_identity, read_server_metadata
+from clipship.serving.client.pool import ServerPool
+from clipship.serving.client.request_batch import Kind, PendingImage, Purpose, RequestBatch, Window
+from clipship.serving.client.results import Result, results_from_outputs
+from clipship.serving.client.settings import ClientSettings, Retry, ServerLike
 from clipship.serving.errors import ModelsMissing, ServingError
-from clipship.serving.model_names import CLASSIFY, CLASSIFY_ENCODED, EMBED, of_vocabulary
+from clipship.serving.transport.base import CallOptions, Tensors, Transport
 from clipship.serving.transport.connection import Connection, connection_from_text
-from clipship.serving.transport.grpc import Tensors, Transport, TritonTransport
-
-if TYPE_CHECKING:
-    from clipship.serving.client.telemetry import Telemetry
+from clipship.serving.transport.grpc import TritonTransport
 
 _log = logging.getLogger(__name__)
-
-Purpose = Literal["classify", "embed"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Canary:
-    """Send ``share`` (0..1) of the requests to another vocabulary's models; ``Result.vocabulary`` says which answered.
-
-    Where those models are taken away while the client runs, the first vocabulary answers all requests again.
-    """
-
-    vocabulary: str
-    share: float
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.share <= 1:
-            raise UsageError(f"a canary's share is {self.share:g}: give a number from 0 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a client works; see :class:`~clipship.serving.client.classifier.Classifier`.
-
-    Raises:
-        UsageError: a number is out of range.
-    """
-
-    decode: Decode = "auto"
-    resample: Resample = "exact"
-    embeddings: bool = False
-    vocabulary: str | None = None
-    canary: Canary | None = None
-    timeout_s: float = 60.0
-    window: int = 4
-    batch_size: int | None = None
-    workers: int | None = None
-    retry: Retry | None = None
-    telemetry: bool = False
-
-    def __post_init__(self) -> None:
-        if self.decode not in ("auto", "client", "server"):
-            raise UsageError(f"decode is {self.decode!r}: give auto, client or server")
-        if self.resample not in ("exact", "fast"):
-            raise UsageError(f"resample is {self.resample!r}: give exact or fast")
-        if self.window < 1 or not self.timeout_s > 0 or (self.workers is not None and self.workers < 1):
-            raise UsageError(
-                f"window {self.window}, timeout_s {self.timeout_s:g}, workers {self.workers}: give positive numbers"
-            )
+_T = TypeVar("_T")
 
 
 class ClientCore:
     """A connected client. May be shared by threads.
 
     Raises:
-        ServingError: as :func:`read_facts`.
-        UsageError: a number does not fit the server's models.
+        ServingError: as :func:`read_server_metadata`.
+        UsageError: a setting does not fit the server's models.
     """
 
-    def __init__(self, server: str | Connection | Transport, settings: Settings) -> None:
+    def __init__(self, server: ServerLike, settings: ClientSettings) -> None:
         self.settings = settings
         self.retry = settings.retry or Retry()
         self.window = Window(settings.window)
         self.workers = settings.workers or available_cores()
-        self.canary = settings.canary
-        self._telemetry = _telemetry() if settings.telemetry else None
-        self._lock = threading.Lock()
+        self._canary = settings.canary
         self._canary_due = random.random()
+        self._lock = threading.Lock()
         self._prefix, self._numbers = uuid.uuid4().hex[:12], itertools.count(1)
-        self.transport = ServerPool(_transports(server), self._identity)
+        self._telemetry = _telemetry() if settings.telemetry else None
+        self._pool = ServerPool(_transports(server), lambda transport: read_identity(transport, settings.vocabulary))
         try:
-            self.facts = self._read_facts()
-            self.batch_size = _validated_batch_size(settings.batch_size, self.facts.max_batch_size)
+            self.metadata = self._pool.ask(self._read_metadata)
+            self.batch_size = _validated_batch_size(settings.batch_size, self.metadata.max_batch_size)
         except BaseException:
-            self.transport.close()
+            self._pool.close()
             raise
-        self.pool = ThreadPoolExecutor(max_workers=self.workers, thread_name_prefix="clipship-load")
+        self._loading = ThreadPoolExecutor(max_workers=self.workers, thread_name_prefix="clipship-load")
 
     def close(self) -> None:
-        """End the connection and the threads."""
-        self.pool.shutdown(wait=True, cancel_futures=True)
-        self.transport.close()
+        """Close the connection and end the threads."""
+        self._loading.shutdown(wait=True, cancel_futures=True)
+        self._pool.close()
 
     def refresh(self) -> ServerMetadata:
-        """Read again what the server says about its models, and from now on ask that of all endpoints."""
-        self.facts = self._read_facts()
-        self.transport.accept(identity_of(self.facts))
-        return self.facts
+        """Read the server's metadata again, and require its identity of all servers from now on."""
+        self.metadata = self._pool.ask(self._read_metadata)
+        self._pool.accept(self.metadata.identity)
+        return self.metadata
 
-    def flow(self, purpose: Purpose, wake: Callable[[], None]) -> RequestScheduler:
-        """One stream of images."""
-        return RequestScheduler(Desk(self, purpose), wake)
+    def loader(self) -> Loader:
+        """What turns a stream's images into pixels, or into bytes for the server to decode."""
+        return Loader(
+            spec=self.metadata.image_spec,
+            decode=self.settings.decode,
+            on_this_machine=self._pool.on_this_machine,
+            resample=self.settings.resample,
+        )
 
-    def request_id(self) -> str:
-        """A new one: which client, and a number."""
-        return f"{self._prefix}-{next(self._numbers)}"
+    def in_thread(self, load: Callable[..., _T], *arguments: Any) -> Future[_T]:
+        """Run ``load`` in one of the loading threads."""
+        try:
+            return self._loading.submit(load, *arguments)
+        except RuntimeError as error:
+            raise ServingError("the client is closed: make a new one") from error
 
-    def route(self) -> str | None:
-        """The vocabulary of the next request: every so many-th is the canary's."""
-        canary = self.canary
-        if canary is None:
-            return self.settings.vocabulary
+    def trace_context(self) -> Any:
+        """The current OpenTelemetry context, to which a stream's requests belong."""
+        return self._telemetry.current() if self._telemetry is not None else None
+
+    def batch(
+        self, images: list[PendingImage], kind: Kind, purpose: Purpose, *, loader: Loader, trace_context: Any
+    ) -> RequestBatch:
+        """A request of loaded images, which give up their payloads to it."""
+        array = stacked([image.payload for image in images], loader.spec)
+        for image in images:
+            image.payload = None
+        return RequestBatch(
+            images=images,
+            kind=kind,
+            purpose=purpose,
+            array=array,
+            with_embedding=purpose == "embed" or self.settings.embeddings,
+            vocabulary=self._route() if purpose == "classify" else None,
+            request_id=f"{self._prefix}-{next(self._numbers)}",
+            trace_context=trace_context,
+        )
+
+    def send(self, batch: RequestBatch) -> Future[Tensors]:
+        """Start an attempt."""
+        left_s = self.retry.deadline_s - (time.monotonic() - batch.started_s)
+        timeout_s = max(min(self.settings.timeout_s, left_s), 1e-3)
+        options: CallOptions = {"timeout_s": timeout_s, "request_id": batch.request_id}
+        if self._telemetry is None:
+            return self._pool.infer(batch.model, batch.inputs, batch.outputs, **options)
+        options["headers"], end = self._telemetry.begin(batch, self._pool.url)
+        answer = self._pool.infer(batch.model, batch.inputs, batch.outputs, **options)
+        answer.add_done_callback(end)
+        return answer
+
+    def results(self, batch: RequestBatch) -> list[Result]:
+        """One result per image of an answered request.
+
+        Raises:
+            BadAnswer: the outputs do not fit the request.
+            ServingError: the attempt failed.
+        """
+        outputs, names = batch.answer.result(), batch.outputs
+        url, vocabulary = self._pool.url, batch.vocabulary
+        return results_from_outputs(outputs, names, len(batch.images), url=url, vocabulary=vocabulary)
+
+    def drop_canary(self, batch: RequestBatch) -> bool:
+        """If the canary's models were unloaded, send no more requests to it; False if ``batch`` was not for them."""
+        if self.settings.canary is None or batch.vocabulary in (None, self.settings.vocabulary):
+            return False
+        self._canary = None
+        batch.vocabulary = self.settings.vocabulary
+        _log.warning("the server no longer serves the canary's vocabulary %r", self.settings.canary.vocabulary)
+        return True
+
+    def count(self, results: Sequence[Result]) -> None:
+        """Report that the caller has received ``results``."""
+        if self._telemetry is not None and results:
+            self._telemetry.count(results)
+
+    def _route(self) -> str | None:
+        """The vocabulary of the next request: a share of them goes to the canary's, evenly spaced."""
         with self._lock:
+            canary = self._canary
+            if canary is None:
+                return self.settings.vocabulary
             self._canary_due += canary.share
             if self._canary_due < 1:
                 return self.settings.vocabulary
             self._canary_due -= 1
-        return canary.vocabulary
+            return canary.vocabulary
 
-    def _identity(self, transport: Transport) -> Identity:
-        return identity_of(read_facts(transport, self.settings.vocabulary))
-
-    def _read_facts(self) -> ServerMetadata:
-        facts = read_facts(self.transport, self.settings.vocabulary)
-        if self.canary is not None:
-            read_facts(self.transport, self.canary.vocabulary)  # which refuses one that is not served
-        if self.settings.embeddings and facts.embed_dim is None:
+    def _read_metadata(self, transport: Transport) -> ServerMetadata:
+        metadata = read_server_metadata(transport, self.settings.vocabulary)
+        if self._canary is not None:
+            read_identity(transport, self._canary.vocabulary)  # raises if it is not served
+        if self.settings.embeddings and metadata.embed_dim is None:
             raise ModelsMissing(
-                f"the Triton at {self.transport.url} gives no embeddings: write its repository again with "
+                f"the Triton at {transport.url} gives no embeddings: write its repository again with "
                 "clipship repository"
             )
-        return facts
+        return metadata
 
 
-class Desk:
-    """What a :class:`~clipship.serving.client.scheduler.RequestScheduler` asks of the client."""
-
-    def __init__(self, engine: ClientCore, purpose: Purpose) -> None:
-        self.batch_size, self.workers = engine.batch_size, engine.workers
-        self.window, self.retry = engine.window, engine.retry
-        self._engine = engine
-        self._purpose = purpose
-        self._spec = engine.facts.image_spec
-        here = engine.transport.on_this_machine
-        decode, resample = engine.settings.decode, engine.settings.resample
-        self._loader = Loader(spec=self._spec, decode=decode, on_this_machine=here, resample=resample)
-        self._telemetry = engine._telemetry
-        self._parent = self._telemetry.current() if self._telemetry is not None else None
-
-    def load(self, image: ImageLike) -> Future[Loaded] | Loaded:
-        """See :meth:`flow.Desk.load`. An array is copied now: its owner may use it again for the next image."""
-        if isinstance(image, np.ndarray):
-            image = np.array(image)
-            if self._loader.is_ready(image):
-                return Loaded(image)
-        try:
-            return self._engine.pool.submit(self._loader.load, image)
-        except RuntimeError as error:
-            raise ServingError("the client is closed: make a new one") from error
-
-    def packed(self, items: Sequence[PendingImage], kind: Kind) -> RequestBatch:
-        """See :meth:`flow.Desk.packed`."""
-        array = stacked([item.payload for item in items], self._spec)
-        for item in items:
-            item.payload = None
-        return RequestBatch(
-            items=list(items),
-            kind=kind,
-            inputs={ENCODED.name if kind == "encoded" else image_tensor(self._spec.size_px).name: array},
-            vocabulary=self._engine.route() if self._purpose == "classify" else None,
-            request_id=self._engine.request_id(),
-            started_s=time.monotonic(),
-        )
-
-    def send(self, batch: RequestBatch) -> Future[Tensors]:
-        """See :meth:`flow.Desk.send`."""
-        model, outputs = self._model(batch), self._outputs(batch.kind)
-        left_s = self.retry.deadline_s - (time.monotonic() - batch.started_s)
-        timeout_s = max(min(self._engine.settings.timeout_s, left_s), 1e-3)
-        transport, telemetry = self._engine.transport, self._telemetry
-        if telemetry is None:
-            return transport.infer(model, batch.inputs, outputs, timeout_s=timeout_s, request_id=batch.request_id)
-        attempt = telemetry.begin(batch, model, transport.url, self._parent)
-        answer = transport.infer(
-            model, batch.inputs, outputs, timeout_s=timeout_s, request_id=batch.request_id, headers=attempt.headers
-        )
-        answer.add_done_callback(lambda done: telemetry.end(attempt, done))
-        return answer
-
-    def results(self, batch: RequestBatch, outputs: Tensors) -> list[Result]:
-        """See :meth:`flow.Desk.results`."""
-        names = self._outputs(batch.kind)
-        url = self._engine.transport.url
-        return results_from_outputs(outputs, names, len(batch.items), url=url, vocabulary=batch.vocabulary)
-
-    def other_vocabulary(self, batch: RequestBatch) -> bool:
-        """See :meth:`flow.Desk.other_vocabulary`: a canary that was taken away gives its requests back."""
-        settings = self._engine.settings
-        if settings.canary is None or batch.vocabulary in (None, settings.vocabulary):
-            return False
-        self._engine.canary = None
-        batch.vocabulary = settings.vocabulary
-        _log.warning("the vocabulary %r is not served any more: no canary", settings.canary.vocabulary)
-        return True
-
-    def count(self, results: Sequence[Result]) -> None:
-        """See :meth:`flow.Desk.count`."""
-        if self._telemetry is not None and results:
-            self._telemetry.count(results)
-
-    def _model(self, batch: RequestBatch) -> str:
-        if batch.kind == "encoded":
-            return of_vocabulary(CLASSIFY_ENCODED, batch.vocabulary)
-        return EMBED if self._purpose == "embed" else of_vocabulary(CLASSIFY, batch.vocabulary)
-
-    def _outputs(self, kind: Kind) -> list[str]:
-        classes = [] if self._purpose == "embed" else [SCORES, INDICES, LABELS]
-        wants_embedding = self._purpose == "embed" or self._engine.settings.embeddings
-        return [*classes, *([EMBEDDING] if wants_embedding else []), *([ERROR.name] if kind == "encoded" else [])]
-
-
-def _transports(server: str | Connection | Transport) -> list[Transport]:
+def _transports(server: ServerLike) -> list[Transport]:
     if isinstance(server, str):
         server = connection_from_text(server)
     if not isinstance(server, Connection):
         return [server]
     return [TritonTransport(url, server) for url in server.addresses]
-
-
-def identity_of(facts: ServerMetadata) -> Identity:
-    """A vocabulary that is published may be of another bundle, with the same encoder."""
-    return Identity(facts.encoder_digest or facts.bundle_digest, facts.vocabulary_digest)
 
 
 def _validated_batch_size(given: int | None, largest: int) -> int:
@@ -273,7 +182,7 @@ def _validated_batch_size(given: int | None, largest: int) -> int:
     return given
 
 
-def _telemetry() -> Telemetry:
+def _telemetry() -> Any:
     from clipship.serving.client.telemetry import Telemetry
 
     return Telemetry()

@@ -1,10 +1,10 @@
-"""The in-process twin of a server: the same client, answered by ONNX Runtime in this process.
+"""A server's models in this process: the same client, answered by ONNX Runtime or OpenVINO.
 
 >>> with Classifier(LocalTransport(read_bundle(Path("bundles/prints")))) as classifier:
 ...     classifier.classify(["photo.jpg"])
 
-It runs the very graphs a repository would hold, so its answers are the server's. The bundle's golden samples pass them
-before anything else does.
+It runs the graphs that a repository would contain, so its answers are the server's. The bundle's golden samples are
+verified first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import PIL
@@ -32,11 +32,11 @@ from clipship.serving.repository.golden_check import validate_classifier_model
 from clipship.serving.repository.golden_samples import FILES, truth_from_bundle
 from clipship.serving.repository.models import configs_from_facts, facts_from_bundle
 from clipship.serving.repository.vocabularies import validate_same_encoder
-from clipship.serving.transport.grpc import Tensors, config_json
+from clipship.serving.transport.base import CallOptions, Tensors, config_json
 
 
 class LocalTransport:
-    """A :class:`~clipship.serving.transport.grpc.Transport` that runs ``bundle`` in this process.
+    """A :class:`~clipship.serving.transport.base.Transport` that runs ``bundle`` in this process.
 
     Images are decoded by the client only.
 
@@ -46,8 +46,8 @@ class LocalTransport:
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: a number is below 1, a bundle of ``others`` has another encoder, or nothing here runs ``precision``.
-        CheckFailed: golden samples come out otherwise than the bundle says; names the form, its precision, the runtime
-            and the processor, and what to do.
+        CheckFailed: golden samples come out otherwise than the bundle says; names the variant, its precision, the
+            runtime and the processor, and what to do.
     """
 
     def __init__(
@@ -62,15 +62,15 @@ class LocalTransport:
         try:
             from onnxruntime import InferenceSession
         except ImportError as error:
-            raise MissingExtraError("onnxruntime", "export") from error
-        form = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
-        validate_same_encoder(bundle, others or {}, form)
-        facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=form, others=others)
+            raise MissingExtraError("onnxruntime", "serving") from error
+        variant = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
+        validate_same_encoder(bundle, others or {}, variant)
+        facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=variant, others=others)
         self.url = str(bundle.path)
         self.on_this_machine = True
         self._configs = {name: config_json(each) for name, each in configs_from_facts(facts, "onnxruntime").items()}
-        self._encode = open_encoder(str(bundle.path / form.file), form.runtime, form.precision)
-        self._form, self._golden, self._right = form, bundle.golden(), set[bool]()
+        self._encode = open_encoder(str(bundle.path / variant.file), variant.runtime, variant.precision)
+        self._variant, self._golden, self._verified = variant, bundle.golden(), set[bool]()
         self._image = image_tensor(facts.image_spec.size_px).name
         self._embedding = embedding_tensor(facts.embed_dim).name
         self._validate_encoder(few=False)
@@ -85,16 +85,9 @@ class LocalTransport:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="clipship-local")
 
     def infer(
-        self,
-        model: str,
-        inputs: Tensors,
-        outputs: Sequence[str],
-        *,
-        timeout_s: float,
-        request_id: str = "",
-        headers: Mapping[str, str] | None = None,
+        self, model: str, inputs: Tensors, outputs: Sequence[str], **options: Unpack[CallOptions]
     ) -> Future[Tensors]:
-        """See :meth:`Transport.infer`; requests run one after the other, without a time limit."""
+        """See :meth:`Transport.infer`; requests run one after the other, without a timeout."""
         if model != EMBED and model not in self._classifiers:
             refused: Future[Tensors] = Future()
             refused.set_exception(ModelsMissing(f"{self.url}: {model} needs a server: decode on the client"))
@@ -129,25 +122,27 @@ class LocalTransport:
         return {name: _as_bytes(array) if array.dtype.kind in "OU" else array for name, array in answer.items()}
 
     def _validate_encoder(self, *, few: bool) -> None:
-        """Batches of fewer rows than cores are computed otherwise, and OpenVINO compiles for them when they come.
+        """Verify the golden samples, in one batch with at least as many rows as cores, or with fewer.
 
-        So the larger ones are checked at once, and these before the first of them is answered.
+        The runtimes compute batches of fewer rows than cores by other code, and OpenVINO compiles it on demand: larger
+        batches are verified at the start, smaller ones before the first is answered.
         """
-        if few in self._right:
+        if few in self._verified:
             return
-        golden, form = self._golden, self._form
+        golden, variant = self._golden, self._variant
         count = 1 if few else max(len(golden.pixels), available_cores())
-        problem = encoder_problem(self._encode, golden.pixels, golden.embedding, form.precision, count)
+        problem = encoder_problem(self._encode, golden.pixels, golden.embedding, variant.precision, count)
         if problem:
+            runtime = runtime_name(variant.runtime)
             raise CheckFailed(
-                f"{self.url}/{form.file} ({form.precision}) by {runtime_name(form.runtime)} on {this_processor()} "
-                f"answers wrongly: {problem}: {advice(form.precision)}"
+                f"{self.url}/{variant.file} ({variant.precision}) by {runtime} on {this_processor()} "
+                f"answers wrongly: {problem}: {advice(variant.precision)}"
             )
-        self._right.add(few)
+        self._verified.add(few)
 
 
 def _validate_decoder(bundle: Bundle, golden: Golden) -> None:
-    """What turns files into pixels in this process, on the bundle's first files."""
+    """Verify that this process decodes the bundle's first golden images to the same pixels."""
     files = [(bundle.path / GOLDEN / name).read_bytes() for name in golden.files[:FILES]]
     try:
         pixels = np.stack([pixels_from_bytes(data, bundle.image_spec) for data in files])
@@ -162,7 +157,7 @@ def _validate_decoder(bundle: Bundle, golden: Golden) -> None:
 
 
 def _runtimes() -> tuple[Runtime, ...]:
-    """What can run a form of the image encoder in this process."""
+    """What can run a variant of the image encoder in this process."""
     has_openvino = importlib.util.find_spec("openvino") is not None
     return ("onnx", "openvino") if has_openvino else ("onnx",)
 

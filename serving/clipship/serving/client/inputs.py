@@ -1,4 +1,4 @@
-"""From what a caller hands over to what is sent: the encoder's pixels, or the file's bytes. Runs in threads."""
+"""From a caller's image to what is sent: the encoder's pixels, or the file's bytes. Runs in threads."""
 
 from __future__ import annotations
 
@@ -16,32 +16,21 @@ from PIL import Image
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, Resample, rgb_from_image
 from clipship.core.images.inputs import ImageLike, bytes_or_image, pixels_from_any
+from clipship.serving.client.results import Result
 
 MAX_IMAGE_BYTES = 2**30
-"""A larger file is not sent: it gets a result with an error."""
+"""Larger files are not sent: they get a result with an error."""
 
 Decode = Literal["auto", "client", "server"]
-"""Who decodes. The rule of "auto", image by image: the server gets a file's bytes where it is another machine and they
-are fewer than the pixels, which spares the network and this machine's processors. A server on this machine shares its
-processors with us, and what crosses its pipes costs more than decoding saves, so here the client decodes; so it does
-for arrays and PIL images, which would have to be encoded first."""
+"""Who decodes. With "auto" a server on another machine gets the bytes of a file that is smaller than its pixels, which
+saves network and CPU here. A server on this machine shares our CPU, and passing files through its decoder costs more
+than it saves, so the client decodes; also arrays and PIL images, which would have to be encoded first."""
 
 _URL = re.compile(r"(https?|ftp|s3|gs|az|abfss?|wasbs?|hdfs|data|file):", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Loaded:
-    """An image ready to be sent (pixels [H, W, 3], or encoded bytes), or why it is not."""
-
-    payload: NDArray[np.uint8] | bytes | None
-    error: str | None = None
-
-    @property
-    def size_bytes(self) -> int:
-        """What it adds to a request."""
-        if self.payload is None:
-            return 0
-        return len(self.payload) if isinstance(self.payload, bytes) else self.payload.nbytes
+Payload = NDArray[np.uint8] | bytes
+"""What is sent for an image: pixels [H, W, 3], or the file's bytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,34 +40,33 @@ class Loader:
     spec: ImageSpec
     decode: Decode
     on_this_machine: bool
-    """Whether the server is."""
+    """Whether the server runs on this machine."""
     resample: Resample = "exact"
-    """How images that are decoded here are resized."""
+    """How images decoded here are resized."""
 
-    def load(self, image: ImageLike) -> Loaded:
-        """What is sent for ``image``.
+    def load(self, image: ImageLike) -> Payload | Result:
+        """What is sent for ``image``, or a result with an error.
 
         Raises:
-            UsageError: it is nothing an image can come from, or a URL.
+            UsageError: it is not an image, or a URL.
         """
         try:
-            return Loaded(self._payload(given_bytes(image) if isinstance(image, str | os.PathLike) else image))
+            return self._payload(given_bytes(image) if isinstance(image, str | os.PathLike) else image)
         except ImageDecodeError as error:
-            return Loaded(None, str(error))
+            return Result(error=str(error))
         except OSError as error:
-            return Loaded(None, f"cannot be read: {error.strerror or error}")
+            return Result(error=f"cannot be read: {error.strerror or error}")
         except (ValueError, MemoryError) as error:
             if isinstance(error, UsageError):
                 raise
-            return Loaded(None, f"cannot be read: {error or type(error).__name__}")  # a path with a NUL in it
+            return Result(error=f"cannot be read: {error or type(error).__name__}")  # a path with a NUL in it
 
     def is_ready(self, array: NDArray[Any]) -> bool:
-        """Whether ``array`` is the encoder's pixels already, so that there is nothing to do for it in a thread."""
+        """Whether ``array`` already has the encoder's shape and type, so needs no loading."""
         size_px = self.spec.size_px
         return self.decode != "server" and array.dtype == np.uint8 and array.shape == (size_px, size_px, 3)
 
-    def _payload(self, image: bytes | Image.Image | NDArray[np.uint8]) -> NDArray[np.uint8] | bytes:
-        """Pixels uint8 [H, W, 3], or encoded bytes where the server decodes."""
+    def _payload(self, image: bytes | Image.Image | NDArray[np.uint8]) -> Payload:
         if isinstance(image, bytes) and len(image) > MAX_IMAGE_BYTES:
             raise _too_large(len(image))
         if self.decode == "server":
@@ -97,7 +85,7 @@ def given_bytes(path: str | os.PathLike[str]) -> bytes:
 
     Raises:
         UsageError: it is a URL.
-        ImageDecodeError: it is too large, or no file: reading a pipe or a device might never end.
+        ImageDecodeError: it is too large, or not a regular file: reading a pipe or a device might never end.
         OSError: it cannot be read.
     """
     if _URL.match(os.fspath(path)) and not os.path.exists(path):
@@ -120,14 +108,14 @@ def _too_large(size_bytes: int) -> ImageDecodeError:
 
 
 def _png_bytes(image: Image.Image) -> bytes:
-    """The image, upright and RGB, without loss."""
+    """The image, upright and RGB, lossless."""
     buffer = io.BytesIO()
     rgb_from_image(image).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
 
 
 def stacked(payloads: list[Any], spec: ImageSpec) -> NDArray[Any]:
-    """A request's one input: pixels [N, H, W, 3], or files' bytes [N, 1]."""
+    """A request's input: pixels [N, H, W, 3], or files' bytes [N, 1]."""
     if isinstance(payloads[0], bytes):
         elements = np.empty((len(payloads), 1), dtype=np.object_)
         elements[:, 0] = payloads

@@ -1,9 +1,9 @@
-"""Several servers as one transport: load is spread, a server that fails is left alone and taken back when it is well.
+"""Several servers as one: requests are balanced, failing servers are ejected, then readmitted.
 
-A server is *trusted* while it answers. One that failed is left alone for a while that doubles; then its identity (the
-digests of its bundle and vocabulary) is read again, which is the health check too, and only then it gets requests; and
-so it is with one that was not asked for anything for some time. Thus a server that was started anew with another bundle
-cannot mix its answers with the others', not even as the only one.
+A server is *healthy* while it answers. One that fails is ejected for a time that doubles with every failure. It is
+readmitted when it answers again and its identity (the digests of its bundle and vocabulary) is still that of the pool.
+A server that has been idle for a while is checked the same way before its next request. So a server that was restarted
+with another bundle cannot mix its answers with the others', not even as the only one.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import TypeVar, Unpack
 
 from clipship.core.errors import ClipshipError
+from clipship.serving.client.metadata import Identity
 from clipship.serving.errors import (
     RETRYABLE,
     AccessDenied,
@@ -29,44 +30,31 @@ from clipship.serving.errors import (
     ServerUnreachable,
     ServingError,
 )
-from clipship.serving.transport.grpc import Tensors, Transport, settle
+from clipship.serving.transport.base import CallOptions, Tensors, Transport, settle
 
-_FIRST_REST_S = 0.5
-_LONGEST_REST_S = 30.0
-_SILENCE_S = 2.0
-"""Less than a Triton needs to end, start and load its models; a longer silence may hide that."""
+_FIRST_EJECTION_S = 0.5
+_LONGEST_EJECTION_S = 30.0
+_MAX_IDLE_S = 2.0
+"""Less than a Triton needs to stop, start and load its models: a longer silence may hide a restart."""
 _T = TypeVar("_T")
 _log = logging.getLogger(__name__)
 
 
-class Identity(NamedTuple):
-    """What must be the same at all servers for their answers to be."""
-
-    bundle: str
-    """The digest of its image encoder, of the whole of it where that is not told."""
-    vocabulary: str
-    """The vocabulary's digest."""
-
-
 @dataclass(eq=False)
-class _Endpoint:
-    """A server and how it fares. All fields but the transport are guarded by the pool's lock."""
+class _Server:
+    """One server's state. The pool's lock guards every field but the transport."""
 
     transport: Transport
-    trusted: bool = False
-    flying: int = 0
+    healthy: bool = False
+    in_flight: int = 0
     failures: int = 0
-    """In a row."""
-    heard_at_s: float = 0.0
-    """When it last answered."""
-    rests_until_s: float = 0.0
-    is_checked: bool = False
-    """Whether its identity is being read."""
+    """Consecutive ones."""
+    answered_at_s: float = 0.0
+    ejected_until_s: float = 0.0
+    check: Future[ClipshipError | None] | None = None
+    """The last check of its identity; running, or done."""
     refusal: ServerChanged | None = None
-    """Why it gets no requests though it answers."""
-    checked_at_s: float = float("-inf")
-    last_error: ClipshipError | None = None
-    """What the last check of its identity met, which ended at ``checked_at_s``."""
+    """Why it gets no requests although it answers."""
 
 
 @dataclass(eq=False)
@@ -74,17 +62,14 @@ class _Request:
     """A call of :meth:`ServerPool.infer`."""
 
     arguments: tuple[str, Tensors, Sequence[str]]
-    settings: Mapping[str, Any]
+    options: CallOptions
     answer: Future[Tensors]
-    tries_left: int
-    """At other servers, without a pause."""
-    begun_s: float
+    retries_left: int
+    """At other servers, at once."""
 
 
 class ServerPool:
-    """A :class:`~clipship.serving.transport.grpc.Transport` over the servers ``transports``.
-
-    ``identity`` reads a server's identity; the first that answers says what the others must be.
+    """The servers at ``transports``, all with one identity: that which ``read_identity`` finds at the first to answer.
 
     Raises:
         ServerUnreachable: none of them answers.
@@ -94,259 +79,224 @@ class ServerPool:
     def __init__(
         self,
         transports: Sequence[Transport],
-        identity: Callable[[Transport], Identity],
+        read_identity: Callable[[Transport], Identity],
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.url = ",".join(transport.url for transport in transports)
         self.on_this_machine = all(transport.on_this_machine for transport in transports)
-        self._endpoints = [_Endpoint(transport) for transport in transports]
-        self._read_identity = identity
+        self._servers = [_Server(transport) for transport in transports]
+        self._read_identity = read_identity
         self._clock = clock
         self._lock = threading.Lock()
         self._turn = 0
+        self._identity: Identity | None = None
         self._checks = ThreadPoolExecutor(max_workers=len(transports), thread_name_prefix="clipship-check")
         try:
-            self._identity = self._first_identity()
-        except ClipshipError:
+            self._connect()
+        except BaseException:
             self.close()
             raise
 
     def infer(
-        self,
-        model: str,
-        inputs: Tensors,
-        outputs: Sequence[str],
-        *,
-        timeout_s: float,
-        request_id: str = "",
-        headers: Mapping[str, str] | None = None,
+        self, model: str, inputs: Tensors, outputs: Sequence[str], **options: Unpack[CallOptions]
     ) -> Future[Tensors]:
-        """See :meth:`Transport.infer`. A request that one server fails goes to the next that is well, once to each."""
-        settings = {"timeout_s": timeout_s, "request_id": request_id, "headers": headers}
-        request = _Request((model, inputs, outputs), settings, Future(), len(self._endpoints) - 1, self._clock())
+        """See :meth:`Transport.infer`. A request that fails at one server is retried once at each other healthy one."""
+        request = _Request((model, inputs, outputs), options, Future(), retries_left=len(self._servers) - 1)
         self._send(request)
         return request.answer
 
-    def model_config(self, model: str) -> dict[str, Any]:
-        """See :meth:`Transport.model_config`."""
-        return self._of_any(lambda transport: transport.model_config(model))
-
-    def model_names(self) -> list[str]:
-        """See :meth:`Transport.model_names`."""
-        return self._of_any(lambda transport: transport.model_names())
+    def ask(self, question: Callable[[Transport], _T]) -> _T:
+        """The answer of the first server that can be reached, the healthy ones first."""
+        with self._lock:
+            usable = [server for server in self._servers if server.refusal is None]
+            usable.sort(key=lambda server: not server.healthy)
+        last: ServingError | None = None
+        for server in usable:
+            try:
+                return question(server.transport)
+            except RETRYABLE as error:
+                last = error
+        raise last or ServerUnreachable(f"no server left of {self.url}")
 
     def close(self) -> None:
-        """See :meth:`Transport.close`."""
-        for endpoint in self._endpoints:
-            endpoint.transport.close()  # which ends the checks that are running
+        """Close the connections."""
+        for server in self._servers:
+            server.transport.close()  # which ends the running checks
         self._checks.shutdown(wait=True, cancel_futures=True)
 
     def accept(self, identity: Identity) -> None:
-        """From now on the servers must be ``identity``: a vocabulary has been published on purpose."""
+        """Require ``identity`` of all servers from now on: a vocabulary has been published on purpose."""
         with self._lock:
             self._identity = identity
-            for endpoint in self._endpoints:
-                endpoint.refusal, endpoint.rests_until_s, endpoint.trusted = None, 0.0, False
+            for server in self._servers:
+                server.refusal, server.ejected_until_s, server.healthy = None, 0.0, False
 
-    def trusted(self) -> list[str]:
+    def healthy(self) -> list[str]:
         """The addresses of the servers that get requests now."""
         with self._lock:
-            return [endpoint.transport.url for endpoint in self._endpoints if endpoint.trusted]
+            return [server.transport.url for server in self._servers if server.healthy]
 
-    def _first_identity(self) -> Identity:
-        last: ServingError | None = None
-        for endpoint in self._endpoints:
-            try:
-                identity = self._read_identity(endpoint.transport)
-            except RETRYABLE as error:
-                self._rest(endpoint, was_checked=True)
-                last = error
-            else:
-                endpoint.trusted, endpoint.heard_at_s = True, self._clock()
-                return identity
-        assert last is not None
-        raise last
-
-    def _of_any(self, question: Callable[[Transport], _T]) -> _T:
-        """The answer of the first server that has one, the trusted ones first."""
-        last: ServingError | None = None
-        for endpoint in sorted(self._endpoints, key=lambda each: not each.trusted):
-            if endpoint.refusal is None:
-                try:
-                    return question(endpoint.transport)
-                except RETRYABLE as error:
-                    last = error
-        raise last or ServerUnreachable(f"no server left of {self.url}")
+    def _connect(self) -> None:
+        """Take the identity of the first server that answers."""
+        error: ClipshipError | None = None
+        for server in self._servers:
+            error = self._checked(server)
+            if not isinstance(error, RETRYABLE):
+                break
+        if error is not None:
+            raise error
 
     def _send(self, request: _Request) -> None:
-        """To the trusted server with the least to do; where none is trusted, to one after its identity was read."""
-        self._doubt_the_silent()
-        self._check_the_rested()
-        endpoint = self._pick()
-        if endpoint is None:
-            self._submit_request(request)
+        """To the healthy server with the fewest requests; if there is none, to the first that passes a check."""
+        server = self._pick()
+        if server is None:
+            with self._lock:
+                candidates = sorted(self._servers, key=lambda each: each.ejected_until_s)
+            self._send_to_first(request, candidates, [])
         else:
-            self._send_to(endpoint, request)
+            self._send_to(server, request)
+            self._check_ejected()
 
-    def _pick(self) -> _Endpoint | None:
+    def _pick(self) -> _Server | None:
         with self._lock:
-            well = [endpoint for endpoint in self._endpoints if endpoint.trusted]
-            if not well:
+            idle_since_s = self._clock() - _MAX_IDLE_S
+            for server in self._servers:
+                if not server.in_flight and server.answered_at_s < idle_since_s:
+                    server.healthy = False  # it may have been restarted
+            healthy = [server for server in self._servers if server.healthy]
+            if not healthy:
                 return None
             self._turn += 1
-            shift = self._turn % len(well)
-            chosen = min(well[shift:] + well[:shift], key=lambda endpoint: endpoint.flying)
-            chosen.flying += 1
+            shift = self._turn % len(healthy)
+            chosen = min(healthy[shift:] + healthy[:shift], key=lambda server: server.in_flight)
+            chosen.in_flight += 1
             return chosen
 
-    def _send_to(self, endpoint: _Endpoint, request: _Request) -> None:
-        flying = endpoint.transport.infer(*request.arguments, **request.settings)
-        request.answer.add_done_callback(lambda answer: flying.cancel() if answer.cancelled() else None)
-        flying.add_done_callback(lambda done: self._land(endpoint, request, done))
-
-    def _land(self, endpoint: _Endpoint, request: _Request, flying: Future[Tensors]) -> None:
+    def _check_ejected(self) -> None:
+        """Start to check the servers whose ejection has ended."""
         with self._lock:
-            endpoint.flying -= 1
-        if flying.cancelled():
-            return
-        error = flying.exception()
-        if error is None:
-            endpoint.failures, endpoint.heard_at_s = 0, self._clock()
-            settle(request.answer, flying.result())
-            return
+            now_s = self._clock()
+            due = [server for server in self._servers if not server.healthy and server.ejected_until_s <= now_s]
+        for server in due:
+            with suppress(RuntimeError):  # closed meanwhile
+                self._start_check(server)
+
+    def _send_to(self, server: _Server, request: _Request) -> None:
+        call = server.transport.infer(*request.arguments, **request.options)
+        request.answer.add_done_callback(lambda answer: call.cancel() if answer.cancelled() else None)
+        call.add_done_callback(lambda done: self._complete(server, request, done))
+
+    def _complete(self, server: _Server, request: _Request, call: Future[Tensors]) -> None:
+        error = CancelledError() if call.cancelled() else call.exception()
+        with self._lock:
+            server.in_flight -= 1
+            if error is None:
+                server.failures, server.answered_at_s = 0, self._clock()
         if isinstance(error, (*RETRYABLE, BadAnswer, RequestFailed, AccessDenied)):
-            if not isinstance(error, ServerOverloaded):  # a busy server is well
-                self._rest(endpoint)
-            if request.tries_left and self._has_other(endpoint):
-                request.tries_left -= 1
+            if not isinstance(error, ServerOverloaded):  # a busy server is healthy
+                self._eject(server)
+            if request.retries_left and self._has_other(server):
+                request.retries_left -= 1
                 self._send(request)
                 return
-        settle(request.answer, error if isinstance(error, Exception) else ServerUnreachable(str(error)))
+        settle(request.answer, call.result() if error is None else error)
 
-    def _has_other(self, endpoint: _Endpoint) -> bool:
+    def _has_other(self, server: _Server) -> bool:
         with self._lock:
-            return any(other.trusted and other is not endpoint for other in self._endpoints)
+            return any(other.healthy and other is not server for other in self._servers)
 
-    def _rest(self, endpoint: _Endpoint, *, was_checked: bool = False) -> None:
-        """Leave it alone for a while; requests that fail after the first one of its fall say nothing new."""
+    def _eject(self, server: _Server, *, by_check: bool = False) -> None:
+        """Send it no requests for a while. Further failures of requests already in flight do not prolong that."""
         with self._lock:
-            if not endpoint.trusted and not was_checked:
+            if not server.healthy and not by_check:
                 return
-            pause_s = min(_LONGEST_REST_S, _FIRST_REST_S * 2.0 ** min(endpoint.failures, 20))
-            endpoint.trusted = False
-            endpoint.failures += 1
-            endpoint.rests_until_s = self._clock() + pause_s
+            pause_s = min(_LONGEST_EJECTION_S, _FIRST_EJECTION_S * 2.0 ** min(server.failures, 20))
+            server.healthy = False
+            server.failures += 1
+            server.ejected_until_s = self._clock() + pause_s
 
-    def _doubt_the_silent(self) -> None:
-        """Take the trust from those that have not been asked for long: they may have been started anew meanwhile."""
-        heard_after_s = self._clock() - _SILENCE_S
-        with self._lock:
-            for endpoint in self._endpoints:
-                if endpoint.trusted and not endpoint.flying and endpoint.heard_at_s < heard_after_s:
-                    endpoint.trusted = False
-
-    def _check_the_rested(self) -> None:
-        """Begin to read the identity of those that have rested; nobody waits for it."""
-        if all(endpoint.trusted for endpoint in self._endpoints):
+    def _send_to_first(self, request: _Request, candidates: Sequence[_Server], errors: list[ClipshipError]) -> None:
+        """Check ``candidates`` one after the other, and send the request to the first that passes."""
+        if request.answer.cancelled():
             return
-        with self._lock:
-            if not any(endpoint.trusted for endpoint in self._endpoints):
-                return  # the request itself sees to it
-            due = [each for each in self._endpoints if not (each.trusted or each.is_checked)]
-            due = [endpoint for endpoint in due if endpoint.rests_until_s <= self._clock()]
-            for endpoint in due:
-                endpoint.is_checked = True
-        for endpoint in due:
-            with suppress(RuntimeError):  # closed meanwhile
-                self._checks.submit(self._check, endpoint)
+        if not candidates:
+            passing = [error for error in errors if isinstance(error, RETRYABLE)]
+            settle(request.answer, (passing or errors)[0])
+            return
+        server, *others = candidates
 
-    def _submit_request(self, request: _Request) -> None:
-        """Check and send in another thread: a check takes its time."""
-        closed = ServerUnreachable(f"{self.url}: the connection was closed")
+        def checked(check: Future[ClipshipError | None]) -> None:
+            """Runs in the check's thread, which would swallow an exception and leave the caller waiting."""
+            try:
+                error = check.result()
+                if error is not None:
+                    self._send_to_first(request, others, [*errors, error])
+                else:
+                    with self._lock:
+                        server.in_flight += 1
+                    self._send_to(server, request)
+                    self._check_ejected()
+            except CancelledError:
+                settle(request.answer, self._closed())
+            except Exception as error:  # noqa: BLE001
+                settle(request.answer, error)
+
         try:
-            work = self._checks.submit(self._check_and_send_or_fail, request)
+            self._start_check(server).add_done_callback(checked)
         except RuntimeError:  # closed meanwhile
-            settle(request.answer, closed)
-        else:
-            work.add_done_callback(lambda done: settle(request.answer, closed) if done.cancelled() else None)
+            settle(request.answer, self._closed())
 
-    def _check(self, endpoint: _Endpoint) -> ClipshipError | None:
-        """Trust ``endpoint``, or let it rest; what was wrong."""
-        error = endpoint.last_error = self._check_identity(endpoint)
-        endpoint.checked_at_s, endpoint.is_checked = self._clock(), False
-        return error
+    def _closed(self) -> ServerUnreachable:
+        return ServerUnreachable(f"{self.url}: the connection was closed")
 
-    def _check_identity(self, endpoint: _Endpoint) -> ClipshipError | None:
+    def _start_check(self, server: _Server) -> Future[ClipshipError | None]:
+        """Check the server in another thread, or join the check that is running."""
+        with self._lock:
+            if server.check is None or server.check.done():
+                server.check = self._checks.submit(self._checked, server)
+            return server.check
+
+    def _checked(self, server: _Server) -> ClipshipError | None:
+        """Readmit ``server`` if its identity is right, else eject it; what was wrong."""
         try:
-            identity = self._read_identity(endpoint.transport)
-            self._validate_identity(endpoint, identity)
+            self._validate_identity(server, self._read_identity(server.transport))
         except ClipshipError as error:
-            self._rest(endpoint, was_checked=True)
+            self._eject(server, by_check=True)
             with self._lock:
-                is_news = isinstance(error, ServerChanged) and endpoint.refusal is None
-                endpoint.refusal = error if isinstance(error, ServerChanged) else None
-            if is_news and len(self._endpoints) > 1:
-                _log.warning("%s: it is left out", error)
+                is_news = isinstance(error, ServerChanged) and server.refusal is None
+                server.refusal = error if isinstance(error, ServerChanged) else None
+            if is_news and len(self._servers) > 1:
+                _log.warning("%s: it is ejected", error)
             return error
-        else:
-            with self._lock:
-                endpoint.trusted, endpoint.failures, endpoint.refusal = True, 0, None
-                endpoint.heard_at_s = self._clock()
-            return None
+        with self._lock:
+            server.healthy, server.failures, server.refusal = True, 0, None
+            server.answered_at_s = self._clock()
+        return None
 
-    def _check_and_send_or_fail(self, request: _Request) -> None:
-        try:
-            self._check_and_send(request)
-        except Exception as error:  # noqa: BLE001  in this thread it would be lost, and the caller wait for ever
-            settle(request.answer, error)
-
-    def _check_and_send(self, request: _Request) -> None:
-        """Ask the servers in the order in which they have rested, until one can be trusted."""
-        errors: list[ClipshipError] = []
-        for endpoint in sorted(self._endpoints, key=lambda each: each.rests_until_s):
-            if request.answer.cancelled():
-                return
-            if endpoint.trusted:
-                error = None
-            elif endpoint.last_error is not None and endpoint.checked_at_s > request.begun_s:
-                error = endpoint.last_error  # found for another request while this one waited for its turn
-            else:
-                error = self._check(endpoint)
-            if error is None:
-                with self._lock:
-                    endpoint.flying += 1
-                self._send_to(endpoint, request)
-                self._check_the_rested()
-                return
-            errors.append(error)
-        passing = [error for error in errors if isinstance(error, RETRYABLE)]
-        settle(request.answer, (passing or errors)[0])
-
-    def _validate_identity(self, endpoint: _Endpoint, identity: Identity) -> None:
+    def _validate_identity(self, server: _Server, identity: Identity) -> None:
         """Raise ServerChanged unless the server is what the others are.
 
-        A vocabulary may be published while a client runs: where no other server is left, or the others have moved on
-        to it too, it is the new one.
+        A vocabulary may be published while a client runs: it becomes the pool's if no other healthy server still has
+        the former one.
         """
-        known, url = self._identity, endpoint.transport.url
-        if identity.bundle != known.bundle:
-            raise ServerChanged(_difference(url, "bundle", identity.bundle, known.bundle))
-        if identity.vocabulary == known.vocabulary:
+        with self._lock:
+            expected = self._identity = self._identity or identity
+            others = [other for other in self._servers if other.healthy and other is not server]
+        url = server.transport.url
+        if identity.bundle != expected.bundle:
+            raise ServerChanged(_difference(url, "bundle", identity.bundle, expected.bundle))
+        if identity.vocabulary == expected.vocabulary:
             return
-        for other in self._endpoints:
-            if (
-                other is not endpoint
-                and other.trusted
-                and self._vocabulary_of(other) not in (None, identity.vocabulary)
-            ):
-                raise ServerChanged(_difference(url, "vocabulary", identity.vocabulary, known.vocabulary))
+        if any(self._vocabulary_of(other) not in (None, identity.vocabulary) for other in others):
+            raise ServerChanged(_difference(url, "vocabulary", identity.vocabulary, expected.vocabulary))
         _log.warning("%s now serves the vocabulary %s", url, identity.vocabulary[:12])
-        self._identity = identity
+        with self._lock:
+            self._identity = identity
 
-    def _vocabulary_of(self, endpoint: _Endpoint) -> str | None:
+    def _vocabulary_of(self, server: _Server) -> str | None:
         try:
-            return self._read_identity(endpoint.transport).vocabulary
+            return self._read_identity(server.transport).vocabulary
         except (*RETRYABLE, ModelsMissing):
             return None
 

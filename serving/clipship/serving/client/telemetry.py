@@ -1,4 +1,4 @@
-"""OpenTelemetry spans and counters of a client. Imported only when asked for; needs ``opentelemetry-api`` alone.
+"""OpenTelemetry spans and counters of a client. Imported on demand; needs ``opentelemetry-api`` alone.
 
 A span ``clipship.infer`` for each attempt of a request, child of the span that was current when the stream began, with
 the attributes of OpenTelemetry's RPC conventions; its context travels to the server in ``traceparent``, which Triton's
@@ -9,23 +9,13 @@ a histogram ``clipship.client.request.duration`` in seconds.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import Any
 
 from clipship.core.errors import MissingExtraError
+from clipship.serving.client.request_batch import RequestBatch
 from clipship.serving.client.results import Result
-from clipship.serving.client.scheduler import RequestBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class Attempt:
-    """One attempt of a request: its span, and the headers that tell the server of it."""
-
-    span: Any
-    headers: dict[str, str]
-    started_s: float
 
 
 class Telemetry:
@@ -51,37 +41,37 @@ class Telemetry:
         """The context that a stream's requests belong to."""
         return self._context.get_current()
 
-    def begin(self, batch: RequestBatch, model: str, url: str, parent: Any) -> Attempt:
-        """An attempt at ``batch`` starts."""
+    def begin(self, batch: RequestBatch, url: str) -> tuple[dict[str, str], Callable[[Future[Any]], None]]:
+        """Start the span of an attempt: the headers that carry its context, and what ends it, given the answer."""
         attributes = {
             "rpc.system": "grpc",
             "rpc.service": "inference.GRPCInferenceService",
             "rpc.method": "ModelInfer",
             "server.address": url,
-            "clipship.model": model,
-            "clipship.images": len(batch.items),
+            "clipship.model": batch.model,
+            "clipship.images": len(batch.images),
             "clipship.request_id": batch.request_id,
             "clipship.attempt": batch.attempt,
         }
-        kind = self._trace.SpanKind.CLIENT
+        kind, parent = self._trace.SpanKind.CLIENT, batch.trace_context
         span = self._tracer.start_span("clipship.infer", context=parent, kind=kind, attributes=attributes)
         headers: dict[str, str] = {}
         self._propagate.inject(headers, context=self._trace.set_span_in_context(span, parent))
-        return Attempt(span=span, headers=headers, started_s=time.monotonic())
+        started_s = time.monotonic()
+        return headers, lambda answer: self._end(span, started_s, answer)
 
-    def end(self, attempt: Attempt, answer: Future[Any]) -> None:
-        """The attempt has landed."""
+    def _end(self, span: Any, started_s: float, answer: Future[Any]) -> None:
         error = None if answer.cancelled() else answer.exception()
         outcome = "cancelled" if answer.cancelled() else type(error).__name__ if error else "ok"
         if error is not None:
-            attempt.span.set_attribute("error.type", outcome)
-            attempt.span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
-        attempt.span.end()
+            span.set_attribute("error.type", outcome)
+            span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, str(error)))
+        span.end()
         self._requests.add(1, {"outcome": outcome})
-        self._duration.record(time.monotonic() - attempt.started_s, {"outcome": outcome})
+        self._duration.record(time.monotonic() - started_s, {"outcome": outcome})
 
     def count(self, results: Iterable[Result]) -> None:
-        """Images have had their results."""
+        """Count images by outcome."""
         outcomes = [result.error is None for result in results]
         for outcome, number in (("ok", sum(outcomes)), ("error", len(outcomes) - sum(outcomes))):
             if number:

@@ -16,8 +16,9 @@ from clipship.serving.connection_cli import connection_from_options, connection_
 
 if TYPE_CHECKING:
     from clipship.core.bundle import Precision
-    from clipship.serving.client.classifier import Classifier, Retry
+    from clipship.serving.client.classifier import Classifier
     from clipship.serving.client.in_process import LocalTransport
+    from clipship.serving.client.settings import Retry
     from clipship.serving.jobs.run import JobOutput, JobSummary
 
 _PATH = click.Path(path_type=Path)
@@ -114,7 +115,7 @@ def classify(
       clipship classify photos/ --out results.parquet
       clipship classify 'shards/*.tar' --out results --format parquet --shard-size 50000
     """
-    from clipship.serving.client.classifier import Retry
+    from clipship.serving.client.settings import Retry
     from clipship.serving.jobs.inputs import inputs_from_arguments, text_of_path
     from clipship.serving.jobs.run import JobOutput, run_job, validate_watch, watch_job
     from clipship.serving.jobs.watch import stopped_by_signals

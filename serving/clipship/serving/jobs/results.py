@@ -18,7 +18,7 @@ import numpy as np
 
 from clipship.core.errors import UsageError
 from clipship.core.files import replace_file
-from clipship.serving.client.classifier import Result
+from clipship.serving.client.results import Result
 
 COLUMNS = ("path", "label", "score", "labels", "scores", "indices", "error")
 EMBEDDING = "embedding"

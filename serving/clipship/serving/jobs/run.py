@@ -23,7 +23,10 @@ from typing import Any, Literal
 
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import log, progress
-from clipship.serving.client.classifier import Classifier, Result, Retry, ServerMetadata
+from clipship.serving.client.classifier import Classifier
+from clipship.serving.client.metadata import ServerMetadata
+from clipship.serving.client.results import Result
+from clipship.serving.client.settings import Retry
 from clipship.serving.errors import RETRYABLE, JobStopped, ServingError
 from clipship.serving.jobs.inputs import Inputs, JobImage
 from clipship.serving.jobs.results import Header, WriteRow, json_lines, results_file, table_lines
@@ -149,7 +152,7 @@ class Job:
     """
 
     def __init__(self, classifier: Classifier, *, top_k: int | None = None, retry: Retry | None = None) -> None:
-        self._facts = classifier.facts
+        self._facts = classifier.metadata
         self._retry = retry or Retry()
         most = self._facts.top_k
         if top_k is not None and not 1 <= top_k <= most:

@@ -25,7 +25,7 @@ from typing import Any
 
 from clipship.core.errors import DataError, UsageError
 from clipship.core.files import locked_folder, read_record, sha256_of, write_json_atomic
-from clipship.serving.client.classifier import Result
+from clipship.serving.client.results import Result
 from clipship.serving.jobs.inputs import JobImage, Place
 from clipship.serving.jobs.results import Header, names_in, results_file
 

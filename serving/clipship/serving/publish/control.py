@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from clipship.core.errors import UsageError
 from clipship.serving.errors import AccessDenied, ServingError
 from clipship.serving.server.admin_secret import ADMIN_HEADER, found_secret_file, read_secret
+from clipship.serving.transport.base import Tensors, parameters_of
 from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import Tensors, TritonTransport, parameters_of
+from clipship.serving.transport.grpc import TritonTransport
 
 
 class Control:
@@ -99,10 +100,8 @@ class Control:
         return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
 
     def _repository_call(self, method: str, model: str) -> None:
-        from tritonclient.grpc import service_pb2
-
         try:
-            self._transport.call(method, getattr(service_pb2, f"{method}Request")(model_name=model))
+            self._transport.call(method, model_name=model)
         except AccessDenied as error:
             raise AccessDenied(
                 f"{self.url}: its admin protocols are restricted: give --admin-secret FILE with the secret that "

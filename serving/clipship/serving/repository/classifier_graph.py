@@ -44,7 +44,7 @@ def classifier_graph(vocabulary: Vocabulary, features: VocabularyFeatures, top_k
     try:
         from onnx import checker, helper
     except ImportError as error:
-        raise MissingExtraError("onnx", "export") from error
+        raise MissingExtraError("onnx", "serving") from error
 
     k = min(top_k, len(vocabulary))
     scores, indices, labels = (tensor.name for tensor in classifier_outputs(k))

@@ -145,7 +145,7 @@ def _graph_answers(version: Path, embedding: NDArray[np.float32]) -> Answers:
     try:
         import onnxruntime
     except ImportError as error:
-        raise MissingExtraError("onnxruntime", "export") from error
+        raise MissingExtraError("onnxruntime", "serving") from error
     session = onnxruntime.InferenceSession(version / MODEL_FILES["onnxruntime"], providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {embedding_tensor(1).name: embedding}), strict=True))

@@ -16,7 +16,7 @@ from typing import Literal
 from clipship.core.errors import UsageError
 
 MAX_MESSAGE_BYTES = 2**31 - 1
-"""gRPC's own limit of a message; must be stated, because gRPC's default is 4 MB."""
+"""gRPC's upper limit of a message; its default is 4 MB."""
 
 Compression = Literal["none", "gzip", "deflate"]
 
@@ -30,41 +30,40 @@ _PRINTABLE_ASCII = re.compile(r"[\x20-\x7e]*")
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """The gRPC endpoints of one or more Tritons that serve the same bundle, and how to talk to them.
+    """The gRPC endpoints of one or more Tritons that serve the same bundle, and how to connect to them.
 
     Raises:
-        UsageError: an address, header or token that cannot be used, a file that is missing, or a secret that would
-            travel in plain text.
+        UsageError: an address, header or token is invalid, a file is missing, or a secret would travel in plain text.
     """
 
     urls: tuple[str, ...]
-    """HOST:PORT each; grpcs://HOST:PORT means TLS. Load is spread over them, and one that fails is left out."""
+    """HOST:PORT each; grpcs://HOST:PORT means TLS. Load is balanced over them; a failing server is ejected."""
     tls: bool = False
-    """Encrypt, and check the server's certificate. Implied by a file below and by grpcs://."""
+    """Encrypt, and verify the server's certificate. Implied by the files below and by grpcs://."""
     ca_file: Path | None = None
-    """The authorities (PEM) the server's certificate is checked against; None: those this machine trusts."""
+    """CA certificates (PEM) to verify the server with; None: the system's."""
     certificate_file: Path | None = None
-    """This client's certificate chain (PEM), for servers that ask for one (mTLS)."""
+    """This client's certificate chain (PEM), for servers that require one (mTLS)."""
     key_file: Path | None = None
     """The private key (PEM) of ``certificate_file``."""
     server_name: str | None = None
-    """The name the server's certificate must hold, where it is not the address's host."""
+    """The name in the server's certificate, if it is not the address's host."""
     token: str | None = field(default=None, repr=False)
     """Sent as ``authorization: Bearer TOKEN`` with every call."""
     token_file: Path | None = None
-    """Holds the token instead; read again whenever the file changes."""
+    """A file with the token, read for every call: it may be replaced at any time."""
     token_in_plain_text: bool = False
-    """Send the token (or a header that holds a secret) without TLS to hosts other than this machine, all the same."""
+    """Allow sending the token (or a header with a secret) to other hosts without TLS."""
     headers: Mapping[str, str] = field(default_factory=lambda: _NO_HEADERS, repr=False, hash=False)
     """Sent with every call; names in lower case."""
     compression: Compression = "none"
-    """Of requests. It costs processor time; pixels shrink somewhat, encoded images do not."""
+    """Of requests. Costs CPU time; pixels shrink somewhat, encoded images do not."""
     max_message_bytes: int = MAX_MESSAGE_BYTES
-    """The largest request and answer."""
+    """The largest request and response."""
     connect_timeout_s: float = 5.0
-    """How long a question about the server itself may take."""
+    """Timeout of calls other than inference."""
     shared_memory: bool = False
-    """Hand pixels to a server on this machine in system shared memory; a server that refuses gets messages."""
+    """Pass pixels to a server on this machine in system shared memory; if it refuses, in messages."""
 
     def __post_init__(self) -> None:
         if isinstance(self.urls, str) or not self.urls:
@@ -97,7 +96,7 @@ class Connection:
         if (self.certificate_file is None) != (self.key_file is None):
             raise UsageError("certificate_file and key_file go together: give both, or neither")
         if self.server_name is not None and not self.secure:
-            raise UsageError(f"server_name {self.server_name!r} is checked under TLS only: give tls or ca_file, too")
+            raise UsageError(f"server_name {self.server_name!r} is checked under TLS only: give tls or ca_file too")
         if self.token is not None and self.token_file is not None:
             raise UsageError("token and token_file were both given: give one")
         for file in (self.ca_file, self.certificate_file, self.key_file, self.token_file):
@@ -130,7 +129,7 @@ class Connection:
 
 
 def connection_from_text(text: str) -> Connection:
-    """A connection from HOST:PORT, or from several with commas between.
+    """A connection from HOST:PORT, or several separated by commas.
 
     Raises:
         UsageError: as :class:`Connection`.
@@ -142,16 +141,16 @@ def address_of(url: str) -> str:
     """``url`` without its scheme.
 
     Raises:
-        UsageError: it is no HOST:PORT.
+        UsageError: it is not HOST:PORT.
     """
     match = _URL.fullmatch(url)
     if match is None:
-        raise UsageError(f"{url!r} is no address of a gRPC server: give HOST:PORT, such as 127.0.0.1:8001")
+        raise UsageError(f"{url!r} is not the address of a gRPC server: give HOST:PORT, such as 127.0.0.1:8001")
     return match["address"]
 
 
 def is_loopback(address: str) -> bool:
-    """Whether ``address`` (HOST:PORT) is on this machine by its name alone; no name is looked up."""
+    """Whether ``address`` (HOST:PORT) names this machine; no name is resolved."""
     if address.startswith("unix:"):
         return True
     host = address.rpartition(":")[0].strip("[]")
@@ -162,6 +161,6 @@ def is_loopback(address: str) -> bool:
 
 
 def validate_token(token: str, source: str) -> None:
-    """Raise :class:`UsageError`, which does not repeat the token, where it cannot stand in a header."""
+    """Raise :class:`UsageError`, without the token in it, if the token is not valid in a header."""
     if not _VISIBLE_ASCII.fullmatch(token):
         raise UsageError(f"{source} is empty or has blanks or characters other than ASCII: give the token alone")

@@ -1,9 +1,9 @@
-"""Pixels for a server on the same machine, in POSIX shared memory: copied once, and not sent at all.
+"""Pixels for a server on the same machine, in POSIX shared memory: copied once, not sent.
 
-Triton's system shared memory extension: the client makes a region, the server maps it when it is registered, and a
-request then names the region in place of its bytes. A region's file is removed as soon as the server has mapped it, so
-that nothing is left in ``/dev/shm`` however the client ends. What a killed client leaves registered at the server,
-the next client of the same machine takes back.
+Triton's system shared memory extension: the client creates a region, the server maps it when it is registered, and a
+request names the region instead of carrying the bytes. The region's file is unlinked as soon as the server has mapped
+it, so no file stays in ``/dev/shm``, however the client ends. Regions that a killed client leaves registered are
+unregistered by the next client on the same machine.
 """
 
 from __future__ import annotations
@@ -15,80 +15,73 @@ import threading
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
 
 from clipship.serving.errors import ServingError
-
-if TYPE_CHECKING:
-    from numpy.typing import NDArray
 
 _FOLDER = Path("/dev/shm")
 _PREFIX = "clipship-client"
 _log = logging.getLogger(__name__)
 
 
-class TritonCalls(Protocol):
-    """What the regions need of the connection to a server."""
+class Caller(Protocol):
+    """The part of a transport that manages regions."""
 
     url: str
 
-    def call(self, method: str, request: Any) -> Any:
-        """The answer to one of the protocol's methods; raises ServingError."""
+    def call(self, method: str, **fields: Any) -> Any:
+        """Call one of the protocol's methods; raises ServingError."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Slot:
-    """One region: as large as the largest input it has held."""
+    """A registered region."""
 
     name: str
     size_bytes: int
     memory: mmap.mmap
 
     def hold(self, array: NDArray[Any]) -> None:
-        """Copy ``array`` into it."""
-        import numpy as np
-
+        """Copy ``array`` into the region."""
         np.copyto(np.ndarray(array.shape, array.dtype, buffer=self.memory), array)
 
 
-def registered(server: TritonCalls, size_bytes: int) -> Slot:
-    """A new region that ``server`` has mapped; its file is gone already.
+def registered(server: Caller, size_bytes: int) -> Slot:
+    """A new region that ``server`` has mapped; its file is already unlinked.
 
     Raises:
-        ServingError: the server refuses: it has no such extension, or runs on another machine or in a container.
-        OSError: there is not so much shared memory here.
+        ServingError: the server refuses: it lacks the extension, or runs on another machine or in a container.
+        OSError: ``/dev/shm`` is full.
     """
-    from tritonclient.grpc import service_pb2
-
     name = f"{_PREFIX}.{_namespace()}.{os.getpid()}.{_started(os.getpid())}.{uuid.uuid4().hex[:12]}"
     file = _FOLDER / name
     descriptor = os.open(file, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600)
     try:
         os.posix_fallocate(descriptor, 0, size_bytes)  # a full /dev/shm is an error here, not a signal later
         memory = mmap.mmap(descriptor, size_bytes)
-        request = service_pb2.SystemSharedMemoryRegisterRequest(name=name, key=f"/{name}", byte_size=size_bytes)
-        server.call("SystemSharedMemoryRegister", request)
+        server.call("SystemSharedMemoryRegister", name=name, key=f"/{name}", byte_size=size_bytes)
     finally:
         os.close(descriptor)
         file.unlink(missing_ok=True)
     return Slot(name=name, size_bytes=size_bytes, memory=memory)
 
 
-def unregister(server: TritonCalls, name: str) -> None:
+def unregister(server: Caller, name: str) -> None:
     """Have ``server`` unmap a region.
 
     Raises:
-        ServingError: it is not there, or answers that it still uses the region.
+        ServingError: the region is unknown, or still in use.
     """
-    from tritonclient.grpc import service_pb2
-
-    server.call("SystemSharedMemoryUnregister", service_pb2.SystemSharedMemoryUnregisterRequest(name=name))
+    server.call("SystemSharedMemoryUnregister", name=name)
 
 
 class SharedSlots:
-    """The regions of one client at one server; one for each request in flight, made when it is first needed."""
+    """The regions of one client at one server: one for each request in flight, created on demand."""
 
-    def __init__(self, server: TritonCalls) -> None:
+    def __init__(self, server: Caller) -> None:
         self._server = server
         self._lock = threading.Lock()
         self._free: list[Slot] = []
@@ -98,7 +91,7 @@ class SharedSlots:
         self._is_clean = False
 
     def lend(self, array: NDArray[Any]) -> Slot | None:
-        """A region with a copy of ``array``; None where the server or this machine refuses, which is logged once."""
+        """A region with a copy of ``array``; None if the server or this machine refuses, which is logged once."""
         slot = self._take(array.nbytes)
         if slot is None and self._on:
             slot = self._made(array.nbytes)
@@ -107,14 +100,14 @@ class SharedSlots:
         return slot
 
     def give_back(self, slots: list[Slot]) -> None:
-        """The requests that used ``slots`` have ended."""
+        """Make ``slots`` available again: the requests that used them have ended."""
         with self._lock:
             self._free += [slot for slot in slots if slot.name in self._all]
 
     def forget(self, slots: list[Slot]) -> None:
-        """The server does not know ``slots`` any more: it was started anew, so it knows none that is older.
+        """Stop using all regions: the server no longer knows ``slots``, so it has restarted and lost the others too.
 
-        One that was registered since then is not used again either; :meth:`close` takes it back.
+        A region registered since the restart is not used again either; :meth:`close` unregisters it.
         """
         with self._lock:
             if any(slot.name in self._all for slot in slots):
@@ -123,7 +116,7 @@ class SharedSlots:
                 self._free.clear()
 
     def close(self) -> None:
-        """Take the regions back from the server, if it is still there."""
+        """Unregister the regions, if the server still runs."""
         with self._lock:
             names, self._on = [*self._all, *self._forgotten], False
             self._all.clear()
@@ -150,7 +143,7 @@ class SharedSlots:
     def _made(self, size_bytes: int) -> Slot | None:
         try:
             if not self._is_clean:
-                self._take_back_of_the_dead()
+                self._unregister_dead_clients()
             slot = registered(self._server, max(size_bytes, mmap.PAGESIZE))
         except (ServingError, OSError) as error:
             with self._lock:
@@ -162,14 +155,10 @@ class SharedSlots:
             self._all[slot.name] = slot
         return slot
 
-    def _take_back_of_the_dead(self) -> None:
-        """Unregister what clients of this machine that live no more have left at the server."""
-        from tritonclient.grpc import service_pb2
-
+    def _unregister_dead_clients(self) -> None:
+        """Unregister the regions of dead clients of this machine."""
         self._is_clean = True
-        for name in self._server.call(
-            "SystemSharedMemoryStatus", service_pb2.SystemSharedMemoryStatusRequest()
-        ).regions:
+        for name in self._server.call("SystemSharedMemoryStatus").regions:
             prefix, *rest = name.split(".")
             if prefix == _PREFIX and len(rest) == 4 and rest[0] == _namespace() and _started(int(rest[1])) != rest[2]:
                 self._unregister_quietly(name)
@@ -182,13 +171,13 @@ class SharedSlots:
 
 
 def _namespace() -> str:
-    """Which processes' numbers this process sees: they mean nothing in another container."""
+    """The boot and the PID namespace: process ids mean nothing in another container."""
     boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").partition("-")[0]
     return f"{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
 
 
 def _started(process: int) -> str | None:
-    """When a process was started, in clock ticks since the boot (proc(5), field 22 of stat); None: it lives no more."""
+    """When a process started, in clock ticks since boot (proc(5), field 22 of stat); None if it has ended."""
     try:
         return Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):

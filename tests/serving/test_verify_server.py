@@ -15,12 +15,12 @@ from onnx import numpy_helper
 
 from clipship.core.bundle import Bundle
 from clipship.core.cli.main import main
-from clipship.core.comparison import Verification
+from clipship.core.comparison import Verification, batch_sizes_up_to, golden_samples
 from clipship.core.errors import CheckFailed
-from clipship.export.verification.live_server import LiveServerError, verify_live
-from clipship.export.verification.verify import batch_sizes_up_to, golden_samples
+from clipship.serving import ServerUnreachable
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server.process import Server, start_server
+from clipship.serving.verify_server import verify_server
 from tests.export.verification import graph_mutations
 from tests.serving.bundles import write_bundle
 
@@ -46,7 +46,7 @@ def server(repository: Path) -> Iterator[Server]:
 
 def live(bundle: Bundle, server: Server) -> Verification:
     url, sizes = server.endpoints.url, batch_sizes_up_to(64)
-    return verify_live(bundle, url, [golden_samples(bundle)], precision="fp32", batch_sizes=sizes)
+    return verify_server(bundle, url, [golden_samples(bundle)], precision="fp32", batch_sizes=sizes)
 
 
 def test_what_is_served_equals_the_bundle(bundle: Bundle, server: Server) -> None:
@@ -125,5 +125,5 @@ def test_a_server_with_a_mistake_fails_where_it_is(
 def test_a_server_that_ends_is_one_error(bundle: Bundle, repository: Path) -> None:
     with start_server(repository) as running:
         pass
-    with pytest.raises(LiveServerError, match="no Triton answers"):
+    with pytest.raises(ServerUnreachable, match="no Triton answers"):
         live(bundle, running)
