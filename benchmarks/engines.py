@@ -3,8 +3,8 @@
     python benchmarks/engines.py --out runs/engines
     python benchmarks/engines.py --models clipship-tiny --gpus sm89 --precisions fp32 fp16 --out runs/engines
 
-A model is exported once; float16, bfloat16 and int8 forms are calibrated on scenes of the built-in world. Each row is
-one plan for one GPU with batches of 1 to 64, tuned for 8. The network is compared with the graph before it is built, so
+A model is exported once; float16, bfloat16 and int8 variants are calibrated on scenes of the built-in world. Each row
+is one plan for one GPU with batches of 1 to 64, tuned for 8. The network is compared with the graph first, so
 a row with a plan has no unsupported node and no tensor of another type than the graph's. What failed is a row with the
 reason. Rows are kept in the JSON file as they come; started again, what is there is not built again.
 """
@@ -36,7 +36,7 @@ SHOWN = ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX", "QUANTIZE
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One model's image encoder, and what its further forms are calibrated on."""
+    """One model's image encoder, and what its further variants are calibrated on."""
 
     path: Path
     specs: tuple[TensorSpec, TensorSpec]
@@ -72,7 +72,7 @@ def exported(model: str, folder: Path) -> Exported:
     return Exported(path=path, specs=specs, pixels=pixels_of(pictures_for(None)[:PICTURES], clip.image_spec))
 
 
-def form_path(one: Exported, precision: Precision) -> Path:
+def variant_path(one: Exported, precision: Precision) -> Path:
     """The graph in ``precision``, written on first use."""
     from clipship.export.precision.half_precision import typed_onnx
     from clipship.export.precision.quantization import quantized_onnx
@@ -93,7 +93,7 @@ def built(one: Exported, precision: Precision, gpu: str) -> dict[str, Any]:
 
     loaded = load_runtime("tensorrt-rtx")
     try:
-        path = form_path(one, precision)
+        path = variant_path(one, precision)
         started = time.perf_counter()
         data, found = build_plan(loaded, path, one.specs, precision, Settings(gpus=(gpu,)))
     except ClipshipError as error:

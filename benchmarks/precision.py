@@ -5,7 +5,7 @@
 
 A zero-shot bundle is packed with every precision, so each has passed its gate; the numbers are those in the bundle. The
 accuracy is over the data sets of the built-in world, through the class names and templates of each, by the runtime that
-would serve the form; bfloat16, which ONNX Runtime's CPU provider cannot run, also as the emulation that `pack` checks.
+would serve the variant. bfloat16, which ONNX Runtime's CPU provider cannot run, is measured as `pack` emulates it too.
 A model with random weights has no accuracy: --per-class 0 leaves it out.
 """
 
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.images.decoding import pixels_from_image
 from clipship.core.machine.runtimes import open_encoder
 from clipship.core.tables import Table, machine, write_table
@@ -51,7 +51,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         bundle = _packed(clip, Path(scratch) / "bundle", options.pictures)
         sets = [_labelled(clip, dataset, options.per_class) for dataset in WORLD_DATASETS if options.per_class]
-        rows = [_row(bundle, form, _top1(bundle, form, Path(scratch), sets)) for form in bundle.image_encoders]
+        rows = [_row(bundle, variant, _top1(bundle, variant, Path(scratch), sets)) for variant in bundle.image_encoders]
     cells = tuple(tuple(row[name] for name in HEADER) for row in rows)
     made = Table(title=f"{options.model}, {machine()}", header=HEADER, rows=cells)
     write_table(options.out, options.model.split("/")[0], rows, made)
@@ -82,36 +82,36 @@ def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
     return bundle_from_method(method, vocabulary, shown, out, provenance={}, profile=profile)
 
 
-def _row(bundle: Bundle, form: EncoderForm, top1: float | None) -> dict[str, str]:
-    by_openvino = form.runtime == "openvino"
+def _row(bundle: Bundle, variant: EncoderVariant, top1: float | None) -> dict[str, str]:
+    by_openvino = variant.runtime == "openvino"
     rows = [
         one
         for one in bundle.verification()["comparisons"]
-        if one["form"] == form.file
+        if one["form"] == variant.file
         and one["what"] == "images"
-        and (one["provider"] == f"OpenVINO {form.precision}" if by_openvino else "OpenVINO" not in one["provider"])
+        and (one["provider"] == f"OpenVINO {variant.precision}" if by_openvino else "OpenVINO" not in one["provider"])
     ]
-    speeds = [f"{form.speed[size]:.2f}" if size in form.speed else "-" for size in ("1", "8")]
+    speeds = [f"{variant.speed[size]:.2f}" if size in variant.speed else "-" for size in ("1", "8")]
     told = (
-        form.precision,
-        "OpenVINO" if by_openvino else "ONNX Runtime" if form.speed or form.precision == "fp32" else "emulation",
-        f"{(bundle.path / form.file).stat().st_size / 1e6:.1f}",
+        variant.precision,
+        "OpenVINO" if by_openvino else "ONNX Runtime" if variant.speed or variant.precision == "fp32" else "emulation",
+        f"{(bundle.path / variant.file).stat().st_size / 1e6:.1f}",
         f"{min(one['mean_centred_cosine'] for one in rows):.6f}",
         f"{min(one['min_centred_cosine'] for one in rows):.6f}",
-        str(len(form.kept_fp32)),
+        str(len(variant.kept_fp32)),
         *speeds,
         "-" if top1 is None else f"{top1:.2f}",
     )
     return dict(zip(HEADER, told, strict=True))
 
 
-def _top1(bundle: Bundle, form: EncoderForm, scratch: Path, sets: Sequence[Labelled]) -> float | None:
-    """The mean of the form's top-1 accuracies in per cent over ``sets``."""
-    path = bundle.path / form.file
-    if (form.runtime, form.precision) == ("onnx", "bf16"):  # for which ONNX Runtime's CPU provider has no kernels
-        path = scratch / form.file
-        emulated_onnx(bundle.path / form.file, path)
-    run = open_encoder(str(path), form.runtime, form.precision)
+def _top1(bundle: Bundle, variant: EncoderVariant, scratch: Path, sets: Sequence[Labelled]) -> float | None:
+    """The mean of the variant's top-1 accuracies in per cent over ``sets``."""
+    path = bundle.path / variant.file
+    if (variant.runtime, variant.precision) == ("onnx", "bf16"):  # for which ONNX Runtime's CPU provider has no kernels
+        path = scratch / variant.file
+        emulated_onnx(bundle.path / variant.file, path)
+    run = open_encoder(str(path), variant.runtime, variant.precision)
     return float(np.mean([_accuracy(run, *one) for one in sets])) if sets else None
 
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import PlanError, UsageError
 from clipship.core.files import sha256_of_bytes
 from clipship.core.tensorrt_plan import (
@@ -18,12 +18,12 @@ from clipship.core.tensorrt_plan import (
     Target,
     TensorRtPlan,
     capability_of,
-    form_digest,
-    form_of,
     gpu_name,
     mismatches,
     read_plan,
     validate_plan,
+    variant_digest,
+    variant_of,
     write_plan,
 )
 from clipship.core.tensors import embedding_tensor, image_tensor
@@ -50,14 +50,14 @@ HERE = Target(runtime="tensorrt", version="10.14.1.48", gpu="sm89", platform="li
 
 
 @dataclass(frozen=True)
-class OnlyForms:
+class OnlyVariants:
     """The part of a bundle that a plan is compared with."""
 
     digest_of_fp16: str
     path: Path = Path("bundle")
-    image_encoders: tuple[EncoderForm, ...] = (
-        EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),
-        EncoderForm(file="image_encoder.fp16.onnx", precision="fp16", runtime="onnx", opset=18),
+    image_encoders: tuple[EncoderVariant, ...] = (
+        EncoderVariant(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),
+        EncoderVariant(file="image_encoder.fp16.onnx", precision="fp16", runtime="onnx", opset=18),
     )
     files: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class OnlyForms:
 
 
 def bundle_with(digest: str) -> Bundle:
-    return cast(Bundle, OnlyForms(digest))
+    return cast(Bundle, OnlyVariants(digest))
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
@@ -148,19 +148,19 @@ def test_several_mismatches_are_all_named() -> None:
 
 def test_weights_in_a_file_of_their_own_count() -> None:
     bundle = bundle_with("a" * 64)
-    form = bundle.image_encoders[1]
-    alone = form_digest(bundle, form)
+    variant = bundle.image_encoders[1]
+    alone = variant_digest(bundle, variant)
     assert alone == "a" * 64
-    both = cast(Bundle, OnlyForms("a" * 64, files={"image_encoder.fp16.onnx.data": "d" * 64}))
-    other = cast(Bundle, OnlyForms("a" * 64, files={"image_encoder.fp16.onnx.data": "e" * 64}))
-    assert len({alone, form_digest(both, form), form_digest(other, form)}) == 3
-    assert form_of(INFO, both) is None
+    both = cast(Bundle, OnlyVariants("a" * 64, files={"image_encoder.fp16.onnx.data": "d" * 64}))
+    other = cast(Bundle, OnlyVariants("a" * 64, files={"image_encoder.fp16.onnx.data": "e" * 64}))
+    assert len({alone, variant_digest(both, variant), variant_digest(other, variant)}) == 3
+    assert variant_of(INFO, both) is None
 
 
 def test_the_encoders_bytes_decide_whose_plan_it_is() -> None:
-    form = form_of(INFO, bundle_with("a" * 64))
-    assert form is not None
-    assert form.precision == "fp16"
+    variant = variant_of(INFO, bundle_with("a" * 64))
+    assert variant is not None
+    assert variant.precision == "fp16"
     assert mismatches(INFO, HERE, bundle_with("a" * 64)) == ()
     (reason,) = mismatches(INFO, HERE, bundle_with("c" * 64))
     assert "image_encoder.fp16.onnx (aaaaaaaaaaaaaaaa) that bundle does not have" in reason

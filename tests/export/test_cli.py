@@ -131,4 +131,4 @@ def test_pack_and_verify_without_a_home(checkpoint: Path, images: Path, stranger
         done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"), HOME="/")
         assert done.returncode == 0, done.stderr
         assert done.stderr in ("", "verifying with 104 images of images\n")
-    assert {form.runtime for form in read_bundle(stranger_folder / "bundle").image_encoders} >= {"onnx"}
+    assert {variant.runtime for variant in read_bundle(stranger_folder / "bundle").image_encoders} >= {"onnx"}

@@ -108,7 +108,9 @@ def test_an_operator_that_a_target_does_not_have_is_named_with_its_opset(graphs:
 def test_an_operator_of_one_runtime_is_named(graphs: dict[int, Path]) -> None:
     model = onnx.load(graphs[18])
     model.graph.node.append(onnx.helper.make_node("FusedMatMul", ["a", "b"], ["c"], domain="com.microsoft"))
-    with pytest.raises(CheckFailed, match=r"FusedMatMul of com\.microsoft, which is no ONNX operator: pack a form of"):
+    with pytest.raises(
+        CheckFailed, match=r"FusedMatMul of com\.microsoft, which is no ONNX operator: pack a variant of"
+    ):
         validate_operators(model, "TensorRT", opset=18)
 
 

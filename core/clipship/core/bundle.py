@@ -44,15 +44,15 @@ REQUIRED_FILES = (IMAGE_ENCODER, TEXT_ENCODER, VOCABULARY_TENSORS, LABELS, GOLDE
 
 
 Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
+"""The type of a variant's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
-"""The runtime that a form is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
+"""The runtime that a variant is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderForm:
-    """One form of the image encoder: uint8 [N, H, W, 3] -> unit float32 [N, D] like all, each within its tolerance."""
+class EncoderVariant:
+    """One ONNX graph of the image encoder, uint8 [N, H, W, 3] -> unit float32 [N, D], and the runtime it is for."""
 
     file: str
     """Relative to the bundle."""
@@ -65,7 +65,7 @@ class EncoderForm:
     """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
     source_size: tuple[int, int] | None = None
     """(width, height) of the uint8 images [N, height, width, 3] that it takes and resizes by itself, whole images from
-    a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other forms do."""
+    a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other variants do."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field but a source size that there is none of: readers of 0.2 know no such key."""
@@ -74,7 +74,7 @@ class EncoderForm:
         return content if size is None else {**content, "source_size": list(size)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> EncoderForm:
+    def from_json(cls, content: Mapping[str, Any]) -> EncoderVariant:
         """The inverse of :meth:`to_json`.
 
         Raises:
@@ -109,8 +109,8 @@ class Golden:
 
 _NAMES: Mapping[Runtime, str] = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
-DEFAULT_ENCODER = EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
-"""The form that every bundle has."""
+DEFAULT_ENCODER = EncoderVariant(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
+"""The variant that every bundle has."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +133,12 @@ class Manifest:
     """Recipe, seed, scores and tool versions: for people, never needed to run the bundle."""
     context_length: int | None = None
     """L, the most tokens of a prompt that ``text_encoder.onnx`` takes; None: as many as its input's shape says."""
-    image_encoders: tuple[EncoderForm, ...] = (DEFAULT_ENCODER,)
-    """``image_encoder.onnx``, then the forms for a precision or a machine that the bundle was packed with."""
+    image_encoders: tuple[EncoderVariant, ...] = (DEFAULT_ENCODER,)
+    """``image_encoder.onnx``, then the variants for a precision or a machine that the bundle was packed with."""
     classifier_parts: tuple[str, ...] = ()
     """What the classifier has besides features and scale, of :data:`~clipship.core.classification.PARTS`."""
     measured_on: Processor | None = None
-    """The processor that the forms' speeds were measured on; None: unknown, the bundle is of version 0.5 or older."""
+    """The processor that the speeds were measured on; None: unknown, the bundle is of version 0.5 or older."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
@@ -156,7 +156,7 @@ class Manifest:
             },
             "embed_dim": self.embed_dim,
             "context_length": self.context_length,
-            "image_encoders": [form.to_json() for form in self.image_encoders],
+            "image_encoders": [variant.to_json() for variant in self.image_encoders],
             "classifier_parts": list(self.classifier_parts),
             "vocabulary": self.vocabulary.to_json(),
             "vocabulary_digest": self.vocabulary.digest,
@@ -186,35 +186,35 @@ class Manifest:
                 provenance=content["provenance"],
                 classifier_parts=_parts(content),
                 measured_on=_processor(content.get("measured_on")),
-                **_forms(content),
+                **_variants(content),
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
 
 
-def _no_form(precision: Precision, fitting: Sequence[tuple[EncoderForm, str]], others: str) -> str:
-    """The error text where no form of ``precision`` can run: each of ``fitting`` with its reason."""
+def _no_variant(precision: Precision, fitting: Sequence[tuple[EncoderVariant, str]], others: str) -> str:
+    """The error text where no variant of ``precision`` can run: each of ``fitting`` with its reason."""
     if not fitting:
         return (
-            f"no {precision} form of the image encoder: give one of {others}, or pack the checkpoint again with "
+            f"no {precision} variant of the image encoder: give one of {others}, or pack the checkpoint again with "
             f"--precision {precision}"
         )
-    why = "; ".join(f"{form.file} by {_NAMES[form.runtime]}: {problem}" for form, problem in fitting)
-    return f"no {precision} form of the image encoder runs there ({why}): give one of {others}"
+    why = "; ".join(f"{variant.file} by {_NAMES[variant.runtime]}: {problem}" for variant, problem in fitting)
+    return f"no {precision} variant of the image encoder runs there ({why}): give one of {others}"
 
 
-def _mean_speed(form: EncoderForm) -> float:
+def _mean_speed(variant: EncoderVariant) -> float:
     """The geometric mean over batch sizes; 1 is ``image_encoder.onnx``, 0 what could not be run."""
-    if form.speed:
-        return geometric_mean(form.speed.values())
-    return 1.0 if form.file == IMAGE_ENCODER and form.runtime == "onnx" else 0.0
+    if variant.speed:
+        return geometric_mean(variant.speed.values())
+    return 1.0 if variant.file == IMAGE_ENCODER and variant.runtime == "onnx" else 0.0
 
 
-def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
-    """Bundles written before there were several forms have the first one only."""
+def _variants(content: Mapping[str, Any]) -> dict[str, tuple[EncoderVariant, ...]]:
+    """Bundles written before there were several variants have the first one only."""
     if "image_encoders" not in content:
         return {}
-    return {"image_encoders": tuple(EncoderForm.from_json(one) for one in content["image_encoders"])}
+    return {"image_encoders": tuple(EncoderVariant.from_json(one) for one in content["image_encoders"])}
 
 
 def _processor(content: Mapping[str, Any] | None) -> Processor | None:
@@ -268,8 +268,8 @@ class Bundle:
         return isinstance(self.manifest.inputs_outputs[TEXT_ENCODER][0].shape[1], str)
 
     @property
-    def image_encoders(self) -> tuple[EncoderForm, ...]:
-        """All forms of the image encoder, ``image_encoder.onnx`` first."""
+    def image_encoders(self) -> tuple[EncoderVariant, ...]:
+        """All variants of the image encoder, ``image_encoder.onnx`` first."""
         return self.manifest.image_encoders
 
     def fastest_encoder(
@@ -279,10 +279,10 @@ class Bundle:
         *,
         processor: Processor | None = None,
         gpu: bool = False,
-    ) -> EncoderForm:
-        """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
+    ) -> EncoderVariant:
+        """Of the variants of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
 
-        A faster form that cannot run on this processor is named in the log. Forms without a measured speed come last;
+        The log names a faster variant that cannot run on this processor. Variants without a measured speed come last;
         of equally fast ones the first is taken.
 
         Args:
@@ -290,27 +290,29 @@ class Bundle:
             gpu: the encoder runs on a GPU.
 
         Raises:
-            UsageError: no form of that precision exists, or none can run there; says why, and which others there are.
+            UsageError: no variant of that precision exists, or none can run there; says why, and what else there is.
         """
-        forms = [form for form in self.image_encoders if form.source_size is None and form.runtime in runtimes]
-        judged = [(form, "" if gpu else self._problem_of(form, processor)) for form in forms]
-        fitting = [(form, problem) for form, problem in judged if form.precision == precision]
-        running = [form for form, problem in fitting if not problem]
+        variants = [
+            variant for variant in self.image_encoders if variant.source_size is None and variant.runtime in runtimes
+        ]
+        judged = [(variant, "" if gpu else self._problem_of(variant, processor)) for variant in variants]
+        fitting = [(variant, problem) for variant, problem in judged if variant.precision == precision]
+        running = [variant for variant, problem in fitting if not problem]
         if not running:
-            others = ", ".join(dict.fromkeys(form.precision for form, problem in judged if not problem))
+            others = ", ".join(dict.fromkeys(variant.precision for variant, problem in judged if not problem))
             if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
                 others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
-            raise UsageError(f"{self.path}: {_no_form(precision, fitting, others)}")
+            raise UsageError(f"{self.path}: {_no_variant(precision, fitting, others)}")
         fastest = max(running, key=_mean_speed)
-        for form, problem in fitting:
-            if problem and _mean_speed(form) > _mean_speed(fastest):
-                chosen, faster = (_NAMES[one.runtime] for one in (fastest, form))
+        for variant, problem in fitting:
+            if problem and _mean_speed(variant) > _mean_speed(fastest):
+                chosen, faster = (_NAMES[one.runtime] for one in (fastest, variant))
                 log(f"{self.path}: {chosen} runs {fastest.file}, not {faster}: {problem}")
         return fastest
 
-    def _problem_of(self, form: EncoderForm, processor: Processor | None) -> str:
-        """Why ``form`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
-        runtime, precision, measured_on = form.runtime, form.precision, self.manifest.measured_on
+    def _problem_of(self, variant: EncoderVariant, processor: Processor | None) -> str:
+        """Why ``variant`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
+        runtime, precision, measured_on = variant.runtime, variant.precision, self.manifest.measured_on
         never = never_runs(runtime, precision)
         if never or processor is None:
             return never

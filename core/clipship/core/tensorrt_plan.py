@@ -15,7 +15,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision
+from clipship.core.bundle import Bundle, EncoderVariant, Precision
 from clipship.core.errors import PlanError, UsageError, near
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.tensors import TensorSpec
@@ -116,9 +116,9 @@ class PlanInfo:
     input: TensorSpec
     output: TensorSpec
     onnx_file: str
-    """The form of the bundle that it was built from."""
+    """The variant of the bundle that it was built from."""
     onnx_digest: str
-    """What :func:`form_digest` says of it."""
+    """What :func:`variant_digest` says of it."""
     bundle_digest: str
     plan_digest: str
     """SHA-256 of ``model.plan``."""
@@ -240,14 +240,16 @@ def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = No
         raise PlanError(f"{plan.path}: {'; '.join(reasons)}")
 
 
-def form_of(info: PlanInfo, bundle: Bundle) -> EncoderForm | None:
-    """The form of ``bundle`` that the plan was built from, None when it is of other bytes."""
-    return next((form for form in bundle.image_encoders if form_digest(bundle, form) == info.onnx_digest), None)
+def variant_of(info: PlanInfo, bundle: Bundle) -> EncoderVariant | None:
+    """The variant of ``bundle`` that the plan was built from, None when it is of other bytes."""
+    return next(
+        (variant for variant in bundle.image_encoders if variant_digest(bundle, variant) == info.onnx_digest), None
+    )
 
 
-def form_digest(bundle: Bundle, form: EncoderForm) -> str:
-    """The SHA-256 of the form's ONNX file; with weights in ``<file>.data``, that of both digests, one a line."""
-    digests = [bundle.files[name] for name in (form.file, f"{form.file}.data") if name in bundle.files]
+def variant_digest(bundle: Bundle, variant: EncoderVariant) -> str:
+    """The SHA-256 of the variant's ONNX file; with weights in ``<file>.data``, that of both digests, one a line."""
+    digests = [bundle.files[name] for name in (variant.file, f"{variant.file}.data") if name in bundle.files]
     return digests[0] if len(digests) == 1 else sha256_of_text("\n".join(digests))
 
 
@@ -301,7 +303,7 @@ def _weights_reason(info: PlanInfo, target: Target) -> str | None:
 
 def _bundle_reason(info: PlanInfo, bundle: Bundle | None) -> str | None:
     """The encoder's bytes decide: a bundle that only has other class names since is still the plan's."""
-    if bundle is None or form_of(info, bundle) is not None:
+    if bundle is None or variant_of(info, bundle) is not None:
         return None
     source = f"{info.onnx_file} ({info.onnx_digest[:16]})"
     return f"it was built from an {source} that {bundle.path} does not have: {_again('from this one')}"

@@ -1,4 +1,4 @@
-"""What a form, a decoder or a classifier may differ from its reference by, and whether it does.
+"""What a variant, a decoder or a classifier may differ from its reference by, and whether it does.
 
 **Cosine.** All CLIP features of one model share a large part, and in a model with random weights little else, so that
 two quite different images have a cosine of 0.99 and an error hides in it. The *centred* cosine is taken after the mean
@@ -27,7 +27,7 @@ _FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: th
 
 @dataclass(frozen=True, kw_only=True)
 class Tolerance:
-    """What a form may differ from its reference by; an infinite limit is none."""
+    """What a variant may differ from its reference by; an infinite limit is none."""
 
     max_abs: float = math.inf
     """Largest difference of any value of the unit features."""
@@ -53,9 +53,9 @@ class Tolerance:
     def of_few(self, images: int = 0) -> Tolerance:
         """The same limits for each image, and wider ones for the means of few ``images``; 0: none for the means.
 
-        A form may be held to the means on hundreds of images and just reach them; those of a few of these images are
+        A variant may be held to the means on hundreds of images and just reach them; those of a few of these images are
         below by chance. The errors' spread is about half their mean, so ``2 / sqrt(images)`` of it is four standard
-        deviations: the golden samples refuse no such form, and all that is clearly worse.
+        deviations: the golden samples refuse no such variant, and all that is clearly worse.
         """
         if images == 0:
             return replace(self, mean_cosine=-math.inf, mean_centred_cosine=-math.inf)
@@ -86,8 +86,8 @@ TOLERANCES: dict[str, Tolerance] = {
 fp32 has a gate on the centred cosine that is far above its noise (1e-12): weights that went through float16, or the
 tanh formula of GELU, move single values by about 1e-4, and in a model with more dimensions by less than that. Text
 features are averaged and kept, so they are held to a tenth of the image features' tolerance. Errors below the rounding
-of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a form is made from an
-fp32 graph that has passed; what int8 costs on labelled images benchmarks/precision.py measures.
+of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a variant is made
+from an fp32 graph that has passed. benchmarks/precision.py measures what int8 costs on labelled images.
 """
 
 RULE_ATOL = 1e-4

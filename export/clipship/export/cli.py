@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "source_sizes",
     metavar="WIDTHxHEIGHT",
     multiple=True,
-    help="Keep a form that resizes whole images of this size in the graph; may be given several times.",
+    help="Keep a variant that resizes whole images of this size in the graph; may be given several times.",
 )
 @click.option("--allow-random-weights", is_flag=True, help="Pack a model whose weights nobody has trained.")
 @json_option
@@ -103,10 +103,10 @@ def pack(
         profile=Profile(opset=int(opset), precisions=tuple(dict.fromkeys(precisions)), source_sizes=sizes),
     )
     result = {"bundle": str(out), "digest": bundle.digest, "classes": len(words), **bundle.verification()}
-    result["image_encoders"] = [form.to_json() for form in bundle.image_encoders]
+    result["image_encoders"] = [variant.to_json() for variant in bundle.image_encoders]
     line = f"{out}: {len(words)} classes, verified on {len(pictures)} images, digest {bundle.digest[:16]}"
-    forms = (speed_line(form) for form in bundle.image_encoders[1:])
-    emit(result, "\n".join([line, *forms]), as_json=as_json)
+    variants = (speed_line(variant) for variant in bundle.image_encoders[1:])
+    emit(result, "\n".join([line, *variants]), as_json=as_json)
 
 
 def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Whole images of one size, as a form with a source size takes them: for its comparisons.
+"""Whole images of one size, as a variant with a source size takes them: for its comparisons.
 
 Legend: N images, H0 x W0 their size, S = side of the encoder's input in pixels, D features.
 """
@@ -16,7 +16,7 @@ from clipship.core.errors import DataError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, decode_image, pixels_from_image
 
 SAMPLES = 16
-"""Images that a form is compared on; those of a camera are large."""
+"""Images that a variant is compared on; those of a camera are large."""
 
 
 @dataclass(frozen=True, kw_only=True)

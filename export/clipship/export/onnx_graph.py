@@ -196,7 +196,7 @@ def validate_operators(
     unknown += [f"{name}, which opset {since} has" for name, since in late.items()]
     if unknown:
         best = max((one for one in OPSETS if one <= opset), default=OPSETS[0])
-        advice = f"pack with --opset {best}" if late else "pack a form of ONNX's own operators"
+        advice = f"pack with --opset {best}" if late else "pack a variant of ONNX's own operators"
         raise CheckFailed(f"{target} does not know {'; '.join(unknown)}: {advice}")
 
 

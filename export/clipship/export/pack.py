@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core import tensors
-from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatures, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, Manifest, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.bundle import validate_folder as validate_folder
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
@@ -30,7 +30,7 @@ from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import TextEncoder
 from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.onnx_graph import onnx_from_module
-from clipship.export.precision.encoder_variants import Evidence, Profile, encoder_forms
+from clipship.export.precision.encoder_variants import Evidence, Profile, encoder_variants
 from clipship.export.reference import (
     GOLDEN_COUNT,
     Picture,
@@ -39,7 +39,7 @@ from clipship.export.reference import (
     pixels_of,
     validate_classifier,
 )
-from clipship.export.resize_graph import write_source_form
+from clipship.export.resize_graph import write_source_variant
 from clipship.export.tokenizer import tokenizer_from_open_clip
 from clipship.export.verification.verify import Verification
 from clipship.training.model.prompts import is_causal
@@ -67,7 +67,7 @@ def bundle_from_method(
     name stays. ``temperature`` is the checkpoint's: the logit scale is divided by it, so that what is served is
     calibrated as in PyTorch. ``profile`` says which opset the graphs are of, and which reduced precisions of the image
     encoder stand beside the float32 one; they are calibrated on ``pictures``. It also says for which sizes of whole
-    images there is a form that resizes them by itself.
+    images there is a variant that resizes them by itself.
 
     Raises:
         CheckFailed: a comparison is out of tolerance, also of a reduced precision; the message is the whole table.
@@ -97,18 +97,18 @@ def bundle_from_method(
         if not verification:
             raise CheckFailed(f"the export does not equal PyTorch, nothing was written: {verification}")
         evidence = Evidence(pixels=pixels, expected=expected, classifier=features)
-        forms, verified = encoder_forms(folder, profile, evidence, report, 5)
+        variants, verified = encoder_variants(folder, profile, evidence, report, 5)
         verification += verified
         for done, size in enumerate(profile.source_sizes, start=5 + len(profile.precisions)):
             report(done, "{} x {} images".format(*size))
             told = _metadata(method, vocabulary)
-            form, comparisons = write_source_form(
+            variant, comparisons = write_source_variant(
                 method, size, folder, pictures, classifier=features, metadata=told, profile=profile
             )
-            forms.append(form)
+            variants.append(variant)
             verification += Verification(comparisons)
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
-        write_manifest(folder, _manifest(method, vocabulary, features, forms, provenance))
+        write_manifest(folder, _manifest(method, vocabulary, features, variants, provenance))
     return read_bundle(out)
 
 
@@ -241,7 +241,7 @@ def _manifest(
     method: Method,
     vocabulary: Vocabulary,
     features: VocabularyFeatures,
-    forms: Sequence[EncoderForm],
+    variants: Sequence[EncoderVariant],
     provenance: dict[str, Any],
 ) -> Manifest:
     clip = method.clip
@@ -264,11 +264,11 @@ def _manifest(
         context_length=clip.context_length,
         vocabulary=replace(vocabulary, templates=method.templates),
         classifier_parts=features.parts,
-        image_encoders=tuple(forms),
+        image_encoders=tuple(variants),
         measured_on=this_processor(),
         provenance={
             **provenance,
-            "opset": forms[0].opset,
+            "opset": variants[0].opset,
             "python": platform.python_version(),
             "packages": versions,
         },

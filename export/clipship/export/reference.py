@@ -1,4 +1,4 @@
-"""PyTorch's side of every comparison: the features of images and class names that an exported form must give too.
+"""PyTorch's side of every comparison: the features of images and class names that an exported variant must give too.
 
 Shape legend: N images, H = W pixels, C class names, D features.
 """

@@ -13,7 +13,7 @@ from typing import get_args
 import pytest
 import torch
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision
+from clipship.core.bundle import Bundle, EncoderVariant, Precision
 from clipship.core.errors import CheckFailed, PlanError, UsageError
 from clipship.core.files import sha256_of
 from clipship.core.tensorrt_plan import BatchProfile, read_plan
@@ -25,18 +25,18 @@ from clipship.export.tensorrt import build
 from clipship.export.tensorrt.build import (
     Settings,
     Steps,
-    form_for,
     plan_from_bundle,
     read_timing_cache,
     refit_plan,
     validate_switches,
+    variant_for,
     write_timing_cache,
 )
 from clipship.export.tensorrt.run import load_plan, run_plan
 from clipship.export.tensorrt.runtime import RUNTIMES, Loaded, deprecations_allowed, gpu_here
 from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of
-from tests.export.tensorrt.graphs import one_node_model, with_forms
+from tests.export.tensorrt.graphs import one_node_model, with_variants
 
 SETTINGS = Settings(gpus=("sm89",), profile=BatchProfile(least=1, best=2, most=7))
 
@@ -49,9 +49,9 @@ def test_every_precision_builds_and_says_what_it_is(
 ) -> None:
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision=precision, settings=SETTINGS)
     info = plan.info
-    form = form_for(bundle, precision)
+    variant = variant_for(bundle, precision)
     assert (info.runtime, info.runtime_version, info.gpus) == ("tensorrt-rtx", rtx.version, ("sm89",))
-    assert info.onnx_digest == sha256_of(bundle.path / form.file)
+    assert info.onnx_digest == sha256_of(bundle.path / variant.file)
     assert info.plan_digest == sha256_of(plan.file)
     assert info.plan_bytes == plan.file.stat().st_size > 50_000
     assert (info.input.dtype, info.output.dtype) == ("uint8", "float32")
@@ -157,9 +157,9 @@ def test_switches_that_a_runtime_lacks_are_refused(settings: Settings, message: 
 
 
 def odd_bundle(bundle: Bundle, out: Path, data: bytes) -> Bundle:
-    """``bundle`` with ``data`` for its float16 form."""
-    form = EncoderForm(file="odd.onnx", precision="fp16", runtime="onnx", opset=18)
-    return with_forms(bundle, out, [(form, data)])
+    """``bundle`` with ``data`` for its float16 variant."""
+    variant = EncoderVariant(file="odd.onnx", precision="fp16", runtime="onnx", opset=18)
+    return with_variants(bundle, out, [(variant, data)])
 
 
 def test_a_graph_that_cannot_be_built_leaves_the_old_plan(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
@@ -188,9 +188,9 @@ def test_a_full_disk_leaves_no_half_plan(
 
 
 def test_a_precision_that_the_bundle_lacks(bundle: Bundle, tmp_path: Path) -> None:
-    only = with_forms(bundle, tmp_path / "only", [])
-    with pytest.raises(UsageError, match="no int8 form for TensorRT, it has fp32"):
-        form_for(only, "int8")
+    only = with_variants(bundle, tmp_path / "only", [])
+    with pytest.raises(UsageError, match="no int8 variant for TensorRT, it has fp32"):
+        variant_for(only, "int8")
 
 
 def test_a_folder_of_something_else_is_left_alone(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
-"""This machine's processor, and whether a form of the image encoder runs on it as it did where it was measured.
+"""This machine's processor, and whether a variant of the image encoder runs on it as it did where it was measured.
 
-What a runtime lacks an instruction for it emulates, several times slower and without a word. So a form's speed is worth
-something only where the processor has what the one had that it was measured on.
+A runtime silently emulates what the processor has no instruction for, several times slower. So a measured speed counts
+only on a processor with the instruction sets of the one it was measured on.
 
 This file needs the standard library only; a copy of it lies beside the model that runs inside Triton.
 """
@@ -74,14 +74,14 @@ def this_processor() -> Processor:
 
 
 def never_runs(runtime: str, precision: str) -> str:
-    """Why no processor computes a form of ``precision`` by ``runtime``; empty where some do."""
+    """Why no processor computes a variant of ``precision`` by ``runtime``; empty where some do."""
     if (runtime, precision) == ("onnx", "bf16"):
         return "it has bfloat16 kernels for GPUs only"
     return ""
 
 
 def emulates(runtime: str, precision: str, processor: Processor) -> str:
-    """Why ``processor`` does not compute a form of ``precision`` by ``runtime`` as what it is; empty where it does."""
+    """Why ``runtime`` would emulate ``precision`` on ``processor``; empty where it has the instructions."""
     needed = NEEDED.get((runtime, precision), ())
     if needed and len(processor.lacks(needed)) == len(needed):
         return f"{processor.name} has neither {' nor '.join(needed)}, so it would emulate {precision}, slower than fp32"
@@ -89,9 +89,9 @@ def emulates(runtime: str, precision: str, processor: Processor) -> str:
 
 
 def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> str:
-    """Why the speed of a form says nothing about ``processor``; empty where it does, and for ONNX Runtime's forms.
+    """Why the measured speed of a variant does not hold on ``processor``; empty where it does.
 
-    Those are the portable ones, which need no speed to be chosen.
+    ONNX Runtime's variants are the portable ones: they are chosen without a speed.
 
     Args:
         measured_with: instruction sets of the processor that the speed was measured on; none where nobody knows.
@@ -102,7 +102,7 @@ def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[s
 
 
 def runtime_here(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> tuple[str, str]:
-    """Who runs, on ``processor``, a form that ``runtime`` was the fastest with; and why that is another one, if it is.
+    """The runtime for a variant on ``processor`` where ``runtime`` was the fastest elsewhere; and why it is another.
 
     Raises:
         RuntimeError: nobody does, at the speed that the precision is for; says what to do.

@@ -1,4 +1,4 @@
-"""Further forms of a bundle's image encoder: written, held to their tolerance, and timed against the float32 form.
+"""The variants of a bundle's image encoder: writes them, holds them to their tolerance, times them against float32.
 
 Shape legend: N images, H = W pixels, D features.
 """
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
+from clipship.core.bundle import IMAGE_ENCODER, EncoderVariant, Precision, VocabularyFeatures
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.machine.processor import this_processor
 from clipship.core.progress import Report, log
@@ -38,7 +38,7 @@ from clipship.export.verification.runners import (
 from clipship.export.verification.verify import Comparison, Verification, verify_runner
 
 REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
-"""What can stand beside the float32 form."""
+"""What can stand beside the float32 variant."""
 
 SPEED_BATCHES = (1, 8)
 
@@ -58,7 +58,7 @@ _GAIN = 1.05  # less than that is within what two runs of the same file differ b
 
 @dataclass(frozen=True, kw_only=True)
 class Evidence:
-    """What a form is calibrated on and compared with."""
+    """What a variant is calibrated on and compared with."""
 
     pixels: NDArray[np.uint8]
     """[N, H, W, 3] of real images."""
@@ -83,11 +83,11 @@ class Profile:
     opset: int = OPSET
     """One of :data:`~clipship.export.onnx_graph.OPSETS`."""
     precisions: tuple[Precision, ...] = ()
-    """Forms of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
+    """Variants of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
     external_bytes: int = EXTERNAL_BYTES
     """Weights above this size stand in a file of their own."""
     source_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of whole images that a float32 form of its own takes, each once: see ``resize_graph.py``."""
+    """(width, height) of whole images that a float32 variant of its own takes, each once: see ``resize_graph.py``."""
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -108,35 +108,35 @@ class Profile:
             validate_image_count(images)
 
 
-def encoder_forms(
+def encoder_variants(
     folder: Path, profile: Profile, evidence: Evidence, report: Report, done: int
-) -> tuple[list[EncoderForm], Verification]:
-    """``image_encoder.onnx`` in ``folder``, and beside it a form for each precision of ``profile``, compared.
+) -> tuple[list[EncoderVariant], Verification]:
+    """``image_encoder.onnx`` in ``folder``, and beside it a variant for each precision of ``profile``, compared.
 
     Args:
         report: is told of each precision, ``done`` units being done before.
 
     Raises:
-        CheckFailed: a form is out of its tolerance.
+        CheckFailed: a variant is out of its tolerance.
     """
-    forms = [EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=profile.opset)]
+    variants = [EncoderVariant(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=profile.opset)]
     total = Verification(())
     for position, precision in enumerate(profile.precisions):
         report(done + position, precision)
-        form, comparisons = reduced_form(folder, precision, profile.opset, evidence)
-        forms.append(form)
+        variant, comparisons = reduced_variant(folder, precision, profile.opset, evidence)
+        variants.append(variant)
         total += Verification(comparisons)
-    further, verified = openvino_forms(folder, tuple(forms), evidence)
-    return [*forms, *further], total + verified
+    further, verified = openvino_variants(folder, tuple(variants), evidence)
+    return [*variants, *further], total + verified
 
 
-def reduced_form(
+def reduced_variant(
     folder: Path, precision: Precision, opset: int, evidence: Evidence
-) -> tuple[EncoderForm, tuple[Comparison, ...]]:
-    """Write the ``precision`` form of ``image_encoder.onnx`` into ``folder``; returns it, and how it compares.
+) -> tuple[EncoderVariant, tuple[Comparison, ...]]:
+    """Write the ``precision`` variant of ``image_encoder.onnx`` into ``folder``; returns it, and how it compares.
 
     Raises:
-        CheckFailed: the form is out of its tolerance; the message is the table.
+        CheckFailed: the variant is out of its tolerance; the message is the table.
         DataError: fewer than 32 images.
     """
     source, path = folder / IMAGE_ENCODER, folder / f"image_encoder.{precision}.onnx"
@@ -150,41 +150,43 @@ def reduced_form(
         table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in comparisons)
         raise CheckFailed(f"{precision} is not close enough to PyTorch, nothing was written:\n{table}")
     speed = onnx_speed(source, path, evidence.pixels)
-    form = EncoderForm(file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed)
-    return form, comparisons
+    variant = EncoderVariant(
+        file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed
+    )
+    return variant, comparisons
 
 
-def openvino_forms(
-    folder: Path, forms: Sequence[EncoderForm], evidence: Evidence
-) -> tuple[list[EncoderForm], Verification]:
-    """What OpenVINO makes of ``forms``, where it is installed: no files of their own, but another speed.
+def openvino_variants(
+    folder: Path, variants: Sequence[EncoderVariant], evidence: Evidence
+) -> tuple[list[EncoderVariant], Verification]:
+    """What OpenVINO makes of ``variants``, where it is installed: no files of their own, but another speed.
 
-    bfloat16 it computes from the float32 file, whose weights it rounds itself. A form that is out of its tolerance, or
-    that this processor cannot compute, is left out: nobody asked for it. The log and the verification say why.
+    OpenVINO computes bfloat16 from the float32 file, whose weights it rounds itself. A variant out of tolerance, or
+    one that this processor cannot compute, is left out, as nobody requested it. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
-        missing = "the bundle offers no form by OpenVINO, which was not installed where it was packed"
+        missing = "the bundle offers no variant by OpenVINO, which was not installed where it was packed"
         return [], Verification((), skipped=(missing,))
     portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
     offered, total = [], Verification(())
-    for form in forms:
-        if form.source_size is not None or form.precision not in _OPENVINO_FILES:
+    for variant in variants:
+        if variant.source_size is not None or variant.precision not in _OPENVINO_FILES:
             continue
-        path = folder / _OPENVINO_FILES[form.precision]
+        path = folder / _OPENVINO_FILES[variant.precision]
         try:
-            run = openvino_function(path, form.precision)
+            run = openvino_function(path, variant.precision)
         except NotRunnable as error:
             total += _left_out(f"the bundle does not offer {error}")
             continue
-        comparisons = _rows(run, f"OpenVINO {form.precision}", path, form.precision, evidence)
+        comparisons = _rows(run, f"OpenVINO {variant.precision}", path, variant.precision, evidence)
         if not all(comparisons):
             why = "; ".join(dict.fromkeys(failure for one in comparisons for failure in one.failures))
-            about = f"{path.name}: {form.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
+            about = f"{path.name}: {variant.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
             total += _left_out(f"the bundle does not offer {about}: {why}")
             continue
-        kept = form.kept_fp32 if path.name == form.file else ()
+        kept = variant.kept_fp32 if path.name == variant.file else ()
         speed = speed_ratios(portable, run, evidence.pixels)
-        offered.append(replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
+        offered.append(replace(variant, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
         total += Verification(comparisons)
     return offered, total
 
@@ -223,15 +225,15 @@ def _as_without_vnni(path: Path, kernels: Run, evidence: Evidence) -> tuple[Comp
     return _row(emulated_int8(path), "int8, emulated", path, "int8", evidence, (len(evidence.pixels),))
 
 
-def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
+def _rows(run: Run, name: str, variant: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
     return (
-        *_row(run, name, form, precision, evidence, _COMPARED_BATCHES),
-        *_row(run, name, form, precision, evidence.golden(), _COMPARED_BATCHES[:1]),
+        *_row(run, name, variant, precision, evidence, _COMPARED_BATCHES),
+        *_row(run, name, variant, precision, evidence.golden(), _COMPARED_BATCHES[:1]),
     )
 
 
 def _row(
-    run: Run, name: str, form: Path, precision: Precision, evidence: Evidence, batch_sizes: Sequence[int]
+    run: Run, name: str, variant: Path, precision: Precision, evidence: Evidence, batch_sizes: Sequence[int]
 ) -> tuple[Comparison, ...]:
     return verify_runner(
         Runner(name=name, run=run),
@@ -241,7 +243,7 @@ def _row(
         references=evidence.classifier,
         tolerance=TOLERANCES[precision],
         batch_sizes=batch_sizes,
-        form=form.name,
+        form=variant.name,
         reference=evidence.reference,
     )
 
@@ -274,16 +276,17 @@ def speed_ratio(slow: Run, fast: Run, pixels: NDArray[np.uint8]) -> float:
     return round(first / second, 2)
 
 
-def speed_line(form: EncoderForm) -> str:
-    """What ``form`` gains here, for people."""
-    if form.source_size is not None:
-        width, height = form.source_size
-        return f"{form.file}: {form.precision}; takes whole images of {width} x {height} and resizes them in the graph"
-    kept = f", {len(form.kept_fp32)} nodes kept in float32" if form.kept_fp32 else ""
-    by = " by OpenVINO" if form.runtime == "openvino" else ""
-    about = f"{form.file}: {form.precision}{by}{kept}"
-    if not form.speed:
+def speed_line(variant: EncoderVariant) -> str:
+    """What ``variant`` gains here, for people."""
+    if variant.source_size is not None:
+        width, height = variant.source_size
+        takes = f"takes whole images of {width} x {height} and resizes them in the graph"
+        return f"{variant.file}: {variant.precision}; {takes}"
+    kept = f", {len(variant.kept_fp32)} nodes kept in float32" if variant.kept_fp32 else ""
+    by = " by OpenVINO" if variant.runtime == "openvino" else ""
+    about = f"{variant.file}: {variant.precision}{by}{kept}"
+    if not variant.speed:
         return f"{about}; ONNX Runtime's CPU provider cannot run it, so no speed was measured"
-    ratios = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in form.speed.items())
-    gains = max(form.speed.values()) >= _GAIN
+    ratios = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in variant.speed.items())
+    gains = max(variant.speed.values()) >= _GAIN
     return f"{about}; {'' if gains else 'gains nothing here: '}{ratios} the speed of {IMAGE_ENCODER} by ONNX Runtime"

@@ -133,7 +133,7 @@ def _first_that_passes(
 
 
 def _closeness(comparison: Comparison) -> float:
-    """What the better of two forms has more of; a form that gives NaN is the worst."""
+    """What the better of two variants has more of; a variant that gives NaN is the worst."""
     return -1.0 if comparison.problem else comparison.mean_centred_cosine
 
 

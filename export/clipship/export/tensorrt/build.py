@@ -1,4 +1,4 @@
-"""From one form of a bundle's image encoder to a plan on disk, and from a plan without weights to one with them.
+"""From one variant of a bundle's image encoder to a plan on disk, and from a plan without weights to one with them.
 
 Shape legend: N images, H = W pixels, D features.
 """
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderForm, Precision
+from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderVariant, Precision
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, sha256_of_bytes, write_bytes_atomic
 from clipship.core.progress import Report, log, progress
@@ -24,10 +24,10 @@ from clipship.core.tensorrt_plan import (
     BatchProfile,
     PlanInfo,
     TensorRtPlan,
-    form_digest,
-    form_of,
     read_plan,
     validate_plan,
+    variant_digest,
+    variant_of,
     write_plan,
 )
 from clipship.core.tensors import TensorSpec
@@ -79,19 +79,19 @@ def plan_from_bundle(
     """Build the plan of ``bundle``'s image encoder in ``precision`` and write it to the folder ``out``.
 
     Raises:
-        UsageError: no such form, GPU, or switch of this runtime; an operator that the runtime does not have (named);
+        UsageError: no such variant, GPU, or switch of this runtime; an operator that the runtime does not have (named);
             ``out`` holds something else.
         CheckFailed: the parsed network is not what the graph says, or the runtime could not build it.
         OSError: the disk is full. In every case ``out`` is left as it was.
     """
     validate_folder(out)
     validate_switches(loaded.runtime, settings)
-    form = form_for(bundle, precision)
+    variant = variant_for(bundle, precision)
     gpus = validated_gpus(loaded, settings.gpus)
     _validate_stripping(loaded, settings)
     specs = bundle.manifest.inputs_outputs[IMAGE_ENCODER]
     started = time.monotonic()
-    data, inspection = build_plan(loaded, bundle.path / form.file, specs, precision, replace(settings, gpus=gpus))
+    data, inspection = build_plan(loaded, bundle.path / variant.file, specs, precision, replace(settings, gpus=gpus))
     info = PlanInfo(
         runtime=loaded.runtime.name,
         runtime_version=loaded.version,
@@ -101,8 +101,8 @@ def plan_from_bundle(
         profile=settings.profile,
         input=specs[0],
         output=specs[1],
-        onnx_file=form.file,
-        onnx_digest=form_digest(bundle, form),
+        onnx_file=variant.file,
+        onnx_digest=variant_digest(bundle, variant),
         bundle_digest=bundle.digest,
         plan_digest=sha256_of_bytes(data),
         plan_bytes=len(data),
@@ -117,19 +117,21 @@ def plan_from_bundle(
     return _written(out, data, info)
 
 
-def form_for(bundle: Bundle, precision: Precision) -> EncoderForm:
-    """The form of ``precision`` that every ONNX runtime can read.
+def variant_for(bundle: Bundle, precision: Precision) -> EncoderVariant:
+    """The variant of ``precision`` that every ONNX runtime can read.
 
     Raises:
         UsageError: the bundle has none; lists what it has.
     """
-    portable = [form for form in bundle.image_encoders if form.runtime == "onnx" and form.source_size is None]
-    for form in portable:
-        if form.precision == precision:
-            return form
-    has = ", ".join(form.precision for form in portable)
+    portable = [
+        variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None
+    ]
+    for variant in portable:
+        if variant.precision == precision:
+            return variant
+    has = ", ".join(variant.precision for variant in portable)
     raise UsageError(
-        f"{bundle.path}: no {precision} form for TensorRT, it has {has}: pack it with {precision}, or choose"
+        f"{bundle.path}: no {precision} variant for TensorRT, it has {has}: pack it with {precision}, or choose"
     )
 
 
@@ -347,9 +349,9 @@ def refit_plan(plan: TensorRtPlan, bundle: Bundle, out: Path) -> TensorRtPlan:
     loaded = load_runtime(plan.info.runtime)
     validate_plan(plan, loaded.target(puts_weights_back=True), bundle)
     validate_plan(plan, loaded.target(gpu=require_gpu(), puts_weights_back=True))
-    form = form_of(plan.info, bundle)
-    assert form is not None, "validate_plan has looked"
-    data = _refitted(loaded, engine_from_plan(loaded, plan), bundle.path / form.file)
+    variant = variant_of(plan.info, bundle)
+    assert variant is not None, "validate_plan has looked"
+    data = _refitted(loaded, engine_from_plan(loaded, plan), bundle.path / variant.file)
     info = replace(plan.info, weights_stripped=False, plan_bytes=len(data), plan_digest=sha256_of_bytes(data))
     return _written(out, data, info)
 

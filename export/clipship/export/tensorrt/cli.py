@@ -30,7 +30,7 @@ from clipship.core.tensorrt_plan import BatchProfile, PlanRuntime, TensorRtPlan,
     type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
     default="fp32",
     show_default=True,
-    help="Which form of the bundle's image encoder to build from.",
+    help="Which variant of the bundle's image encoder to build from.",
 )
 @click.option("--min-batch", default=1, show_default=True, help="The smallest batch it takes.")
 @click.option("--opt-batch", type=int, help="The batch it is tuned for. [default: 8, or the nearest that it takes]")

@@ -111,7 +111,7 @@ def let_attention_decompose(loaded: Loaded, network: Any) -> None:
 def inspect_network(
     network: Any, model: onnx.ModelProto, specs: tuple[TensorSpec, TensorSpec], precision: Precision
 ) -> Inspection:
-    """Compare a parsed ``network`` with the graph ``model`` and with what a form of ``precision`` promises."""
+    """Compare a parsed ``network`` with the graph ``model`` and with what a variant of ``precision`` promises."""
     layers = tuple(layers_of(network))
     expected = types_from_graph(model)
     found = {name: dtype for layer in layers for name, dtype in layer.outputs.items()}
@@ -177,7 +177,7 @@ def _edge_problems(network: Any, specs: tuple[TensorSpec, TensorSpec]) -> Iterat
 
 
 def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterator[str]:
-    """LayerNorm and softmax are float32 in every form; a form has the products or the Q/DQ layers it is named after."""
+    """Every variant has LayerNorm and softmax in float32, and the products or Q/DQ layers that its precision names."""
     for layer in layers:
         types = {*layer.inputs, *layer.outputs.values()}
         if layer.kind in ALWAYS_FLOAT and not types <= {"FLOAT", "INT64", "INT32"}:
@@ -185,9 +185,10 @@ def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterat
     products = Counter(dtype for layer in layers if layer.kind in PRODUCTS for dtype in layer.outputs.values())
     wanted = PRODUCT_TYPES.get(precision)
     if wanted and not products[wanted]:
-        yield f"no matrix product is {wanted}, they are {', '.join(products) or 'absent'}: this is no {precision} form"
+        found = ", ".join(products) or "absent"
+        yield f"no matrix product is {wanted}, they are {found}: this is no {precision} variant"
     if precision == "int8" and not any(layer.kind == "QUANTIZE" for layer in layers):
-        yield "it has no QUANTIZE layer: this is no int8 form"
+        yield "it has no QUANTIZE layer: this is no int8 variant"
 
 
 def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
@@ -214,6 +215,6 @@ def _provenance(node: onnx.NodeProto, opsets: Mapping[str, int], since: int | No
 
 def _way_out(node: onnx.NodeProto, since: int | None) -> str:
     if since is None:
-        return "choose a form of the bundle that any ONNX runtime can run (--precision)"
+        return "choose a variant of the bundle that any ONNX runtime can run (--precision)"
     lower = f", with an opset below {since}" if since > OPSET else ""
     return f"pack the bundle again with this clipship{lower}"

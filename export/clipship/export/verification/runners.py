@@ -1,4 +1,4 @@
-"""Who can run a form of an encoder here: ONNX Runtime's providers, OpenVINO, a TensorRT plan; each a plain function.
+"""Who can run a variant of an encoder here: ONNX Runtime's providers, OpenVINO, a TensorRT plan; each a plain function.
 
 A runtime that silently does something else than it was asked is the trap of this module: ONNX Runtime puts nodes on
 another provider, OpenVINO computes in another precision. Both are looked at after they ran, and refused.
@@ -45,7 +45,7 @@ class NotRunnable(CheckFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """A form, loaded by a runtime that has been seen to do what it was asked."""
+    """A variant, loaded by a runtime that has been seen to do what it was asked."""
 
     name: str
     """The provider or runtime, for tables."""

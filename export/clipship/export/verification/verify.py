@@ -1,4 +1,4 @@
-"""Every exported form against its reference, by the runtime that serves it.
+"""Every exported variant against its reference, by the runtime that serves it.
 
 The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``clipship/core/comparison.py``
 defines the other numbers.
@@ -25,7 +25,7 @@ from clipship.core.bundle import (
     LABELS,
     VOCABULARY_TENSORS,
     Bundle,
-    EncoderForm,
+    EncoderVariant,
     VocabularyFeatures,
 )
 from clipship.core.comparison import Answers, Comparison, Verification, compare_answers, compare_features
@@ -81,7 +81,7 @@ _FEW = 16  # rows at every batch size but the largest: those show that a batch s
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationSamples:
-    """Images and what every form must give for them."""
+    """Images and what every variant must give for them."""
 
     what: str
     """ "golden samples" or "images"."""
@@ -192,40 +192,40 @@ def verify_bundle(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     providers: Sequence[str] | None = None,
 ) -> Verification:
-    """Every form that the bundle offers, by the runtime that serves it, on ``samples``: ONNX Runtime, or OpenVINO.
+    """Every variant that the bundle offers, by the runtime that serves it, on ``samples``: ONNX Runtime, or OpenVINO.
 
     What was left out when the bundle was packed is named among what is not compared.
 
     Args:
         samples: None: the golden samples.
-        providers: of ONNX Runtime, which must run every form; None: those of this machine, where they can.
+        providers: of ONNX Runtime, which must run every variant; None: those of this machine, where they can.
 
     Raises:
-        NotRunnable: one of the given ``providers`` is not here, or cannot run a form.
+        NotRunnable: one of the given ``providers`` is not here, or cannot run a variant.
     """
     chosen = samples or [golden_samples(bundle)]
     total = Verification((), answers=(compare_classifier(bundle),), skipped=_not_offered(bundle))
-    forms = bundle.image_encoders
-    with progress("verify", len(forms)) as report:
-        for done, form in enumerate(forms):
-            report(done, form.file)
-            total += _verify_form(bundle, form, chosen, batch_sizes, providers)
+    variants = bundle.image_encoders
+    with progress("verify", len(variants)) as report:
+        for done, variant in enumerate(variants):
+            report(done, variant.file)
+            total += _verify_variant(bundle, variant, chosen, batch_sizes, providers)
     return total
 
 
-def _verify_form(
+def _verify_variant(
     bundle: Bundle,
-    form: EncoderForm,
+    variant: EncoderVariant,
     samples: Sequence[VerificationSamples],
     batch_sizes: Sequence[int],
     providers: Sequence[str] | None,
 ) -> Verification:
-    if form.source_size is not None:
+    if variant.source_size is not None:
         portable = session_function(onnx_session(bundle.image_encoder))
-        samples = [_source_samples(one, form.source_size, bundle.image_spec, portable) for one in samples]
+        samples = [_source_samples(one, variant.source_size, bundle.image_spec, portable) for one in samples]
         batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
-    path, total = bundle.path / form.file, Verification(())
-    for name, load in _loaders(path, form, samples[0].pixels[:1], providers):
+    path, total = bundle.path / variant.file, Verification(())
+    for name, load in _loaders(path, variant, samples[0].pixels[:1], providers):
         try:
             runner = Runner(name=name, run=load())
         except NotRunnable as error:
@@ -237,35 +237,39 @@ def _verify_form(
             total += Verification((), skipped=(f"OpenVINO: {error}",))
             continue
         except CheckFailed as error:
-            total += Verification((_broken(form, name, samples[0], str(error)),))
+            total += Verification((_broken(variant, name, samples[0], str(error)),))
             continue
-        total += verify_samples(runner, form.file, samples, bundle.vocabulary_features(), form.precision, batch_sizes)
-    return total + _as_without_vnni(bundle, form, samples)
+        total += verify_samples(
+            runner, variant.file, samples, bundle.vocabulary_features(), variant.precision, batch_sizes
+        )
+    return total + _as_without_vnni(bundle, variant, samples)
 
 
-def _as_without_vnni(bundle: Bundle, form: EncoderForm, samples: Sequence[VerificationSamples]) -> Verification:
-    """A form that some processors compute wrongly, on a few images as they would: 0.5 packed such, and others may."""
-    path = bundle.path / form.file
-    if form.precision != "int8" or form.runtime != "onnx" or not graph_can_saturate(path):
+def _as_without_vnni(bundle: Bundle, variant: EncoderVariant, samples: Sequence[VerificationSamples]) -> Verification:
+    """An int8 variant that can saturate, on a few images as a processor without VNNI computes it; 0.5 packed such."""
+    path = bundle.path / variant.file
+    if variant.precision != "int8" or variant.runtime != "onnx" or not graph_can_saturate(path):
         return Verification(())
     runner = Runner(name="int8, emulated", run=emulated_int8(path))
     few = [replace(one, pixels=one.pixels[:_EMULATED], expected=one.expected[:_EMULATED]) for one in samples]
-    return verify_samples(runner, form.file, few, bundle.vocabulary_features(), form.precision, [_EMULATED])
+    return verify_samples(runner, variant.file, few, bundle.vocabulary_features(), variant.precision, [_EMULATED])
 
 
 def _not_offered(bundle: Bundle) -> tuple[str, ...]:
     """What the bundle could offer and does not, for the reasons found when it was packed: 0.5 did not keep them."""
     reasons = tuple(bundle.verification().get("skipped", ()))
-    offered = {form.precision for form in bundle.image_encoders if form.runtime == "openvino"}
-    plain = [form for form in bundle.image_encoders if form.runtime == "onnx" and form.source_size is None]
-    unknown = [form for form in plain if form.precision in ("fp32", "int8") and form.precision not in offered]
+    offered = {variant.precision for variant in bundle.image_encoders if variant.runtime == "openvino"}
+    plain = [variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None]
+    unknown = [
+        variant for variant in plain if variant.precision in ("fp32", "int8") and variant.precision not in offered
+    ]
     return reasons or tuple(f"{one.file}: the bundle does not offer {one.precision} by OpenVINO" for one in unknown)
 
 
 def _source_samples(
     samples: VerificationSamples, source_size: tuple[int, int], spec: ImageSpec, portable: Run
 ) -> VerificationSamples:
-    """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable form make of those."""
+    """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable variant make of those."""
     pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
     sources = sources_of(pictures, source_size)
     pixels = pixels_of_sources(sources, spec)
@@ -279,24 +283,24 @@ def _source_samples(
 
 
 def _loaders(
-    path: Path, form: EncoderForm, sample: NDArray[np.uint8], providers: Sequence[str] | None
+    path: Path, variant: EncoderVariant, sample: NDArray[np.uint8], providers: Sequence[str] | None
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """By name, what loads ``form`` in the runtime that serves it."""
-    if form.runtime == "openvino":
-        yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+    """By name, what loads ``variant`` in the runtime that serves it."""
+    if variant.runtime == "openvino":
+        yield f"OpenVINO {variant.precision}", partial(openvino_function, path, variant.precision)
         return
     for provider in local_providers() if providers is None else providers:
         yield provider, partial(onnx_function, path, provider, sample)
 
 
-def _broken(form: EncoderForm, provider: str, samples: VerificationSamples, problem: str) -> Comparison:
+def _broken(variant: EncoderVariant, provider: str, samples: VerificationSamples, problem: str) -> Comparison:
     return Comparison(
         what=samples.what,
         provider=provider,
         batch_size=1,
         count=len(samples.pixels),
-        tolerance=TOLERANCES[form.precision],
-        form=form.file,
+        tolerance=TOLERANCES[variant.precision],
+        form=variant.file,
         reference=samples.reference,
         problem=problem,
     )
@@ -344,7 +348,7 @@ def verify_plan(
 
 def verify_samples(
     runner: Runner,
-    form: str,
+    variant: str,
     samples: Sequence[VerificationSamples],
     classifier: VocabularyFeatures,
     precision: str,
@@ -363,7 +367,7 @@ def verify_samples(
                 references=classifier,
                 tolerance=TOLERANCES[precision],
                 batch_sizes=batch_sizes,
-                form=form,
+                form=variant,
                 reference=one.reference,
             )
         )

@@ -46,8 +46,8 @@ class LocalTransport:
     Raises:
         MissingExtraError: onnxruntime is not installed.
         UsageError: a number is below 1, a bundle of ``others`` has another encoder, or nothing here runs ``precision``.
-        CheckFailed: golden samples come out otherwise than the bundle says; names the form, its precision, the runtime
-            and the processor, and what to do.
+        CheckFailed: golden samples come out otherwise than the bundle says; names the variant, its precision, the
+            runtime and the processor, and what to do.
     """
 
     def __init__(
@@ -63,14 +63,14 @@ class LocalTransport:
             from onnxruntime import InferenceSession
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "export") from error
-        form = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
-        validate_same_encoder(bundle, others or {}, form)
-        facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=form, others=others)
+        variant = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
+        validate_same_encoder(bundle, others or {}, variant)
+        facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=variant, others=others)
         self.url = str(bundle.path)
         self.on_this_machine = True
         self._configs = {name: config_json(each) for name, each in configs_from_facts(facts, "onnxruntime").items()}
-        self._encode = open_encoder(str(bundle.path / form.file), form.runtime, form.precision)
-        self._form, self._golden, self._right = form, bundle.golden(), set[bool]()
+        self._encode = open_encoder(str(bundle.path / variant.file), variant.runtime, variant.precision)
+        self._variant, self._golden, self._right = variant, bundle.golden(), set[bool]()
         self._image = image_tensor(facts.image_spec.size_px).name
         self._embedding = embedding_tensor(facts.embed_dim).name
         self._validate_encoder(few=False)
@@ -135,13 +135,14 @@ class LocalTransport:
         """
         if few in self._right:
             return
-        golden, form = self._golden, self._form
+        golden, variant = self._golden, self._variant
         count = 1 if few else max(len(golden.pixels), available_cores())
-        problem = encoder_problem(self._encode, golden.pixels, golden.embedding, form.precision, count)
+        problem = encoder_problem(self._encode, golden.pixels, golden.embedding, variant.precision, count)
         if problem:
+            runtime = runtime_name(variant.runtime)
             raise CheckFailed(
-                f"{self.url}/{form.file} ({form.precision}) by {runtime_name(form.runtime)} on {this_processor()} "
-                f"answers wrongly: {problem}: {advice(form.precision)}"
+                f"{self.url}/{variant.file} ({variant.precision}) by {runtime} on {this_processor()} "
+                f"answers wrongly: {problem}: {advice(variant.precision)}"
             )
         self._right.add(few)
 
@@ -162,7 +163,7 @@ def _validate_decoder(bundle: Bundle, golden: Golden) -> None:
 
 
 def _runtimes() -> tuple[Runtime, ...]:
-    """What can run a form of the image encoder in this process."""
+    """What can run a variant of the image encoder in this process."""
     has_openvino = importlib.util.find_spec("openvino") is not None
     return ("onnx", "openvino") if has_openvino else ("onnx",)
 

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import ImageSpec
-from clipship.core.tensorrt_plan import PlanInfo, TensorRtPlan, capability_of, form_digest, version_parts
+from clipship.core.tensorrt_plan import PlanInfo, TensorRtPlan, capability_of, variant_digest, version_parts
 from clipship.core.tensors import ENCODED, ERROR, TensorSpec, embedding_tensor, image_tensor, passthrough_tensor
 from clipship.serving.model_names import (
     ADMISSION,
@@ -94,8 +94,8 @@ class ModelSettings:
     top_k: int
     """Classes reported an image, at most as many as the vocabulary has."""
     max_batch_size: int = 64
-    encoder: EncoderForm = DEFAULT_ENCODER
-    """Which form of the image encoder runs where there is no plan."""
+    encoder: EncoderVariant = DEFAULT_ENCODER
+    """Which variant of the image encoder runs where there is no plan."""
     encoder_digest: str = ""
     """Of the ONNX file that runs, or that the plans were built from."""
     measured_with: tuple[str, ...] = ()
@@ -120,7 +120,7 @@ def facts_from_bundle(
     *,
     max_batch_size: int,
     top_k: int,
-    encoder: EncoderForm = DEFAULT_ENCODER,
+    encoder: EncoderVariant = DEFAULT_ENCODER,
     plans: Sequence[TensorRtPlan] = (),
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
@@ -144,7 +144,7 @@ def facts_from_bundle(
         top_k=min(top_k, len(bundle.vocabulary)),
         max_batch_size=max_batch_size,
         encoder=encoder,
-        encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
+        encoder_digest=plans[0].info.onnx_digest if plans else variant_digest(bundle, encoder),
         measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
         plans=tuple(plan.info for plan in plans),
         others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
@@ -211,7 +211,7 @@ def _warmups(facts: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
 
 def _image_encoder(facts: ModelSettings, backend: Backend) -> Model:
     image = image_tensor(facts.image_spec.size_px)
-    special = _plan_settings(facts) if backend == "tensorrt" else _form_settings(facts)
+    special = _plan_settings(facts) if backend == "tensorrt" else _variant_settings(facts)
     return Model(
         name=ENCODER,
         backend=backend,
@@ -236,12 +236,12 @@ def _kind(tuning: Tuning, backend: Backend) -> str:
     return f"KIND_{tuning.device.upper()}"
 
 
-def _form_settings(facts: ModelSettings) -> dict[str, Any]:
-    """The bundle's form that runs, its threads, and its accelerator."""
-    form = facts.encoder
-    runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
+def _variant_settings(facts: ModelSettings) -> dict[str, Any]:
+    """The bundle's variant that runs, its threads, and its accelerator."""
+    variant = facts.encoder
+    runs = {RUNTIME: variant.runtime, PRECISION: variant.precision, OPSET: str(variant.opset)}
     runs[ENCODER_DIGEST] = facts.encoder_digest
-    if form.runtime != "onnx" and facts.measured_with:
+    if variant.runtime != "onnx" and facts.measured_with:
         runs[MEASURED_WITH] = " ".join(facts.measured_with)
     threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
     accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)

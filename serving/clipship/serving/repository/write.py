@@ -30,14 +30,14 @@ from types import ModuleType
 from typing import Any
 
 from clipship.core import tolerances
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant, Precision, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import decoding
 from clipship.core.machine import processor, runtimes
 from clipship.core.machine.processor import emulates, never_runs, this_processor
 from clipship.core.progress import log
-from clipship.core.tensorrt_plan import Target, TensorRtPlan, form_of, validate_plan
+from clipship.core.tensorrt_plan import Target, TensorRtPlan, validate_plan, variant_of
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.model_names import (
     ADMISSION,
@@ -97,7 +97,7 @@ _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
     "onnxruntime": ("onnx",),
     "tensorrt": (),
 }
-"""What runs the bundle's forms of the image encoder."""
+"""What runs the bundle's variants of the image encoder."""
 
 
 def repository_from_bundle(
@@ -116,8 +116,8 @@ def repository_from_bundle(
     """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
 
     Args:
-        precision: of the image encoder; of the bundle's forms in it the python backend takes the one that was fastest
-            where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
+        precision: of the image encoder; of its variants the python backend takes the one that was fastest where the
+            bundle was packed, the onnxruntime backend the portable one. Plans have their own.
         plans: for the tensorrt backend, one for each kind of GPU of the server.
         tensorrt_version: the server's; None: that of the first plan.
         others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
@@ -137,8 +137,8 @@ def repository_from_bundle(
     _validate_folder(out)
     tuning.validate_backend(backend, max_batch_size)
     _validate_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
-    validate_same_encoder(bundle, others, _form_of_plans(plans, bundle) or encoder)
+    encoder = DEFAULT_ENCODER if plans else _encoder_variant(bundle, backend, precision, tuning)
+    validate_same_encoder(bundle, others, _variant_of_plans(plans, bundle) or encoder)
     settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
     with replace_folder(out) as folder:
@@ -254,7 +254,7 @@ def _validate_plans(
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
 
 
-def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
+def _encoder_variant(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderVariant:
     """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
     gpu = backend == "onnxruntime" and tuning.on_gpu
     if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
@@ -263,15 +263,15 @@ def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning
             f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
             "--precision fp32, or --backend python where the bundle has it by OpenVINO"
         )
-    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
-    here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
+    variant = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    here = "" if gpu else emulates(variant.runtime, variant.precision, this_processor())
     if here:
         log(f"the server must have another processor than this machine, or it will not load the model: {here}")
-    return form
+    return variant
 
 
-def _form_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderForm | None:
-    return form_of(plans[0].info, bundle) if plans else None
+def _variant_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderVariant | None:
+    return variant_of(plans[0].info, bundle) if plans else None
 
 
 def _write_configs(folder: Path, configs: Mapping[str, Any]) -> None:
