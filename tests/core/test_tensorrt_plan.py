@@ -78,6 +78,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
 
 def test_unknown_keys_are_ignored_and_missing_ones_refused() -> None:
     content = json.loads(json.dumps(INFO.to_json()))
+    assert content["profile"] == {"least": 1, "best": 8, "most": 64}
     assert PlanInfo.from_json({**content, "colour": "blue"}) == INFO
     for key in ("gpus", "profile", "input", "onnx_digest", "layers"):
         with pytest.raises(PlanError, match="malformed"):
@@ -190,16 +191,16 @@ def test_compute_capabilities() -> None:
     assert [capability_of(gpu_name(gpu)) for gpu in ("sm75", "sm89", "sm120")] == ["7.5", "8.9", "12.0"]
 
 
-@pytest.mark.parametrize(("least", "best", "most"), [(0, 1, 1), (2, 1, 4), (1, 8, 4)])
-def test_profiles_that_contradict_themselves(least: int, best: int, most: int) -> None:
+@pytest.mark.parametrize(("smallest", "best", "largest"), [(0, 1, 1), (2, 1, 4), (1, 8, 4)])
+def test_profiles_that_contradict_themselves(smallest: int, best: int, largest: int) -> None:
     with pytest.raises(UsageError, match="give 1 <= min <= opt <= max"):
-        BatchProfile(least=least, best=best, most=most)
+        BatchProfile(min=smallest, opt=best, max=largest)
 
 
 def test_a_batch_outside_the_profile() -> None:
-    profile = BatchProfile(least=2, best=2, most=4)
-    profile.refuse(2)
-    profile.refuse(4)
+    profile = BatchProfile(min=2, opt=2, max=4)
+    profile.validate(2)
+    profile.validate(4)
     for batch in (1, 5):
         with pytest.raises(UsageError, match=rf"a batch of {batch} images is outside the plan's profile \(2 to 4\)"):
-            profile.refuse(batch)
+            profile.validate(batch)

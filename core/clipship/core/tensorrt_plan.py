@@ -75,30 +75,47 @@ def capability_of(gpu: str) -> str:
     return f"{digits[:-1]}.{digits[-1]}"
 
 
+_PROFILE_KEYS = {"min": "least", "opt": "best", "max": "most"}  # of format version 1
+
+
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
-    """The batches a plan takes, and the one it is fastest at."""
+    """TensorRT's optimization profile of the batch: the sizes a plan accepts, and the one it is tuned for."""
 
-    least: int = 1
-    best: int = 8
-    most: int = 64
+    min: int = 1
+    opt: int = 8
+    max: int = 64
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.best <= self.most:
-            given = f"min {self.least}, opt {self.best}, max {self.most}"
+        if not 1 <= self.min <= self.opt <= self.max:
+            given = f"min {self.min}, opt {self.opt}, max {self.max}"
             raise UsageError(f"batches {given}: give 1 <= min <= opt <= max")
 
-    def refuse(self, batch: int) -> None:
-        """Nothing when the plan takes a batch of ``batch`` images.
+    def validate(self, batch: int) -> None:
+        """Validate that the plan accepts ``batch`` images.
 
         Raises:
             UsageError: it does not.
         """
-        if not self.least <= batch <= self.most:
+        if not self.min <= batch <= self.max:
             raise UsageError(
-                f"a batch of {batch} images is outside the plan's profile ({self.least} to {self.most}): "
-                "send others, or build the plan with another --min-batch or --max-batch"
+                f"a batch of {batch} images is outside the plan's profile ({self.min} to {self.max}): "
+                "send another number, or build the plan with another --min-batch or --max-batch"
             )
+
+    def to_json(self) -> dict[str, int]:
+        """As ``plan.json`` has it."""
+        return {key: getattr(self, name) for name, key in _PROFILE_KEYS.items()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, int]) -> BatchProfile:
+        """The inverse of :meth:`to_json`.
+
+        Raises:
+            KeyError: one is missing.
+            UsageError: they are not in order.
+        """
+        return cls(**{name: content[key] for name, key in _PROFILE_KEYS.items()})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +154,7 @@ class PlanInfo:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field, format and version first."""
         fields = asdict(self)
-        specs = {"input": self.input.to_json(), "output": self.output.to_json()}
+        specs = {name: getattr(self, name).to_json() for name in ("profile", "input", "output")}
         lists = {"gpus": list(self.gpus), "layers": dict(self.layers)}
         return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, **specs, **lists}
 
@@ -157,7 +174,7 @@ class PlanInfo:
                 **{
                     **known,
                     "gpus": tuple(content["gpus"]),
-                    "profile": BatchProfile(**content["profile"]),
+                    "profile": BatchProfile.from_json(content["profile"]),
                     "input": TensorSpec.from_json(content["input"]),
                     "output": TensorSpec.from_json(content["output"]),
                 }

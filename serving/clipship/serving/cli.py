@@ -115,7 +115,7 @@ def repository(
     if len(others) < len(vocabularies):
         raise UsageError("two vocabularies have the same name: give each --vocabulary a name of its own")
     read = [read_plan(path) for path in plans]
-    most = min([64, *(plan.info.profile.most for plan in read)]) if max_batch_size is None else max_batch_size
+    most = min([64, *(plan.info.profile.max for plan in read)]) if max_batch_size is None else max_batch_size
     settings: dict[str, Any] = {"backend": backend, "precision": precision, "max_batch_size": most, "top_k": top_k}
     settings["tuning"] = Tuning(**tuning, warmup_batch_sizes=warmup_batch_sizes or None)
     repository_from_bundle(opened, out, plans=read, tensorrt_version=tensorrt_version, others=others, **settings)

@@ -38,7 +38,7 @@ from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of
 from tests.export.tensorrt.graphs import one_node_model, with_variants
 
-SETTINGS = Settings(gpus=("sm89",), profile=BatchProfile(least=1, best=2, most=7))
+SETTINGS = Settings(gpus=("sm89",), profile=BatchProfile(min=1, opt=2, max=7))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +305,7 @@ def test_without_a_gpu_loading_running_and_refitting_say_so(bundle: Bundle, rtx:
 @pytest.mark.skipif(gpu_here() is None, reason="runs a plan, which needs a GPU")
 @pytest.mark.parametrize("strip", [False, True])
 def test_with_a_gpu_the_plan_gives_pytorchs_features(bundle: Bundle, rtx: Loaded, tmp_path: Path, strip: bool) -> None:
-    settings = Settings(gpus=(str(gpu_here()),), profile=BatchProfile(least=1, best=2, most=3), strip_weights=strip)
+    settings = Settings(gpus=(str(gpu_here()),), profile=BatchProfile(min=1, opt=2, max=3), strip_weights=strip)
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision="fp32", settings=settings)
     if strip:
         plan = refit_plan(plan, bundle, tmp_path / "refitted")

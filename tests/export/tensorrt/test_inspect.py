@@ -44,7 +44,7 @@ def test_the_network_is_what_the_graph_says(bundle: Bundle, rtx: Loaded, precisi
     assert found
     computed = sum(node.op_type not in ("Constant", "Identity") for node in onnx.load(path).graph.node)
     assert found.compared > 0.6 * computed  # TensorRT names the rest otherwise, or folds it
-    found.refuse("the graph")
+    found.validate("the graph")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
@@ -70,7 +70,7 @@ def test_a_parser_that_changes_types_is_seen(bundle: Bundle, rtx: Loaded) -> Non
     other = inspection_of(rtx, bundle.path / "image_encoder.fp16.onnx", "bf16")
     assert not other
     with pytest.raises(CheckFailed, match=r"no matrix product is BF16, they are .*HALF"):
-        other.refuse("image_encoder.onnx")
+        other.validate("image_encoder.onnx")
 
 
 def test_a_tensor_of_another_type_is_named(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:

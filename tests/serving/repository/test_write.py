@@ -322,7 +322,7 @@ def test_a_plan_of_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> 
 
 def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     plan = plan_of(bundle, tmp_path / "plan")
-    from_two = plan_of(bundle, tmp_path / "from-two", profile=BatchProfile(least=2))
+    from_two = plan_of(bundle, tmp_path / "from-two", profile=BatchProfile(min=2))
     newer = plan_of(bundle, tmp_path / "newer", gpus=("sm80",), runtime_version="10.15.0.1")
     cases: list[tuple[list[TensorRtPlan], dict[str, Any], str]] = [
         ([plan], {"max_batch_size": 65}, r"a batch of 65 images is outside the plan's profile \(1 to 64\)"),
@@ -341,7 +341,7 @@ def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bun
 def test_the_command_line_takes_what_the_plans_take(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan_of(bundle, tmp_path / "plan", profile=BatchProfile(best=2, most=4))
+    plan_of(bundle, tmp_path / "plan", profile=BatchProfile(opt=2, max=4))
     command = ["repository", str(bundle.path), "--backend", "tensorrt", "--out", str(tmp_path / "r")]
     assert main([*command, "--plan", str(tmp_path / "plan")]) == 0
     config = config_from_text((tmp_path / "r/image_encoder/config.pbtxt").read_text())

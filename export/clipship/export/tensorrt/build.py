@@ -174,7 +174,7 @@ def build_plan(
     parser = parse(loaded, network, onnx_path)
     let_attention_decompose(loaded, network)
     inspection = inspect_network(network, read_graph(onnx_path), specs, precision)
-    inspection.refuse(onnx_path.name)
+    inspection.validate(onnx_path.name)
     log(f"{onnx_path.name}: {network.num_layers} layers, {inspection.compared} tensors of the graph's types")
     config = _config(loaded, builder, specs[0], settings)
     with progress(f"{loaded.runtime.name} {precision}", _PERCENT) as report:
@@ -189,7 +189,7 @@ def _config(loaded: Loaded, builder: Any, image: TensorSpec, settings: Settings)
     """The builder's configuration: profile, flags, GPUs, caches."""
     trt, config = loaded.trt, builder.create_builder_config()
     side = tuple(int(size) for size in image.shape[1:])
-    batches = (settings.profile.least, settings.profile.best, settings.profile.most)
+    batches = (settings.profile.min, settings.profile.opt, settings.profile.max)
     profile = builder.create_optimization_profile()
     profile.set_shape(image.name, *((batch, *side) for batch in batches))
     config.add_optimization_profile(profile)

@@ -83,7 +83,7 @@ def engine(
     best = max(min_batch, min(8, max_batch)) if opt_batch is None else opt_batch
     settings = Settings(
         gpus=gpus,
-        profile=BatchProfile(least=min_batch, best=best, most=max_batch),
+        profile=BatchProfile(min=min_batch, opt=best, max=max_batch),
         optimization_level=optimization_level,
         workspace_mib=workspace_mib,
         timing_cache=timing_cache,
@@ -105,7 +105,7 @@ def _require_packages() -> None:
 
 def _emit(plan: TensorRtPlan, *, as_json: bool) -> None:
     info = plan.info
-    batches = f"batches {info.profile.least} to {info.profile.most}"
+    batches = f"batches {info.profile.min} to {info.profile.max}"
     size = f"{info.plan_bytes / 1e6:.1f} MB in {info.build_s:.1f} s"
     made = f"{info.precision} for {', '.join(info.gpus)}, {batches}, {size}"
     line = f"{plan.path}: {info.runtime} {info.runtime_version}, {made}"

@@ -70,8 +70,8 @@ class Inspection:
     def __bool__(self) -> bool:
         return not self.disagreements
 
-    def refuse(self, what: str) -> None:
-        """Nothing when the network is what the graph says.
+    def validate(self, what: str) -> None:
+        """Validate that the network is what the graph says.
 
         Raises:
             CheckFailed: it is not; names the first few differences.

@@ -108,7 +108,7 @@ def _batches(pixels: NDArray[np.uint8], plan: TensorRtPlan) -> Iterator[NDArray[
         raise UsageError(
             f"pixels are {pixels.dtype} {list(pixels.shape)}: the plan takes uint8 [N, {taken}], N above 0"
         )
-    count = -(-len(pixels) // profile.most)
+    count = -(-len(pixels) // profile.max)
     parts = np.array_split(pixels, count)
-    profile.refuse(min(map(len, parts)))
+    profile.validate(min(map(len, parts)))
     yield from parts

@@ -341,7 +341,7 @@ def verify_plan(
 
     plan = read_plan(folder)
     loaded, info = load_plan(plan, bundle), plan.info
-    sizes = sorted({min(max(size, info.profile.least), info.profile.most) for size in batch_sizes})
+    sizes = sorted({min(max(size, info.profile.min), info.profile.max) for size in batch_sizes})
     runner = Runner(name=info.runtime, run=loaded.features)
     return verify_samples(runner, info.onnx_file, samples, bundle.vocabulary_features(), info.precision, sizes)
 

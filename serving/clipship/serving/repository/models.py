@@ -273,7 +273,7 @@ def _plan_settings(facts: ModelSettings) -> dict[str, Any]:
         PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
         ENCODER_DIGEST: facts.encoder_digest,
     }
-    least = max(plan.profile.least for plan in facts.plans)
+    least = max(plan.profile.min for plan in facts.plans)
     return {
         "file": usual,
         "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},

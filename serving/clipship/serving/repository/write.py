@@ -247,8 +247,8 @@ def _validate_plans(
     for plan in plans:
         version = tensorrt_version or plans[0].info.runtime_version
         validate_plan(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
-        plan.info.profile.refuse(1)
-        plan.info.profile.refuse(max_batch_size)
+        plan.info.profile.validate(1)
+        plan.info.profile.validate(max_batch_size)
     twice = [gpu for gpu, count in Counter(gpu for plan in plans for gpu in plan.info.gpus).items() if count > 1]
     if twice:
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
