@@ -52,6 +52,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb's command."""
+        if cmd_name not in VERBS and ctx.resilient_parsing:  # the shell completes a line
+            return None
         if cmd_name not in VERBS:
             raise UsageError(f"unknown verb {cmd_name!r}: {near(cmd_name, VERBS)}")
         command = _command_at(VERBS[cmd_name][0])
@@ -100,6 +102,19 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 """Every verb takes it."""
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Validate that ``packages`` can be imported, before anything else is done.
+
+    Raises:
+        MissingExtraError: one cannot; names the ``extra`` that has it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(package, extra) from error
 
 
 def existing_folder(value: str | Path, what: str) -> Path:
