@@ -32,7 +32,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.machine.runtimes import OPENVINO_TYPES, available_cores, open_encoder
+from clipship.core.machine.runtimes import available_cores, open_encoder
+from clipship.core.precisions import PRECISIONS
 from clipship.core.tables import Table, machine, with_spread, write_table
 
 MODELS = ("ViT-B-32/random", "ViT-B-16/random")
@@ -274,7 +275,7 @@ def openvino_shares(bundle: Path, pixels: Path) -> list[str]:
     lines = []
     for variant in (variant for variant in variants if variant["runtime"] == "openvino"):
         settings = {
-            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[variant["precision"]],
+            "INFERENCE_PRECISION_HINT": PRECISIONS[variant["precision"]].openvino_type,
             "INFERENCE_NUM_THREADS": 1,
             "PERF_COUNT": True,
         }

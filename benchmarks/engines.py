@@ -21,15 +21,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipship.core.bundle import Precision
 from clipship.core.errors import ClipshipError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.core.tables import Table, write_table
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 
 MODELS = ("clipship-tiny", "ViT-B-32/random", "ViT-B-16/random", "ViT-L-14/random")
 GPUS = ("sm80", "sm86", "sm89", "sm120")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 PICTURES = 32  # the fewest that a reduced precision is calibrated on
 SHOWN = ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX", "QUANTIZE", "DEQUANTIZE")
 
@@ -79,7 +78,7 @@ def variant_path(one: Exported, precision: Precision) -> Path:
 
     path = one.path if precision == "fp32" else one.path.with_name(f"image_encoder.{precision}.onnx")
     if not path.exists():
-        if precision == "int8":
+        if PRECISIONS[precision].quantized:
             quantized_onnx(one.path, path, one.pixels)
         elif precision != "fp32":
             typed_onnx(one.path, path, precision, one.pixels)
@@ -155,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--gpus", nargs="+", default=GPUS)
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     record = arguments.out / "engines.json"

@@ -24,13 +24,14 @@ from numpy.typing import NDArray
 from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.images.decoding import pixels_from_image
 from clipship.core.machine.runtimes import open_encoder
+from clipship.core.precisions import PRECISIONS, REDUCED
 from clipship.core.tables import Table, machine, write_table
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.image_input import pictures_from_world
 from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile
 from clipship.export.precision.half_precision import emulated_onnx
-from clipship.export.verification.verify import run_in_batches
+from clipship.export.verification.runners import run_in_batches
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
@@ -77,7 +78,7 @@ def zero_shot_of(clip: Clip) -> tuple[Method, Vocabulary]:
 
 def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
     method, vocabulary = zero_shot_of(clip)
-    profile = Profile(precisions=("fp16", "bf16", "int8"))
+    profile = Profile(precisions=REDUCED)
     shown = pictures_from_world(pictures)
     return bundle_from_method(method, vocabulary, shown, out, provenance={}, profile=profile)
 
@@ -108,7 +109,7 @@ def _row(bundle: Bundle, variant: EncoderVariant, top1: float | None) -> dict[st
 def _top1(bundle: Bundle, variant: EncoderVariant, scratch: Path, sets: Sequence[Labelled]) -> float | None:
     """The mean of the variant's top-1 accuracies in per cent over ``sets``."""
     path = bundle.path / variant.file
-    if (variant.runtime, variant.precision) == ("onnx", "bf16"):  # for which ONNX Runtime's CPU provider has no kernels
+    if variant.runtime == "onnx" and PRECISIONS[variant.precision].onnxruntime_lacks:
         path = scratch / variant.file
         emulated_onnx(bundle.path / variant.file, path)
     run = open_encoder(str(path), variant.runtime, variant.precision)

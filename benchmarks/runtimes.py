@@ -33,6 +33,7 @@ from benchmarks.precision import zero_shot_of
 from clipship.core.bundle import TEXT_ENCODER, Bundle, EncoderVariant, VocabularyFeatures
 from clipship.core.classification import Cache
 from clipship.core.comparison import Answers, Comparison, compare_answers, compare_features
+from clipship.core.precisions import PRECISIONS, REDUCED
 from clipship.core.tables import Table, write_table
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
@@ -40,7 +41,7 @@ from clipship.export.full_frames import pixels_of_sources, sources_of
 from clipship.export.image_input import pictures_from_world
 from clipship.export.onnx_graph import OPSET, OPSETS
 from clipship.export.pack import bundle_from_method
-from clipship.export.precision.encoder_variants import REDUCED, Profile
+from clipship.export.precision.encoder_variants import Profile
 from clipship.export.reference import Picture, image_features
 from clipship.serving.repository.classifier_graph import classifier_graph
 from clipship.training.methods.base import Method
@@ -114,7 +115,9 @@ def image_graph(bundle: Bundle, variant: EncoderVariant, method: Method, picture
         path=bundle.path / variant.file,
         rows=rows,
         verdict=_features_verdict(expected, classifier, variant.precision),
-        runtimes=("onnxruntime",) if whole or variant.precision in ("fp16", "bf16") else ("onnxruntime", "openvino"),
+        runtimes=("onnxruntime",)
+        if whole or PRECISIONS[variant.precision].openvino_reads != variant.precision
+        else ("onnxruntime", "openvino"),
     )
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from clipship.core.bundle import read_bundle
 from clipship.core.cli.main import main
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.precisions import Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.reference import Picture
 from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of, write_checkpoint

@@ -26,7 +26,8 @@ from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile
 from clipship.export.reference import Picture, image_features
 from clipship.export.resize_graph import SourceResize, compare_with_pillow, source_size_from_text
-from clipship.export.verification.verify import onnx_session, session_function, verify_bundle
+from clipship.export.verification.runners import onnx_session, session_function
+from clipship.export.verification.verify import verify_bundle
 from clipship.training.model.clip import Clip
 from tests.core.images.test_resampling import by_pillow
 from tests.export.conftest import NAMES, method_of

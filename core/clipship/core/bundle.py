@@ -21,6 +21,7 @@ from clipship.core.errors import BundleError, UsageError
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.images.decoding import ImageSpec
 from clipship.core.machine.processor import Processor, emulates, measured_elsewhere, never_runs
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
@@ -38,13 +39,12 @@ VOCABULARY_TENSORS = "vocabulary.safetensors"
 LABELS = "labels.txt"
 GOLDEN = "golden"
 GOLDEN_TENSORS = "golden/golden.safetensors"
+GOLDEN_CLASSES = 5
+"""The best classes of a golden image that a bundle holds."""
+
 VERIFICATION = "verification.json"
 
 REQUIRED_FILES = (IMAGE_ENCODER, TEXT_ENCODER, VOCABULARY_TENSORS, LABELS, GOLDEN_TENSORS, VERIFICATION)
-
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""The type of a variant's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
 
 Runtime = Literal["onnx", "openvino"]
 """The runtime that a variant is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
@@ -68,7 +68,7 @@ class EncoderVariant:
     a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other variants do."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field but a source size that there is none of: readers of 0.2 know no such key."""
+        """A JSON object with every field; a source size of None is left out, as readers of 0.2 do not know the key."""
         content = {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
         size = content.pop("source_size")
         return content if size is None else {**content, "source_size": list(size)}
@@ -81,7 +81,7 @@ class EncoderVariant:
             KeyError, TypeError: a field is missing or of another type.
             ValueError: a precision or runtime that this version does not know.
         """
-        for name, known in (("precision", get_args(Precision)), ("runtime", get_args(Runtime))):
+        for name, known in (("precision", PRECISIONS), ("runtime", get_args(Runtime))):
             if content[name] not in known:
                 raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(known)}")
         given = {**content, "kept_fp32": tuple(content["kept_fp32"])}
@@ -115,7 +115,7 @@ DEFAULT_ENCODER = EncoderVariant(file=IMAGE_ENCODER, precision="fp32", runtime="
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything needed to use the bundle right; ``manifest.json`` is its JSON form."""
+    """Everything needed to use the bundle; ``manifest.json`` is its JSON."""
 
     base_model: str
     """The open_clip model, e.g. "ViT-B-16/openai"."""
@@ -170,6 +170,8 @@ class Manifest:
         Raises:
             BundleError: a field is missing or malformed.
         """
+        encoders = content.get("image_encoders", [DEFAULT_ENCODER.to_json()])  # 0.1 wrote none
+        measured_on = content.get("measured_on")
         try:
             return cls(
                 base_model=content["base_model"],
@@ -185,8 +187,8 @@ class Manifest:
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
                 classifier_parts=_parts(content),
-                measured_on=_processor(content.get("measured_on")),
-                **_variants(content),
+                image_encoders=tuple(map(EncoderVariant.from_json, encoders)),
+                measured_on=Processor.from_json(measured_on) if measured_on else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
@@ -208,19 +210,6 @@ def _mean_speed(variant: EncoderVariant) -> float:
     if variant.speed:
         return geometric_mean(variant.speed.values())
     return 1.0 if variant.file == IMAGE_ENCODER and variant.runtime == "onnx" else 0.0
-
-
-def _variants(content: Mapping[str, Any]) -> dict[str, tuple[EncoderVariant, ...]]:
-    """Bundles written before there were several variants have the first one only."""
-    if "image_encoders" not in content:
-        return {}
-    return {"image_encoders": tuple(EncoderVariant.from_json(one) for one in content["image_encoders"])}
-
-
-def _processor(content: Mapping[str, Any] | None) -> Processor | None:
-    if content is None:
-        return None
-    return Processor(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
 
 
 def _parts(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -286,16 +275,14 @@ class Bundle:
         of equally fast ones the first is taken.
 
         Args:
-            processor: what will run it; None: not known yet, taken to be like the one where the bundle was packed.
+            processor: what will run it; None: not known yet, assumed to be like the one where the bundle was packed.
             gpu: the encoder runs on a GPU.
 
         Raises:
             UsageError: no variant of that precision exists, or none can run there; says why, and what else there is.
         """
-        variants = [
-            variant for variant in self.image_encoders if variant.source_size is None and variant.runtime in runtimes
-        ]
-        judged = [(variant, "" if gpu else self._problem_of(variant, processor)) for variant in variants]
+        variants = [one for one in self.image_encoders if one.source_size is None and one.runtime in runtimes]
+        judged = [(one, "" if gpu else self._problem_of(one, processor)) for one in variants]
         fitting = [(variant, problem) for variant, problem in judged if variant.precision == precision]
         running = [variant for variant, problem in fitting if not problem]
         if not running:
@@ -316,10 +303,8 @@ class Bundle:
         never = never_runs(runtime, precision)
         if never or processor is None:
             return never
-        measured_with = measured_on.instruction_sets if measured_on else ()
-        return emulates(runtime, precision, processor) or measured_elsewhere(
-            runtime, precision, measured_with, processor
-        )
+        sets = measured_on.instruction_sets if measured_on else ()
+        return emulates(runtime, precision, processor) or measured_elsewhere(runtime, precision, sets, processor)
 
     @property
     def text_encoder(self) -> Path:
@@ -345,7 +330,7 @@ class Bundle:
         Raises:
             BundleError: tensors that are missing or do not fit.
         """
-        features = VocabularyFeatures.from_tensors(_load_tensors(self.path / VOCABULARY_TENSORS))
+        features = VocabularyFeatures.from_tensors(load_tensors(self.path / VOCABULARY_TENSORS))
         if features.parts != self.manifest.classifier_parts:
             raise BundleError(
                 f"{self.path}: {VOCABULARY_TENSORS} has {features.parts or 'no parts'}, the manifest says "
@@ -355,7 +340,7 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden samples."""
-        tensors = _load_tensors(self.path / GOLDEN_TENSORS)
+        tensors = load_tensors(self.path / GOLDEN_TENSORS)
         names = json.loads((self.path / GOLDEN / "files.json").read_text(encoding="utf-8"))
         return Golden(files=tuple(names), **tensors)
 
@@ -365,7 +350,8 @@ class Bundle:
         return content
 
 
-def _load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file, by name."""
     from safetensors.numpy import load_file
 
     tensors: dict[str, NDArray[Any]] = load_file(path)
@@ -380,7 +366,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_manifest_content(
     folder: Path, content: Mapping[str, Any], known: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """As :func:`write_manifest`, of a manifest in its JSON form, keys that this version does not know included.
+    """As :func:`write_manifest`, for a manifest as JSON, which may have keys that this version does not know.
 
     Args:
         known: SHA-256 by path of the files that need not be read again.
@@ -399,14 +385,12 @@ def write_manifest_content(
 
 
 def validate_folder(out: Path) -> None:
-    """Refuse to put a bundle in the place of anything but an older bundle.
+    """Validate that a bundle may be written to ``out``: nothing is there, or an older bundle.
 
     Raises:
         UsageError: ``out`` is a file, or a non-empty folder without a bundle's manifest.
     """
-    if not out.exists():
-        return
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
         ours = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("format") == FORMAT

@@ -100,6 +100,12 @@ class VocabularyFeatures:
         scores: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
         return scores
 
+    def best(self, embedding: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Probabilities and places [N, k] of the best k classes of unit ``embedding`` [N, D]; ties go to the first."""
+        scores = self.probabilities(embedding)
+        indices = np.ascontiguousarray(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+        return np.ascontiguousarray(np.take_along_axis(scores, indices, axis=1)), indices
+
     def tempered(self, temperature: float) -> VocabularyFeatures:
         """All logits divided by ``temperature``, the cache's votes among them."""
         cache = self.cache and replace(self.cache, alpha=self.cache.alpha / temperature)

@@ -1,8 +1,8 @@
-"""The TensorRT plan: a folder with ``model.plan`` and ``plan.json``, which says where it may run and what it is of.
+"""The TensorRT plan: a folder with ``model.plan`` and ``plan.json``, which says where it runs and its source.
 
-A plan is machine code for certain GPUs and one version of one runtime, and a runtime says little when it is given
-another's. So everything that must agree is written beside it, and compared before a plan is loaded or served. Nothing
-here imports TensorRT. Format: ``core/README.md``.
+A plan is machine code for certain GPUs and one version of one runtime, and mismatches give obscure errors. So all that
+must agree is written beside the plan, and compared before it is loaded or served. Nothing here imports TensorRT.
+Format: ``core/README.md``.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipship.core.bundle import Bundle, EncoderVariant, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import PlanError, UsageError, near
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensors import TensorSpec
 
 FORMAT = "clipship-plan"
@@ -27,7 +28,7 @@ PLAN = "model.plan"
 RECORD = "plan.json"
 
 PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
-"""TensorRT for data centres, whose plans Triton loads, or TensorRT-RTX, which builds for GPUs that are not there."""
+"""TensorRT for data centres, whose plans Triton loads, or TensorRT-RTX, which builds without a GPU."""
 
 PLATFORM = sys.platform
 """Plans cannot be carried from one operating system to another."""
@@ -52,7 +53,7 @@ _CARDS = {
     "b200": "sm100",
     "rtx5090": "sm120",
 }
-"""Cards that people name instead of their compute capability."""
+"""Cards by the names people use instead of a compute capability."""
 
 
 def gpu_name(given: str) -> str:
@@ -70,12 +71,9 @@ def gpu_name(given: str) -> str:
 
 
 def capability_of(gpu: str) -> str:
-    """ "8.9" for "sm89", "12.0" for "sm120": the form that Triton and NVIDIA's tables use."""
+    """ "8.9" for "sm89", "12.0" for "sm120", as Triton and NVIDIA's tables write it."""
     digits = gpu.removeprefix("sm")
     return f"{digits[:-1]}.{digits[-1]}"
-
-
-_PROFILE_KEYS = {"min": "least", "opt": "best", "max": "most"}  # of format version 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,20 +101,6 @@ class BatchProfile:
                 "send another number, or build the plan with another --min-batch or --max-batch"
             )
 
-    def to_json(self) -> dict[str, int]:
-        """As ``plan.json`` has it."""
-        return {key: getattr(self, name) for name, key in _PROFILE_KEYS.items()}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, int]) -> BatchProfile:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            KeyError: one is missing.
-            UsageError: they are not in order.
-        """
-        return cls(**{name: content[key] for name, key in _PROFILE_KEYS.items()})
-
 
 @dataclass(frozen=True, kw_only=True)
 class PlanInfo:
@@ -135,7 +119,7 @@ class PlanInfo:
     onnx_file: str
     """The variant of the bundle that it was built from."""
     onnx_digest: str
-    """What :func:`variant_digest` says of it."""
+    """The variant's :func:`variant_digest`."""
     bundle_digest: str
     plan_digest: str
     """SHA-256 of ``model.plan``."""
@@ -147,16 +131,17 @@ class PlanInfo:
     """Runs on every GPU since Ampere (sm80), not on ``gpus`` only."""
     optimization_level: int = 3
     workspace_mib: int | None = None
-    """None: as much as the runtime takes by itself."""
+    """None: no limit."""
     layers: Mapping[str, int]
     """How many layers of each kind and type the network has, e.g. {"MATRIX_MULTIPLY HALF": 25}."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field, format and version first."""
-        fields = asdict(self)
-        specs = {name: getattr(self, name).to_json() for name in ("profile", "input", "output")}
+        profile = {"least": self.profile.min, "best": self.profile.opt, "most": self.profile.max}
+        specs = {"input": self.input.to_json(), "output": self.output.to_json()}
         lists = {"gpus": list(self.gpus), "layers": dict(self.layers)}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, **specs, **lists}
+        fields = {**asdict(self), "profile": profile, **specs, **lists}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PlanInfo:
@@ -167,18 +152,17 @@ class PlanInfo:
         """
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
-            for name, accepted in (("runtime", get_args(PlanRuntime)), ("precision", get_args(Precision))):
+            for name, accepted in (("runtime", get_args(PlanRuntime)), ("precision", PRECISIONS)):
                 if content[name] not in accepted:
                     raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(accepted)}")
-            return cls(
-                **{
-                    **known,
-                    "gpus": tuple(content["gpus"]),
-                    "profile": BatchProfile.from_json(content["profile"]),
-                    "input": TensorSpec.from_json(content["input"]),
-                    "output": TensorSpec.from_json(content["output"]),
-                }
-            )
+            profile = content["profile"]
+            parsed = {
+                "gpus": tuple(content["gpus"]),
+                "profile": BatchProfile(min=profile["least"], opt=profile["best"], max=profile["most"]),
+                "input": TensorSpec.from_json(content["input"]),
+                "output": TensorSpec.from_json(content["output"]),
+            }
+            return cls(**{**known, **parsed})
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{RECORD} is malformed ({error}): build the plan again with clipship engine") from error
 
@@ -203,7 +187,7 @@ class TensorRtPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a plan shall run. None: not known, and not compared."""
+    """Where a plan is to run. None: unknown, and not compared."""
 
     runtime: PlanRuntime
     version: str | None = None
@@ -211,7 +195,7 @@ class Target:
     gpu: str | None = None
     platform: str | None = None
     puts_weights_back: bool = False
-    """It is loaded to be refitted, so stripped weights are no reason against it."""
+    """It is loaded to be refitted, so its weights may be stripped."""
 
 
 def read_plan(path: Path) -> TensorRtPlan:
@@ -240,17 +224,17 @@ def write_plan(folder: Path, data: Any, info: PlanInfo) -> None:
 
 
 def mismatches(info: PlanInfo, target: Target, bundle: Bundle | None = None) -> tuple[str, ...]:
-    """Every reason why the plan cannot run on ``target``, or is not of ``bundle``; each says what to do."""
+    """Why the plan cannot run on ``target`` or was not built from ``bundle``; each reason says what to do."""
     reasons = (_runtime_reason(info, target), _version_reason(info, target), _gpu_reason(info, target))
     others = (_platform_reason(info, target), _weights_reason(info, target), _bundle_reason(info, bundle))
     return tuple(reason for reason in (*reasons, *others) if reason)
 
 
 def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = None) -> None:
-    """Nothing when the plan can run on ``target`` and is of ``bundle``.
+    """Validate that the plan can run on ``target`` and was built from ``bundle``.
 
     Raises:
-        PlanError: it cannot, or is not; names every reason and what to do.
+        PlanError: it cannot, or was not; names every reason and what to do.
     """
     reasons = mismatches(plan.info, target, bundle)
     if reasons:
@@ -258,7 +242,7 @@ def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = No
 
 
 def variant_of(info: PlanInfo, bundle: Bundle) -> EncoderVariant | None:
-    """The variant of ``bundle`` that the plan was built from, None when it is of other bytes."""
+    """The variant of ``bundle`` that the plan was built from; None: no file of the bundle is."""
     return next(
         (variant for variant in bundle.image_encoders if variant_digest(bundle, variant) == info.onnx_digest), None
     )
@@ -278,7 +262,7 @@ def _runtime_reason(info: PlanInfo, target: Target) -> str | None:
 
 
 def _version_reason(info: PlanInfo, target: Target) -> str | None:
-    """Plain plans need the very version; version-compatible ones run on the same and on later ones."""
+    """Plain plans need the same version; version-compatible ones also run on later ones."""
     if target.version is None or info.runtime != target.runtime:
         return None
     built, present = (version_parts(version) for version in (info.runtime_version, target.version))
@@ -319,7 +303,7 @@ def _weights_reason(info: PlanInfo, target: Target) -> str | None:
 
 
 def _bundle_reason(info: PlanInfo, bundle: Bundle | None) -> str | None:
-    """The encoder's bytes decide: a bundle that only has other class names since is still the plan's."""
+    """The encoder's bytes decide: a plan outlives changes of the bundle's class names."""
     if bundle is None or variant_of(info, bundle) is not None:
         return None
     source = f"{info.onnx_file} ({info.onnx_digest[:16]})"

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from clipship.core.bundle import EncoderVariant, VocabularyFeatures
+from clipship.core.comparison import Comparison
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import (
     WEIGHT_BITS,
@@ -41,7 +42,7 @@ from clipship.export.full_frames import Picture, pixels_of_sources, sources_of
 from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.onnx_graph import OPSET, onnx_from_module
 from clipship.export.reference import image_features
-from clipship.export.verification.verify import Comparison, verify_encoder
+from clipship.export.verification.verify import verify_encoder
 
 if TYPE_CHECKING:
     from clipship.export.precision.encoder_variants import Profile

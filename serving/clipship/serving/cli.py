@@ -10,6 +10,7 @@ import click
 
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 
 _FILE = click.Path(path_type=Path)
@@ -69,7 +70,7 @@ _tuning_options = option_group(
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
     help="Of the image encoder, one that the bundle was packed with; plans have their own.",
@@ -91,7 +92,7 @@ def repository(
     out: Path,
     vocabularies: tuple[str, ...],
     backend: Literal["python", "onnxruntime", "tensorrt"],
-    precision: Literal["fp32", "fp16", "bf16", "int8"],
+    precision: Precision,
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,

@@ -23,12 +23,12 @@ from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import _golden_first, bundle_from_method
 from clipship.export.precision import encoder_variants as variants
 from clipship.export.precision.encoder_variants import Profile, speed_line, speed_ratio
-from clipship.export.reference import Picture, verify_against_method
+from clipship.export.reference import Picture
 from clipship.export.verification import runners, verify
 from clipship.export.verification.runners import Run
-from clipship.export.verification.verify import verify_bundle
+from clipship.export.verification.verify import VerificationSamples, verify_bundle
 from clipship.training.model.clip import Clip
-from tests.export.conftest import NAMES, method_of, write_checkpoint
+from tests.export.conftest import NAMES, method_of, verify_against_method, write_checkpoint
 
 VOCABULARY = Vocabulary(names=NAMES)
 
@@ -133,8 +133,8 @@ def test_a_bundle_packed_without_openvino_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     features = np.eye(2, 4, dtype=np.float32)
     classifier = VocabularyFeatures(features=features, logit_scale=1.0)
-    evidence = variants.Evidence(pixels=np.zeros((2, 4, 4, 3), np.uint8), expected=features, classifier=classifier)
-    offered, verification = variants.openvino_variants(tmp_path, [], evidence)
+    samples = VerificationSamples(what="images", pixels=np.zeros((2, 4, 4, 3), np.uint8), expected=features)
+    offered, verification = variants.openvino_variants(tmp_path, [], samples, classifier)
     assert offered == []
     assert verification.skipped == (
         "the bundle offers no variant by OpenVINO, which was not installed where it was packed",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderVariant, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
+from clipship.core.precisions import Precision
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture

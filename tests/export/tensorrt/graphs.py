@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clipship.core.bundle import MANIFEST, Bundle, EncoderVariant, Manifest, Precision, read_bundle, write_manifest
+from clipship.core.bundle import MANIFEST, Bundle, EncoderVariant, Manifest, read_bundle, write_manifest
+from clipship.core.precisions import Precision
 
 FLOATS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 

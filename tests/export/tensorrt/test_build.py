@@ -13,14 +13,15 @@ from typing import get_args
 import pytest
 import torch
 
-from clipship.core.bundle import Bundle, EncoderVariant, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import CheckFailed, PlanError, UsageError
 from clipship.core.files import sha256_of
+from clipship.core.precisions import Precision
 from clipship.core.tensorrt_plan import BatchProfile, read_plan
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.export.encoders import ImageEncoder
 from clipship.export.onnx_graph import load_onnx, onnx_from_module, save_onnx
-from clipship.export.precision.half_precision import SmallFloat, typed_model
+from clipship.export.precision.half_precision import typed_model
 from clipship.export.tensorrt import build
 from clipship.export.tensorrt.build import (
     Settings,
@@ -32,7 +33,7 @@ from clipship.export.tensorrt.build import (
     variant_for,
     write_timing_cache,
 )
-from clipship.export.tensorrt.run import load_plan, run_plan
+from clipship.export.tensorrt.run import load_plan
 from clipship.export.tensorrt.runtime import RUNTIMES, Loaded, deprecations_allowed, gpu_here
 from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of
@@ -76,7 +77,7 @@ def test_attention_as_one_node_builds_in_every_precision(clip: Clip, rtx: Loaded
         onnx_from_module(encoder, sample, path, input_spec=specs[0], output_spec=specs[1], metadata={}, opset=23)
     plain = load_onnx(path)
     assert sum(node.op_type == "Attention" for node in plain.graph.node) == 3
-    for precision in get_args(SmallFloat):
+    for precision in get_args(Precision)[1:3]:
         save_onnx(typed_model(plain, precision, frozenset()), tmp_path / f"{precision}.onnx")
     cases: list[tuple[str, Precision, str]] = [
         ("opset23", "fp32", "FLOAT"),
@@ -285,7 +286,7 @@ def test_a_build_in_another_thread(bundle: Bundle, rtx: Loaded, tmp_path: Path) 
 def test_without_a_gpu_loading_running_and_refitting_say_so(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision="fp32", settings=SETTINGS)
     with pytest.raises(UsageError, match="runs on a GPU, and PyTorch sees none here"):
-        run_plan(plan, bundle.golden().pixels, bundle)
+        load_plan(plan, bundle)
     with pytest.raises(UsageError, match="has its weights"):
         refit_plan(plan, bundle, tmp_path / "new")
     stripped = replace(plan, info=replace(plan.info, weights_stripped=True))
@@ -310,5 +311,5 @@ def test_with_a_gpu_the_plan_gives_pytorchs_features(bundle: Bundle, rtx: Loaded
     if strip:
         plan = refit_plan(plan, bundle, tmp_path / "refitted")
     golden = bundle.golden()
-    found = run_plan(plan, golden.pixels, bundle)
+    found = load_plan(plan, bundle).features(golden.pixels)
     assert abs(found - golden.embedding).max() <= 1e-4

@@ -7,8 +7,9 @@ from pathlib import Path
 import onnx
 import pytest
 
-from clipship.core.bundle import Bundle, Precision
+from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.precisions import Precision
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 from clipship.export.precision.half_precision import typed_onnx
 from clipship.export.precision.quantization import quantized_onnx

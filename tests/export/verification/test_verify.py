@@ -19,11 +19,12 @@ from PIL import Image
 from clipship.core import tensors
 from clipship.core.bundle import VOCABULARY_TENSORS, Bundle, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.cli.main import main
-from clipship.core.comparison import Answers, Comparison, Verification, compare_answers
+from clipship.core.comparison import Answers, Comparison, Verification, compare_answers, compare_features
 from clipship.core.errors import CheckFailed
 from clipship.core.machine import processor
 from clipship.core.machine.processor import emulates, this_processor
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.precisions import Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import TextEncoder
 from clipship.export.onnx_graph import onnx_from_module
@@ -40,7 +41,6 @@ from clipship.export.verification.runners import (
 from clipship.export.verification.verify import (
     batch_sizes_up_to,
     compare_classifier,
-    compare_features,
     golden_samples,
     verify_bundle,
 )

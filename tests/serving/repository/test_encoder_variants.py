@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderVariant, Precision, Runtime, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, Runtime, read_bundle, write_manifest
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.machine import processor
 from clipship.core.machine.processor import Processor
+from clipship.core.precisions import Precision
 from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import ServerFailed

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clipship.core import precisions, tolerances
 from clipship.core.bundle import Bundle
 from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed, PlanError, UsageError
@@ -199,10 +200,15 @@ def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> N
         "preprocess/1/clipship_images.py": images,
         "image_encoder/1/clipship_runtimes.py": cpu,
         "image_encoder/1/clipship_processor.py": processor,
+        **{f"{model}/1/clipship_precisions.py": precisions for model in ("preprocess", "image_encoder", "classifier")},
+        **{f"{model}/1/clipship_tolerances.py": tolerances for model in ("preprocess", "image_encoder", "classifier")},
     }
     for copy, module in copies.items():
         assert module.__file__ is not None
-        assert (out / copy).read_bytes() == Path(module.__file__).read_bytes()
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        expected = source.replace("from clipship.core.precisions", "from clipship_precisions")
+        assert (out / copy).read_text(encoding="utf-8") == expected
+        assert "import clipship" not in expected
     encoded = (out / "preprocess/warmup/encoded").read_bytes()
     assert encoded == len(jpeg_bytes(0)).to_bytes(4, "little") + jpeg_bytes(0)
     assert len((out / "image_encoder/warmup/image").read_bytes()) == SIZE_PX * SIZE_PX * 3

@@ -3,17 +3,19 @@
 A runtime silently emulates what the processor has no instruction for, several times slower. So a measured speed counts
 only on a processor with the instruction sets of the one it was measured on.
 
-This file needs the standard library only; a copy of it lies beside the model that runs inside Triton.
+This file needs ``precisions.py`` only; copies of both lie beside the model that runs inside Triton.
 """
 
 from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from clipship.core.precisions import PRECISIONS
 
 CPUINFO = Path("/proc/cpuinfo")
 """Where Linux says what its processors can do."""
@@ -24,15 +26,6 @@ INSTRUCTION_SETS = (
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16"),
 )
 """Those that runtimes have products of matrices for, by Linux's names."""
-
-NEEDED = {("openvino", "bf16"): ("avx512_bf16", "amx_bf16")}
-"""By runtime and precision: one of these, or the runtime emulates the precision."""
-
-FASTER_WITH = {
-    "fp32": ("avx2", "avx512f", "asimd"),
-    "int8": ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm"),
-}
-"""By precision: what decides which runtime is the faster one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +40,11 @@ class Processor:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
         return {"name": self.name, "instruction_sets": list(self.instruction_sets)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Processor:
+        """The inverse of :meth:`to_json`."""
+        return cls(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
 
     def lacks(self, instruction_sets: Collection[str]) -> tuple[str, ...]:
         """Those of ``instruction_sets`` that it does not have."""
@@ -75,14 +73,12 @@ def this_processor() -> Processor:
 
 def never_runs(runtime: str, precision: str) -> str:
     """Why no processor computes a variant of ``precision`` by ``runtime``; empty where some do."""
-    if (runtime, precision) == ("onnx", "bf16"):
-        return "it has bfloat16 kernels for GPUs only"
-    return ""
+    return PRECISIONS[precision].onnxruntime_lacks if runtime == "onnx" else ""
 
 
 def emulates(runtime: str, precision: str, processor: Processor) -> str:
     """Why ``runtime`` would emulate ``precision`` on ``processor``; empty where it has the instructions."""
-    needed = NEEDED.get((runtime, precision), ())
+    needed = PRECISIONS[precision].openvino_needs if runtime == "openvino" else ()
     if needed and len(processor.lacks(needed)) == len(needed):
         return f"{processor.name} has neither {' nor '.join(needed)}, so it would emulate {precision}, slower than fp32"
     return ""
@@ -96,7 +92,7 @@ def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[s
     Args:
         measured_with: instruction sets of the processor that the speed was measured on; none where nobody knows.
     """
-    decisive = [one for one in FASTER_WITH.get(precision, ()) if one in measured_with]
+    decisive = [one for one in PRECISIONS[precision].faster_with if one in measured_with]
     lacking = () if runtime == "onnx" else processor.lacks(decisive)
     return f"its speed was measured with {', '.join(lacking)}, which {processor.name} lacks" if lacking else ""
 

@@ -9,85 +9,53 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import IMAGE_ENCODER, EncoderVariant, Precision, VocabularyFeatures
+from clipship.core.bundle import IMAGE_ENCODER, EncoderVariant, VocabularyFeatures
+from clipship.core.comparison import Verification
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.machine.processor import this_processor
+from clipship.core.machine.runtimes import Run
+from clipship.core.precisions import PRECISIONS, REDUCED, Precision
 from clipship.core.progress import Report, log
-from clipship.core.tolerances import TOLERANCES
 from clipship.export.onnx_graph import EXTERNAL_BYTES, OPSET, OPSETS
-from clipship.export.precision.activation_ranges import validate_image_count
 from clipship.export.precision.half_precision import emulated_onnx, typed_onnx
 from clipship.export.precision.quantization import quantized_onnx
 from clipship.export.reference import GOLDEN_COUNT
 from clipship.export.saturation import emulated_int8, graph_can_saturate
-from clipship.export.verification.runners import (
-    CPU_PROVIDER,
-    NotRunnable,
-    Run,
-    Runner,
-    onnx_function,
-    openvino_function,
-)
-from clipship.export.verification.verify import Comparison, Verification, verify_runner
-
-REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
-"""What can stand beside the float32 variant."""
+from clipship.export.verification.runners import CPU_PROVIDER, NotRunnable, Runner, onnx_function, openvino_function
+from clipship.export.verification.verify import VerificationSamples, verify_samples
 
 SPEED_BATCHES = (1, 8)
 
+_GOLDEN = "golden samples"
 _COMPARED_BATCHES = (7, 64)  # one that divides nothing, and a server's largest; one image at a time is timed below
 
 _MIN_ROUNDS = 3
 _MAX_ROUNDS = 15
 _ROUNDS_S = 5.0
 _REST_S = 0.01  # ONNX Runtime's threads go on spinning for a while, on the cores that the other runtime needs
-_OPENVINO_FILES: Mapping[Precision, str] = {
-    "fp32": IMAGE_ENCODER,
-    "bf16": IMAGE_ENCODER,
-    "int8": "image_encoder.int8.onnx",
-}
 _GAIN = 1.05  # less than that is within what two runs of the same file differ by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a variant is calibrated on and compared with."""
-
-    pixels: NDArray[np.uint8]
-    """[N, H, W, 3] of real images."""
-    expected: NDArray[np.float32]
-    """PyTorch's unit features [N, D] of them."""
-    classifier: VocabularyFeatures
-    """What decides the best class."""
-    what: str = "images"
-    reference: str = "PyTorch"
-    """Where ``expected`` comes from."""
-
-    def golden(self) -> Evidence:
-        """The first of them, which stay in the bundle, and which every later step is held to."""
-        few = slice(GOLDEN_COUNT)
-        return replace(self, pixels=self.pixels[few], expected=self.expected[few], what="golden samples")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a bundle's graphs are written for."""
+    """Which graphs a bundle gets."""
 
     opset: int = OPSET
     """One of :data:`~clipship.export.onnx_graph.OPSETS`."""
     precisions: tuple[Precision, ...] = ()
     """Variants of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
     external_bytes: int = EXTERNAL_BYTES
-    """Weights above this size stand in a file of their own."""
+    """Weights above this size go into a file of their own."""
     source_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of whole images that a float32 variant of its own takes, each once: see ``resize_graph.py``."""
+    """(width, height) of whole images, each with a float32 variant that resizes them: see ``resize_graph.py``."""
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -98,22 +66,19 @@ class Profile:
         if len(set(self.source_sizes)) < len(self.source_sizes):
             raise UsageError(f"source sizes {self.source_sizes}: give each once")
 
-    def validate_image_count(self, images: int) -> None:
-        """Refuse before minutes of export what cannot be calibrated on that many images.
-
-        Raises:
-            DataError: fewer than 32.
-        """
-        if self.precisions:
-            validate_image_count(images)
-
 
 def encoder_variants(
-    folder: Path, profile: Profile, evidence: Evidence, report: Report, done: int
+    folder: Path,
+    profile: Profile,
+    samples: VerificationSamples,
+    classifier: VocabularyFeatures,
+    report: Report,
+    done: int,
 ) -> tuple[list[EncoderVariant], Verification]:
     """``image_encoder.onnx`` in ``folder``, and beside it a variant for each precision of ``profile``, compared.
 
     Args:
+        samples: real images that variants are calibrated on and compared with, the golden ones first.
         report: is told of each precision, ``done`` units being done before.
 
     Raises:
@@ -123,43 +88,48 @@ def encoder_variants(
     total = Verification(())
     for position, precision in enumerate(profile.precisions):
         report(done + position, precision)
-        variant, comparisons = reduced_variant(folder, precision, profile.opset, evidence)
+        variant, verified = reduced_variant(folder, precision, profile.opset, samples, classifier)
         variants.append(variant)
-        total += Verification(comparisons)
-    further, verified = openvino_variants(folder, tuple(variants), evidence)
+        total += verified
+    further, verified = openvino_variants(folder, tuple(variants), samples, classifier)
     return [*variants, *further], total + verified
 
 
+def file_of(precision: Precision) -> str:
+    """The variant's file in a bundle."""
+    return IMAGE_ENCODER if precision == "fp32" else f"image_encoder.{precision}.onnx"
+
+
 def reduced_variant(
-    folder: Path, precision: Precision, opset: int, evidence: Evidence
-) -> tuple[EncoderVariant, tuple[Comparison, ...]]:
+    folder: Path, precision: Precision, opset: int, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> tuple[EncoderVariant, Verification]:
     """Write the ``precision`` variant of ``image_encoder.onnx`` into ``folder``; returns it, and how it compares.
 
     Raises:
         CheckFailed: the variant is out of its tolerance; the message is the table.
         DataError: fewer than 32 images.
     """
-    source, path = folder / IMAGE_ENCODER, folder / f"image_encoder.{precision}.onnx"
-    if precision == "int8":
-        kept = quantized_onnx(source, path, evidence.pixels)
+    source, path = folder / IMAGE_ENCODER, folder / file_of(precision)
+    if PRECISIONS[precision].quantized:
+        kept = quantized_onnx(source, path, samples.pixels)
     else:
-        assert precision != "fp32"
-        kept = typed_onnx(source, path, precision, evidence.pixels)
-    comparisons = _compared(path, precision, evidence)
-    if not all(comparisons):
-        table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in comparisons)
+        kept = typed_onnx(source, path, precision, samples.pixels)
+    verified = _verified(path, precision, samples, classifier)
+    if not verified:
+        rows = verified.comparisons
+        table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in rows)
         raise CheckFailed(f"{precision} is not close enough to PyTorch, nothing was written:\n{table}")
-    speed = onnx_speed(source, path, evidence.pixels)
+    speed = onnx_speed(source, path, samples.pixels)
     variant = EncoderVariant(
         file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed
     )
-    return variant, comparisons
+    return variant, verified
 
 
 def openvino_variants(
-    folder: Path, variants: Sequence[EncoderVariant], evidence: Evidence
+    folder: Path, variants: Sequence[EncoderVariant], samples: VerificationSamples, classifier: VocabularyFeatures
 ) -> tuple[list[EncoderVariant], Verification]:
-    """What OpenVINO makes of ``variants``, where it is installed: no files of their own, but another speed.
+    """The same ``variants`` by OpenVINO, where it is installed: no files of their own, but another speed.
 
     OpenVINO computes bfloat16 from the float32 file, whose weights it rounds itself. A variant out of tolerance, or
     one that this processor cannot compute, is left out, as nobody requested it. The log and the verification say why.
@@ -167,27 +137,28 @@ def openvino_variants(
     if importlib.util.find_spec("openvino") is None:
         missing = "the bundle offers no variant by OpenVINO, which was not installed where it was packed"
         return [], Verification((), skipped=(missing,))
-    portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
+    portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, samples.pixels[:1])
     offered, total = [], Verification(())
     for variant in variants:
-        if variant.source_size is not None or variant.precision not in _OPENVINO_FILES:
+        precision, read = variant.precision, PRECISIONS[variant.precision].openvino_reads
+        if variant.source_size is not None or read is None:
             continue
-        path = folder / _OPENVINO_FILES[variant.precision]
+        path = folder / file_of(read)
         try:
-            run = openvino_function(path, variant.precision)
+            run = openvino_function(path, precision)
         except NotRunnable as error:
             total += _left_out(f"the bundle does not offer {error}")
             continue
-        comparisons = _rows(run, f"OpenVINO {variant.precision}", path, variant.precision, evidence)
-        if not all(comparisons):
-            why = "; ".join(dict.fromkeys(failure for one in comparisons for failure in one.failures))
-            about = f"{path.name}: {variant.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
+        verified = _compared(run, f"OpenVINO {precision}", path, precision, samples, classifier)
+        if not verified:
+            why = "; ".join(dict.fromkeys(failure for one in verified.comparisons for failure in one.failures))
+            about = f"{path.name}: {precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
             total += _left_out(f"the bundle does not offer {about}: {why}")
             continue
         kept = variant.kept_fp32 if path.name == variant.file else ()
-        speed = speed_ratios(portable, run, evidence.pixels)
+        speed = speed_ratios(portable, run, samples.pixels)
         offered.append(replace(variant, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
-        total += Verification(comparisons)
+        total += verified
     return offered, total
 
 
@@ -196,56 +167,50 @@ def _left_out(reason: str) -> Verification:
     return Verification((), skipped=(reason,))
 
 
-def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    """By ONNX Runtime's CPU provider as it is, where it can; and as other hardware computes it, emulated."""
-    if precision == "int8":
-        kernels = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
-        return (*_rows(kernels, CPU_PROVIDER, path, precision, evidence), *_as_without_vnni(path, kernels, evidence))
+def _verified(
+    path: Path, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """By ONNX Runtime's CPU provider, where it can run it; and emulated as other hardware computes it."""
+    if PRECISIONS[precision].can_saturate:
+        run = onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
+        compared = _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
+        return compared + _as_without_vnni(path, run, precision, samples, classifier)
     try:
-        run = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
-        compared = _rows(run, CPU_PROVIDER, path, precision, evidence)
+        run = onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
+        compared = _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
     except NotRunnable:  # bfloat16
-        compared = ()
+        compared = Verification(())
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         emulation = Path(scratch) / path.name
         emulated_onnx(path, emulation)
-        run = onnx_function(emulation, CPU_PROVIDER, evidence.pixels[:1])
-        return (*compared, *_rows(run, f"{precision}, emulated", path, precision, evidence))
+        run = onnx_function(emulation, CPU_PROVIDER, samples.pixels[:1])
+        return compared + _compared(run, f"{precision}, emulated", path, precision, samples, classifier)
 
 
-def _as_without_vnni(path: Path, kernels: Run, evidence: Evidence) -> tuple[Comparison, ...]:
-    """The int8 graph at ``path`` as NumPy emulates a processor without VNNI.
+def _as_without_vnni(
+    path: Path, kernels: Run, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """The graph at ``path`` as NumPy emulates a processor without VNNI.
 
     Sums that cannot saturate are the same on all processors: NumPy, which is slow, has to find those of ``kernels`` on
     a few images only. Others are held to PyTorch on all of them.
     """
     if not graph_can_saturate(path):
-        golden = evidence.golden()
-        evidence = replace(golden, expected=kernels(golden.pixels), reference="ONNX Runtime here")
-    return _row(emulated_int8(path), "int8, emulated", path, "int8", evidence, (len(evidence.pixels),))
+        golden = samples.first(GOLDEN_COUNT, _GOLDEN)
+        samples = replace(golden, expected=kernels(golden.pixels), reference="ONNX Runtime here")
+    runner = Runner(name=f"{precision}, emulated", run=emulated_int8(path))
+    return verify_samples(runner, path.name, [samples], classifier, precision, (len(samples.pixels),))
 
 
-def _rows(run: Run, name: str, variant: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    return (
-        *_row(run, name, variant, precision, evidence, _COMPARED_BATCHES),
-        *_row(run, name, variant, precision, evidence.golden(), _COMPARED_BATCHES[:1]),
+def _compared(
+    run: Run, name: str, path: Path, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """``run`` on all samples, and on the golden ones, which stay in the bundle."""
+    compared = partial(
+        verify_samples, Runner(name=name, run=run), path.name, classifier=classifier, precision=precision
     )
-
-
-def _row(
-    run: Run, name: str, variant: Path, precision: Precision, evidence: Evidence, batch_sizes: Sequence[int]
-) -> tuple[Comparison, ...]:
-    return verify_runner(
-        Runner(name=name, run=run),
-        evidence.what,
-        evidence.pixels,
-        evidence.expected,
-        references=evidence.classifier,
-        tolerance=TOLERANCES[precision],
-        batch_sizes=batch_sizes,
-        form=variant.name,
-        reference=evidence.reference,
-    )
+    golden = samples.first(GOLDEN_COUNT, _GOLDEN)
+    return compared([samples], batch_sizes=_COMPARED_BATCHES) + compared([golden], batch_sizes=_COMPARED_BATCHES[:1])
 
 
 def onnx_speed(portable: Path, other: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:
@@ -277,7 +242,7 @@ def speed_ratio(slow: Run, fast: Run, pixels: NDArray[np.uint8]) -> float:
 
 
 def speed_line(variant: EncoderVariant) -> str:
-    """What ``variant`` gains here, for people."""
+    """How fast ``variant`` is here, for people."""
     if variant.source_size is not None:
         width, height = variant.source_size
         takes = f"takes whole images of {width} x {height} and resizes them in the graph"

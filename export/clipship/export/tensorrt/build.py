@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderVariant, Precision
+from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, sha256_of_bytes, write_bytes_atomic
+from clipship.core.precisions import Precision
 from clipship.core.progress import Report, log, progress
 from clipship.core.tensorrt_plan import (
     PLATFORM,
@@ -123,41 +124,29 @@ def variant_for(bundle: Bundle, precision: Precision) -> EncoderVariant:
     Raises:
         UsageError: the bundle has none; lists what it has.
     """
-    portable = [
-        variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None
-    ]
+    portable = [one for one in bundle.image_encoders if one.runtime == "onnx" and one.source_size is None]
     for variant in portable:
         if variant.precision == precision:
             return variant
-    has = ", ".join(variant.precision for variant in portable)
+    has = ", ".join(one.precision for one in portable)
     raise UsageError(
         f"{bundle.path}: no {precision} variant for TensorRT, it has {has}: pack it with {precision}, or choose"
     )
 
 
 def validate_switches(runtime: EngineRuntime, settings: Settings) -> None:
-    """Nothing when ``runtime`` has every switch of ``settings`` that is on.
+    """Validate that ``runtime`` has every switch of ``settings`` that is on.
 
     Raises:
         UsageError: it has not; says what does the same there.
     """
-    switches = (
-        (settings.timing_cache, runtime.has_timing_cache, "--timing-cache", "it times no kernels while it builds"),
-        (
-            settings.version_compatible,
-            runtime.has_version_compatible,
-            "--version-compatible",
-            "build with the version that runs it",
-        ),
-        (
-            settings.hardware_compatible,
-            runtime.has_hardware_compatible,
-            "--hardware-compatible",
-            "give --gpu once for each GPU, and the plan runs on all of them",
-        ),
-    )
-    for wanted, available, option, instead in switches:
-        if wanted and not available:
+    given = {
+        "--timing-cache": settings.timing_cache,
+        "--version-compatible": settings.version_compatible,
+        "--hardware-compatible": settings.hardware_compatible,
+    }
+    for option, instead in runtime.lacks.items():
+        if given[option]:
             raise UsageError(f"{runtime.name} has no {option}: leave it out; {instead}")
 
 

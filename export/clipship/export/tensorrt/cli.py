@@ -6,9 +6,9 @@ from pathlib import Path
 
 import click
 
-from clipship.core.bundle import Precision, read_bundle
-from clipship.core.cli.main import emit, existing_folder, json_option
-from clipship.core.errors import MissingExtraError
+from clipship.core.bundle import read_bundle
+from clipship.core.cli.main import emit, existing_folder, json_option, require_packages
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensorrt_plan import BatchProfile, PlanRuntime, TensorRtPlan, read_plan
 
 
@@ -27,7 +27,7 @@ from clipship.core.tensorrt_plan import BatchProfile, PlanRuntime, TensorRtPlan,
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
     help="Which variant of the bundle's image encoder to build from.",
@@ -72,7 +72,7 @@ def engine(
 
     Example: clipship engine bundles/prints --runtime tensorrt-rtx --gpu sm89 --precision fp16 --out plans/prints
     """
-    _require_packages()
+    require_packages("export", "torch", "onnx")
     from clipship.export.tensorrt.build import Settings, plan_from_bundle, refit_plan
     from clipship.export.tensorrt.runtime import load_runtime
 
@@ -93,14 +93,6 @@ def engine(
     )
     plan = plan_from_bundle(opened, out, load_runtime(runtime), precision=precision, settings=settings)
     _emit(plan, as_json=as_json)
-
-
-def _require_packages() -> None:
-    for package in ("torch", "onnx"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingExtraError(package, "export") from error
 
 
 def _emit(plan: TensorRtPlan, *, as_json: bool) -> None:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipship.core.bundle import Precision
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensors import TensorSpec
 from clipship.export.onnx_graph import OPSET, inferred_types, since_opset
 from clipship.export.tensorrt.runtime import Loaded, deprecations_allowed
@@ -25,20 +25,8 @@ if TYPE_CHECKING:
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION")
 ALWAYS_FLOAT = ("NORMALIZATION", "SOFTMAX")
 
-PRODUCT_TYPES: Mapping[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-"""The type of matrix products by precision. With int8 they are what the dequantised values are, beside Q/DQ layers."""
-
-_TYPES = {
-    "FLOAT": "FLOAT",
-    "FLOAT16": "HALF",
-    "BFLOAT16": "BF16",
-    "INT8": "INT8",
-    "UINT8": "UINT8",
-    "INT32": "INT32",
-    "INT64": "INT64",
-    "BOOL": "BOOL",
-}
-"""TensorRT's name of each ONNX type that it has."""
+_TYPES = {"FLOAT16": "HALF", "BFLOAT16": "BF16"}
+"""TensorRT's name of an ONNX type; all others have the same name."""
 
 _SHOWN = 3
 _STANDARD_DOMAINS = ("", "ai.onnx")
@@ -183,12 +171,14 @@ def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterat
         if layer.kind in ALWAYS_FLOAT and not types <= {"FLOAT", "INT64", "INT32"}:
             yield f"{layer.kind} {layer.name} is {'/'.join(sorted(types))} instead of FLOAT"
     products = Counter(dtype for layer in layers if layer.kind in PRODUCTS for dtype in layer.outputs.values())
-    wanted = PRODUCT_TYPES.get(precision)
-    if wanted and not products[wanted]:
+    spec = PRECISIONS[precision]
+    wanted = _TYPES.get(spec.onnx_type, spec.onnx_type)
+    if spec.quantized:  # the products are of the type of the dequantised values
+        if not any(layer.kind == "QUANTIZE" for layer in layers):
+            yield f"it has no QUANTIZE layer: this is no {precision} variant"
+    elif not products[wanted]:
         found = ", ".join(products) or "absent"
         yield f"no matrix product is {wanted}, they are {found}: this is no {precision} variant"
-    if precision == "int8" and not any(layer.kind == "QUANTIZE" for layer in layers):
-        yield "it has no QUANTIZE layer: this is no int8 variant"
 
 
 def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:

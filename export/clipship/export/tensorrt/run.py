@@ -95,11 +95,6 @@ def load_plan(plan: TensorRtPlan, bundle: Bundle | None = None) -> PlanRunner:
     return PlanRunner(plan, engine_from_plan(loaded, plan).create_execution_context())
 
 
-def run_plan(plan: TensorRtPlan, pixels: NDArray[np.uint8], bundle: Bundle | None = None) -> NDArray[np.float32]:
-    """uint8 [N, H, W, 3] -> unit float32 [N, D] by ``plan`` on this machine's GPU; raises as :func:`load_plan` does."""
-    return load_plan(plan, bundle).features(pixels)
-
-
 def _batches(pixels: NDArray[np.uint8], plan: TensorRtPlan) -> Iterator[NDArray[np.uint8]]:
     """Parts of at most the profile's maximum, of nearly equal size, so that none falls below its minimum."""
     profile, side = plan.info.profile, tuple(plan.info.input.shape[1:])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +23,14 @@ class EngineRuntime:
 
     name: PlanRuntime
     modules: tuple[str, ...]
-    """Where its Python API may be, the first that is there counts."""
+    """Names of its Python module; the first that is installed is taken."""
     extra: str
     least_version: tuple[int, int]
-    """The first with everything that a typed ONNX file of ours needs."""
+    """The first that reads all of our typed ONNX files."""
     builds_for_absent_gpus: bool
     """Takes a list of compute capabilities; otherwise a plan is for the GPU it is built on."""
-    has_timing_cache: bool
-    """Times kernels while it builds, and can keep what it measured."""
-    has_version_compatible: bool
-    has_hardware_compatible: bool
+    lacks: Mapping[str, str]
+    """By option of ``clipship engine`` that it does not have, what to do instead."""
 
 
 RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
@@ -42,9 +40,7 @@ RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
         extra="tensorrt",
         least_version=(10, 12),
         builds_for_absent_gpus=False,
-        has_timing_cache=True,
-        has_version_compatible=True,
-        has_hardware_compatible=True,
+        lacks={},
     ),
     "tensorrt-rtx": EngineRuntime(
         name="tensorrt-rtx",
@@ -53,9 +49,11 @@ RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
         extra="tensorrt-rtx",
         least_version=(1, 7),
         builds_for_absent_gpus=True,
-        has_timing_cache=False,
-        has_version_compatible=False,
-        has_hardware_compatible=False,
+        lacks={
+            "--timing-cache": "it times no kernels while it builds",
+            "--version-compatible": "build with the version that runs it",
+            "--hardware-compatible": "give --gpu once for each GPU, and the plan runs on all of them",
+        },
     ),
 }
 
@@ -162,7 +160,7 @@ def gpu_here() -> str | None:
 
 
 def buildable_gpus(loaded: Loaded) -> tuple[str, ...]:
-    """What ``--gpu`` may name: what TensorRT-RTX knows, or the one GPU that is here.
+    """What ``--gpu`` may name: all that TensorRT-RTX knows, or this machine's GPU.
 
     Raises:
         UsageError: the runtime builds on the GPU only, and there is none.

@@ -22,16 +22,17 @@ WORST_SHOWN = 12
 """Images on the page."""
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_HEADER = ("", "inputs", "form", "runtime", "batch", "n", "cosine min", "mean", "centred min", "max diff")
-_HEADER_CLASSES = ("top-1", "top-5", "logits")
+_HEADER = (
+    *("", "inputs", "form", "runtime", "batch", "n"),
+    *("cosine min", "mean", "centred min", "max diff", "top-1", "top-5", "logits"),
+)
 _UNMEASURED = "-"
 _PLAIN_WIDTH = 240
 
 
 def table_from_verification(verification: Verification) -> Table:
     """One row a comparison; a number that was not measured is a dash."""
-    rows = [_cells(row) if isinstance(row, Comparison) else _answer_cells(row) for row in verification.rows]
-    return Table(header=(*_HEADER, *_HEADER_CLASSES), rows=tuple(rows), text_columns=4)
+    return Table(header=_HEADER, rows=tuple(map(_cells, verification.rows)), text_columns=4)
 
 
 def text_from_verification(verification: Verification, *, width: int | None = None) -> str:
@@ -58,53 +59,30 @@ def text_from_verification(verification: Verification, *, width: int | None = No
 
 
 def _remarks(verification: Verification) -> list[str]:
-    failed = [f"FAILED {row.what}, {_form(row)} on {row.provider}, batch {row.batch_size}" for row in verification.rows]
-    why = [
-        f"{where}: {'; '.join(row.failures)}" for where, row in zip(failed, verification.rows, strict=True) if not row
+    failed = [
+        f"FAILED {row.what}, {_form(row)} on {row.provider}, batch {row.batch_size}: {'; '.join(row.failures)}"
+        for row in verification.rows
+        if not row
     ]
-    references = sorted({row.reference for row in verification.comparisons if row.reference != "PyTorch"})
-    compared = [
-        f"without a checkpoint, images are compared with {reference}, not with PyTorch" for reference in references
-    ]
-    return [*why, *(f"not compared: {reason}" for reason in verification.skipped), *compared]
+    references = sorted({row.reference for row in verification.comparisons} - {"PyTorch"})
+    without = (f"without a checkpoint, images are compared with {one}, not with PyTorch" for one in references)
+    return [*failed, *(f"not compared: {reason}" for reason in verification.skipped), *without]
 
 
 def _form(row: Comparison | Answers) -> str:
     return row.form if isinstance(row, Comparison) else row.model
 
 
-def _cells(row: Comparison) -> tuple[str, ...]:
-    return (
-        "ok" if row else "FAILED",
-        row.what,
-        row.form,
-        row.provider,
-        str(row.batch_size),
-        str(row.count),
-        _number(row.min_cosine, ".6f"),
-        _number(row.mean_cosine, ".6f"),
-        _number(row.min_centred_cosine, ".6f"),
-        _number(row.max_abs, ".1e"),
-        _share(row.top1_agreement, row.top1_excused),
-        _number(100 * row.top5_agreement, ".1f"),
-        _number(row.max_logit_difference, ".1e"),
-    )
-
-
-def _answer_cells(row: Answers) -> tuple[str, ...]:
-    return (
-        "ok" if row else "FAILED",
-        row.what,
-        row.model,
-        row.provider,
-        str(row.batch_size),
-        str(row.count),
-        *(_UNMEASURED,) * 3,
-        f"{_number(row.max_score_difference, '.1e')} (scores)",
-        _share(row.top1_agreement, row.top1_excused),
-        _number(100 * row.top5_agreement, ".1f"),
-        _UNMEASURED,
-    )
+def _cells(row: Comparison | Answers) -> tuple[str, ...]:
+    sizes = (str(row.batch_size), str(row.count))
+    about = ("ok" if row else "FAILED", row.what, _form(row), row.provider, *sizes)
+    classes = (_share(row.top1_agreement, row.top1_excused), _number(100 * row.top5_agreement, ".1f"))
+    if isinstance(row, Answers):
+        difference = f"{_number(row.max_score_difference, '.1e')} (scores)"
+        return (*about, *(_UNMEASURED,) * 3, difference, *classes, _UNMEASURED)
+    cosines = (row.min_cosine, row.mean_cosine, row.min_centred_cosine)
+    numbers = (*(_number(cosine, ".6f") for cosine in cosines), _number(row.max_abs, ".1e"))
+    return (*about, *numbers, *classes, _number(row.max_logit_difference, ".1e"))
 
 
 def _number(value: float, form: str) -> str:
@@ -122,11 +100,11 @@ class WorstImage:
     """One image on the page."""
 
     name: str
-    picture: str
-    """A data URI of the pixels that the encoder took."""
+    source: str
+    """The pixels that the encoder took, as a data URI."""
     cosine: float
     where: str
-    """Form, runtime and batch."""
+    """File, runtime and batch."""
     passed: bool
     expected: tuple[str, ...]
     """The best classes by the reference, best first."""
@@ -148,7 +126,7 @@ def worst_images(
         if key not in shown and len(shown) < WORST_SHOWN:
             shown[key] = WorstImage(
                 name=key,
-                picture=_data_uri(sample.pixels[worst.position]),
+                source=_data_uri(sample.pixels[worst.position]),
                 cosine=cosine,
                 where=f"{row.form}, {row.provider}, batch {row.batch_size}",
                 passed=bool(row),
@@ -159,7 +137,7 @@ def worst_images(
 
 
 def write_page(path: Path, bundle: Bundle, verification: Verification, samples: Sequence[VerificationSamples]) -> None:
-    """Write the page to ``path``, whole or not at all; its text is escaped, its pictures are inside it."""
+    """Write the page to ``path``, whole or not at all; its text is escaped, its images are inside it."""
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(

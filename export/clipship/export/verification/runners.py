@@ -1,7 +1,7 @@
-"""Who can run a variant of an encoder here: ONNX Runtime's providers, OpenVINO, a TensorRT plan; each a plain function.
+"""Runtimes that can run an encoder here: ONNX Runtime's providers and OpenVINO, each as a plain function.
 
-A runtime that silently does something else than it was asked is the trap of this module: ONNX Runtime puts nodes on
-another provider, OpenVINO computes in another precision. Both are looked at after they ran, and refused.
+Runtimes deviate silently: ONNX Runtime puts nodes on another provider, OpenVINO computes in another precision. Both are
+checked after a run, and refused.
 
 Shape legend: N rows (images or class names), D features.
 """
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.machine.processor import emulates, this_processor
-from clipship.core.machine.runtimes import OPENVINO_TYPES, OpenVinoEncoder
+from clipship.core.machine.runtimes import OpenVinoEncoder
 from clipship.core.machine.runtimes import Run as Run
+from clipship.core.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -45,7 +46,7 @@ class NotRunnable(CheckFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """A variant, loaded by a runtime that has been seen to do what it was asked."""
+    """An encoder, loaded by a runtime."""
 
     name: str
     """The provider or runtime, for tables."""
@@ -63,10 +64,10 @@ def local_providers() -> tuple[str, ...]:
 
 
 def onnx_session(path: Path, provider: str = CPU_PROVIDER, *, in_order: bool = False) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session that took ``provider``. (Whether its nodes run there: :func:`onnx_function`.)
+    """An ONNX Runtime session on ``provider``; :func:`onnx_function` checks that the nodes run there, too.
 
-    ONNX Runtime falls back to the CPU without an error; here that is one. ``in_order`` runs the nodes as they stand in
-    the file; by itself it puts off those that others do not wait for.
+    ONNX Runtime falls back to the CPU silently; here that is an error. ``in_order`` runs the nodes in the file's order;
+    by default ONNX Runtime delays those whose outputs are not needed yet.
 
     Raises:
         NotRunnable: the provider is not available or was not taken, or has no kernel for one of the nodes.
@@ -110,7 +111,7 @@ def session_function(session: onnxruntime.InferenceSession) -> Run:
 
 
 def onnx_function(path: Path, provider: str, sample: NDArray[Any]) -> Run:
-    """The ONNX file at ``path`` on ``provider``, whose nodes really run there: ``sample`` [1, ...] was run to see it.
+    """The ONNX file at ``path`` on ``provider``; a run of ``sample`` [1, ...] has shown that its nodes run there.
 
     Raises:
         NotRunnable, CheckFailed, MissingExtraError: as :func:`onnx_session`.
@@ -142,14 +143,13 @@ def nodes_by_provider(path: Path, provider: str, sample: NDArray[Any]) -> Mappin
 
 
 def _validate_provider(path: Path, provider: str, ran: Mapping[str, Counter[str]]) -> None:
-    elsewhere = {
+    products = {
         name: sum(count for kind, count in kinds.items() if any(word in kind for word in _HEAVY))
         for name, kinds in ran.items()
-        if name != provider
     }
-    strayed = {name: count for name, count in elsewhere.items() if count}
-    if strayed or provider not in ran:
-        where = ", ".join(f"{count} on {name}" for name, count in strayed.items()) or "no node on it"
+    elsewhere = [f"{count} on {name}" for name, count in products.items() if count and name != provider]
+    if elsewhere or provider not in ran:
+        where = ", ".join(elsewhere) or "no node on it"
         raise CheckFailed(f"{path.name}: asked for {provider}, but ONNX Runtime ran its matrix products: {where}")
 
 
@@ -157,8 +157,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
     """The model at ``path`` (.xml or .onnx) on OpenVINO's CPU device, computing in ``precision``.
 
     Raises:
-        NotRunnable: the CPU cannot compute in that precision (OpenVINO would emulate it, or take another one, without a
-            word).
+        NotRunnable: the CPU cannot compute in that precision; OpenVINO would silently emulate it or take another one.
         CheckFailed: OpenVINO cannot read the file, or a run fails.
         MissingExtraError: openvino is not installed.
     """
@@ -171,7 +170,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
         raise MissingExtraError("openvino", "openvino") from error
     except RuntimeError as error:
         raise CheckFailed(f"{path.name}: OpenVINO cannot load it ({_line(error)})") from error
-    _validate_precision(path, OPENVINO_TYPES[precision], encode.compiled)
+    _validate_precision(path, PRECISIONS[precision].openvino_type, encode.compiled)
 
     def run(rows: NDArray[Any]) -> NDArray[np.float32]:
         try:
@@ -183,7 +182,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
 
 
 def _validate_precision(path: Path, asked: str, compiled: Any) -> None:
-    """What the compiled graph's own nodes say, not what the option says."""
+    """Validate the precision of the compiled graph's own nodes, not the option."""
     given: str = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     ran = openvino_precisions(compiled)
     if given != asked or (asked != "f32" and asked not in ran) or (asked == "f32" and ran & {"f16", "bf16"}):
@@ -204,8 +203,7 @@ def openvino_precisions(compiled: Any) -> set[str]:
 
 def run_in_batches(run: Run, rows: NDArray[Any], batch_size: int) -> NDArray[np.float32]:
     """``run`` over ``rows`` in batches of ``batch_size``; the last one is as small as what is left."""
-    parts = [run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
-    return np.concatenate(parts)
+    return np.concatenate([run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)])
 
 
 def _onnxruntime() -> Any:

@@ -1,9 +1,10 @@
-"""Every exported variant against its reference, by the runtime that serves it.
+"""Compares every exported variant with its reference, run by the runtime that serves it.
 
-The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``clipship/core/comparison.py``
-defines the other numbers.
+The flow: :func:`verify_bundle` loads each variant as a :class:`~clipship.export.verification.runners.Runner`,
+:func:`verify_samples` runs it on each set of samples at each batch size, and ``core/comparison.py`` turns both features
+into numbers and a verdict, by the tolerances in ``core/precisions.py``.
 
-A set smaller than a batch is repeated until it fills one, so that a batch of 64 is one of 64.
+A set smaller than a batch is repeated until it fills one.
 
 Shape legend: N inputs, C classes, H = W pixels, D features.
 """
@@ -31,8 +32,9 @@ from clipship.core.bundle import (
 from clipship.core.comparison import Answers, Comparison, Verification, compare_answers, compare_features
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images.decoding import ImageSpec
+from clipship.core.precisions import PRECISIONS, Tolerance
 from clipship.core.progress import progress
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.full_frames import Picture, pixels_of_sources, sources_of
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verification.runners import (
@@ -48,27 +50,6 @@ from clipship.export.verification.runners import (
     session_function,
 )
 
-__all__ = [
-    "BATCH_SIZES",
-    "CPU_PROVIDER",
-    "Answers",
-    "Comparison",
-    "Verification",
-    "VerificationSamples",
-    "batch_sizes_up_to",
-    "compare_classifier",
-    "compare_features",
-    "golden_samples",
-    "onnx_session",
-    "run_in_batches",
-    "session_function",
-    "verify_bundle",
-    "verify_encoder",
-    "verify_plan",
-    "verify_runner",
-    "verify_samples",
-]
-
 BATCH_SIZES = (1, 2, 7, 64)
 """One, the smallest batch, one that divides nothing, and the default maximum of a server."""
 
@@ -81,19 +62,26 @@ _FEW = 16  # rows at every batch size but the largest: those show that a batch s
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationSamples:
-    """Images and what every variant must give for them."""
+    """Images, and the features that every variant must give for them."""
 
     what: str
     """ "golden samples" or "images"."""
-    names: tuple[str, ...]
-    files: tuple[bytes, ...]
+    names: tuple[str, ...] = ()
+    files: tuple[bytes, ...] = ()
     """As they came."""
-    pixels: NDArray[np.uint8]
-    """[N, H, W, 3]."""
+    pixels: NDArray[Any]
+    """uint8 [N, H, W, 3]; of a text encoder tokens [N, L]."""
     expected: NDArray[np.float32]
     """Unit features [N, D]."""
-    reference: str
-    """Where ``expected`` comes from."""
+    reference: str = "PyTorch"
+    """The source of ``expected``."""
+
+    def first(self, count: int, what: str | None = None) -> VerificationSamples:
+        """The first ``count`` of them, without their files."""
+        few = slice(count)
+        return replace(
+            self, what=what or self.what, names=(), files=(), pixels=self.pixels[few], expected=self.expected[few]
+        )
 
 
 def golden_samples(bundle: Bundle) -> VerificationSamples:
@@ -105,7 +93,6 @@ def golden_samples(bundle: Bundle) -> VerificationSamples:
         files=tuple((bundle.path / GOLDEN / name).read_bytes() for name in golden.files),
         pixels=golden.pixels,
         expected=golden.embedding,
-        reference="PyTorch",
     )
 
 
@@ -116,32 +103,31 @@ def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
 
 def verify_runner(
     runner: Runner,
-    what: str,
-    rows: NDArray[Any],
-    expected: NDArray[np.float32],
+    samples: VerificationSamples,
     *,
     references: NDArray[np.float32] | VocabularyFeatures,
     tolerance: Tolerance,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     form: str = "",
-    reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
-    """``runner`` against ``expected`` [N, D], a comparison a batch size. A run that fails is one, too.
+    """``runner`` against what ``samples`` expect, a comparison a batch size. A run that fails is one, too.
 
-    All of ``rows`` [N, ...] are run at the largest batch size, the first 16 at the others.
+    All samples are run at the largest batch size, the first 16 at the others.
     """
-    largest = max(batch_sizes)
+    largest, rows = max(batch_sizes), samples.pixels
 
     def compared(batch_size: int) -> Comparison:
         used = len(rows) if batch_size == largest else min(len(rows), _FEW)
-        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": used}
+        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": samples.reference, "count": used}
         count = max(used, batch_size)  # repeated until they fill one batch
         try:
             given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
         except CheckFailed as error:
-            return Comparison(what=what, provider=runner.name, batch_size=batch_size, problem=str(error), **about)
-        wanted = _repeated(expected, count)
-        return compare_features(what, runner.name, batch_size, wanted, given, references=references, **about)
+            return Comparison(
+                what=samples.what, provider=runner.name, batch_size=batch_size, problem=str(error), **about
+            )
+        wanted = _repeated(samples.expected, count)
+        return compare_features(samples.what, runner.name, batch_size, wanted, given, references=references, **about)
 
     return tuple(compared(batch_size) for batch_size in batch_sizes)
 
@@ -160,7 +146,6 @@ def verify_encoder(
     tolerance: Tolerance,
     provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
     """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
 
@@ -174,14 +159,11 @@ def verify_encoder(
     """
     return verify_runner(
         Runner(name=provider, run=onnx_function(path, provider, rows[:1])),
-        what,
-        rows,
-        expected,
+        VerificationSamples(what=what, pixels=rows, expected=expected),
         references=references,
         tolerance=tolerance,
         batch_sizes=batch_sizes,
         form=path.name,
-        reference=reference,
     )
 
 
@@ -192,13 +174,13 @@ def verify_bundle(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     providers: Sequence[str] | None = None,
 ) -> Verification:
-    """Every variant that the bundle offers, by the runtime that serves it, on ``samples``: ONNX Runtime, or OpenVINO.
+    """Compare every variant of ``bundle`` on ``samples``, run by ONNX Runtime or OpenVINO, whichever serves it.
 
-    What was left out when the bundle was packed is named among what is not compared.
+    The variants that ``pack`` left out are listed as not compared.
 
     Args:
         samples: None: the golden samples.
-        providers: of ONNX Runtime, which must run every variant; None: those of this machine, where they can.
+        providers: ONNX Runtime's, each of which must run every variant; None: this machine's, as far as they can.
 
     Raises:
         NotRunnable: one of the given ``providers`` is not here, or cannot run a variant.
@@ -224,7 +206,8 @@ def _verify_variant(
         portable = session_function(onnx_session(bundle.image_encoder))
         samples = [_source_samples(one, variant.source_size, bundle.image_spec, portable) for one in samples]
         batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
-    path, total = bundle.path / variant.file, Verification(())
+    path, classifier, total = bundle.path / variant.file, bundle.vocabulary_features(), Verification(())
+    compared = partial(verify_samples, classifier=classifier, precision=variant.precision)
     for name, load in _loaders(path, variant, samples[0].pixels[:1], providers):
         try:
             runner = Runner(name=name, run=load())
@@ -232,44 +215,44 @@ def _verify_variant(
             if providers is not None and name in providers:
                 raise
             total += Verification((), skipped=(str(error),))
-            continue
         except MissingExtraError as error:
             total += Verification((), skipped=(f"OpenVINO: {error}",))
-            continue
         except CheckFailed as error:
-            total += Verification((_broken(variant, name, samples[0], str(error)),))
-            continue
-        total += verify_samples(
-            runner, variant.file, samples, bundle.vocabulary_features(), variant.precision, batch_sizes
-        )
+            broken = Runner(name=name, run=partial(_raise, error))
+            total += compared(broken, variant.file, samples[:1], batch_sizes=[1])
+        else:
+            total += compared(runner, variant.file, samples, batch_sizes=batch_sizes)
     return total + _as_without_vnni(bundle, variant, samples)
+
+
+def _raise(error: Exception, _rows: NDArray[Any]) -> NDArray[np.float32]:
+    raise error
 
 
 def _as_without_vnni(bundle: Bundle, variant: EncoderVariant, samples: Sequence[VerificationSamples]) -> Verification:
     """An int8 variant that can saturate, on a few images as a processor without VNNI computes it; 0.5 packed such."""
     path = bundle.path / variant.file
-    if variant.precision != "int8" or variant.runtime != "onnx" or not graph_can_saturate(path):
+    if not PRECISIONS[variant.precision].can_saturate or variant.runtime != "onnx" or not graph_can_saturate(path):
         return Verification(())
-    runner = Runner(name="int8, emulated", run=emulated_int8(path))
-    few = [replace(one, pixels=one.pixels[:_EMULATED], expected=one.expected[:_EMULATED]) for one in samples]
+    runner = Runner(name=f"{variant.precision}, emulated", run=emulated_int8(path))
+    few = [one.first(_EMULATED) for one in samples]
     return verify_samples(runner, variant.file, few, bundle.vocabulary_features(), variant.precision, [_EMULATED])
 
 
 def _not_offered(bundle: Bundle) -> tuple[str, ...]:
-    """What the bundle could offer and does not, for the reasons found when it was packed: 0.5 did not keep them."""
+    """The variants that ``pack`` left out, with its reasons, which bundles of 0.5 do not have."""
     reasons = tuple(bundle.verification().get("skipped", ()))
     offered = {variant.precision for variant in bundle.image_encoders if variant.runtime == "openvino"}
     plain = [variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None]
-    unknown = [
-        variant for variant in plain if variant.precision in ("fp32", "int8") and variant.precision not in offered
-    ]
+    read_by_openvino = [one for one in plain if PRECISIONS[one.precision].openvino_reads == one.precision]
+    unknown = [one for one in read_by_openvino if one.precision not in offered]
     return reasons or tuple(f"{one.file}: the bundle does not offer {one.precision} by OpenVINO" for one in unknown)
 
 
 def _source_samples(
     samples: VerificationSamples, source_size: tuple[int, int], spec: ImageSpec, portable: Run
 ) -> VerificationSamples:
-    """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable variant make of those."""
+    """``samples`` resized to ``source_size``; expected are the portable variant's features of Pillow's pixels."""
     pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
     sources = sources_of(pictures, source_size)
     pixels = pixels_of_sources(sources, spec)
@@ -285,7 +268,7 @@ def _source_samples(
 def _loaders(
     path: Path, variant: EncoderVariant, sample: NDArray[np.uint8], providers: Sequence[str] | None
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """By name, what loads ``variant`` in the runtime that serves it."""
+    """By name, the functions that load ``variant`` into the runtimes that serve it."""
     if variant.runtime == "openvino":
         yield f"OpenVINO {variant.precision}", partial(openvino_function, path, variant.precision)
         return
@@ -293,21 +276,8 @@ def _loaders(
         yield provider, partial(onnx_function, path, provider, sample)
 
 
-def _broken(variant: EncoderVariant, provider: str, samples: VerificationSamples, problem: str) -> Comparison:
-    return Comparison(
-        what=samples.what,
-        provider=provider,
-        batch_size=1,
-        count=len(samples.pixels),
-        tolerance=TOLERANCES[variant.precision],
-        form=variant.file,
-        reference=samples.reference,
-        problem=problem,
-    )
-
-
 def compare_classifier(bundle: Bundle) -> Answers:
-    """The bundle's own classifier and labels on the golden embeddings, against the golden scores by PyTorch."""
+    """Compare the bundle's classifier and labels, on the golden embeddings, with PyTorch's golden scores."""
     golden, names = bundle.golden(), (bundle.path / LABELS).read_bytes().decode().split("\n")[:-1]
     blank = Answers(
         what="golden scores",
@@ -327,12 +297,12 @@ def compare_classifier(bundle: Bundle) -> Answers:
 def verify_plan(
     bundle: Bundle, folder: Path, samples: Sequence[VerificationSamples], *, batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> Verification:
-    """The TensorRT plan in ``folder``, run on this machine's GPU, on ``samples``.
+    """Compare the TensorRT plan in ``folder``, on this machine's GPU, on ``samples``.
 
-    Batch sizes that the plan's profile does not have are left out; its own smallest and largest take their place.
+    The profile's smallest and largest batch replace the batch sizes outside of it.
 
     Raises:
-        PlanError: no plan there, or one that this machine or bundle does not fit.
+        PlanError: no plan there, or one for another machine or bundle.
         UsageError: there is no GPU here.
         MissingExtraError: the plan's runtime is not installed.
     """
@@ -355,20 +325,12 @@ def verify_samples(
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Verification:
     """``runner`` on every set of ``samples`` at every batch size, within the tolerance of ``precision``."""
-    return Verification(
-        tuple(
-            comparison
-            for one in samples
-            for comparison in verify_runner(
-                runner,
-                one.what,
-                one.pixels,
-                one.expected,
-                references=classifier,
-                tolerance=TOLERANCES[precision],
-                batch_sizes=batch_sizes,
-                form=variant,
-                reference=one.reference,
-            )
-        )
+    compared = partial(
+        verify_runner,
+        runner,
+        references=classifier,
+        tolerance=TOLERANCES[precision],
+        batch_sizes=batch_sizes,
+        form=variant,
     )
+    return Verification(tuple(comparison for one in samples for comparison in compared(one)))

@@ -14,7 +14,7 @@ from clipship.core.bundle import read_bundle
 from clipship.core.cli.main import emit, json_option
 from clipship.core.errors import DataError
 from clipship.core.progress import log
-from clipship.export.vocab.names import classes_from, words_of
+from clipship.export.vocab.names import classes_from
 
 if TYPE_CHECKING:
     from clipship.export.vocab.edit import Change
@@ -51,7 +51,7 @@ def list_(bundle: Path, as_json: bool) -> None:
     """
     opened = read_bundle(bundle)
     vocabulary, classifier = opened.vocabulary, opened.vocabulary_features()
-    listed = list(zip(vocabulary.names, words_of(vocabulary), strict=True))
+    listed = list(vocabulary.classes.items())
     width = len(str(len(listed) - 1))
     lines = [
         f"{place:>{width}}  {name}" + ("" if each == (name,) else f"  ({', '.join(each)})")

@@ -48,13 +48,8 @@ class WordEncoder:
         return read_tokenizer(self.bundle.tokenizer)
 
     @property
-    def context_length(self) -> int:
-        """L."""
-        return self.bundle.context_length
-
-    @property
     def templates(self) -> tuple[str, ...]:
-        """What every word is put into."""
+        """The bundle's own."""
         return self.bundle.vocabulary.templates
 
     @property
@@ -83,7 +78,7 @@ class WordEncoder:
         from clipship.export.verification.runners import run_in_batches
 
         prompts = [prompt_of(word, template) for word in words for template in self.templates]
-        tokens = self.tokenizer.tokens(prompts, self.context_length)  # [W T, L]
+        tokens = self.tokenizer.tokens(prompts, self.bundle.context_length)  # [W T, L]
         each = run_in_batches(self._encode, tokens, self.batch_size)
         if len(self.templates) == 1:
             return each

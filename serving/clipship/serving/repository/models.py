@@ -67,9 +67,6 @@ _ENCODED_IMAGE = "encoded_image"
 _ADMITTED = "admitted"
 """What a first step hands on, in the model and in the ensembles."""
 
-_ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
-"""By the graph's own types: what the accelerator must allow TensorRT to compute in."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyFacts:
@@ -255,7 +252,7 @@ def _accelerator(facts: ModelSettings) -> dict[str, str]:
     batches = {"min": 1, "opt": max(1, facts.max_batch_size // 2), "max": facts.max_batch_size}
     shapes = {f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()}
     return {
-        "precision_mode": _ACCELERATOR_PRECISIONS[facts.encoder.precision],
+        "precision_mode": facts.encoder.precision.upper(),  # what the graph's own types need TensorRT to compute in
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",

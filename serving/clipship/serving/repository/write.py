@@ -29,13 +29,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipship.core import tolerances
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant, Precision, Runtime
+from clipship.core import precisions, tolerances
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import decoding
 from clipship.core.machine import processor, runtimes
 from clipship.core.machine.processor import emulates, never_runs, this_processor
+from clipship.core.precisions import Precision
 from clipship.core.progress import log
 from clipship.core.tensorrt_plan import Target, TensorRtPlan, validate_plan, variant_of
 from clipship.core.tensors import ENCODED, image_tensor
@@ -86,8 +87,8 @@ IMAGES_COPY = "clipship_images.py"
 ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
 """By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
 
-TOLERANCES_COPY = "clipship_tolerances.py"
-"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
+MODEL_COPIES: Mapping[str, ModuleType] = {"clipship_precisions.py": precisions, "clipship_tolerances.py": tolerances}
+"""By name, the copies of modules of ``clipship/core`` that lie beside every model in Python."""
 
 DOORS_COPY = "clipship_doors.py"
 """The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
@@ -309,7 +310,8 @@ def _write_sources(folder: Path, backend: Backend) -> None:
     classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
     for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
         shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
-        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
+        for copy, module in MODEL_COPIES.items():
+            _copy_source(module, folder / name / "1" / copy)
     admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
     for name in admissions:
         shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
@@ -322,9 +324,9 @@ def _write_sources(folder: Path, backend: Backend) -> None:
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:
-    source = inspect.getsourcefile(module)
-    assert source is not None
-    shutil.copyfile(source, target)
+    """Copy ``module``, which imports the copy of ``precisions.py`` beside it: Triton's Python may have no clipship."""
+    source = inspect.getsource(module).replace("from clipship.core.precisions", "from clipship_precisions")
+    target.write_text(source, encoding="utf-8")
 
 
 def _write_warmup_files(bundle: Bundle, folder: Path) -> None:
