@@ -6,7 +6,7 @@ Reading needs the standard library, NumPy and safetensors' NumPy reader; nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
@@ -194,17 +194,6 @@ class Manifest:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
 
 
-def _no_variant(precision: Precision, fitting: Sequence[tuple[EncoderVariant, str]], others: str) -> str:
-    """The error text where no variant of ``precision`` can run: each of ``fitting`` with its reason."""
-    if not fitting:
-        return (
-            f"no {precision} variant of the image encoder: give one of {others}, or pack the checkpoint again with "
-            f"--precision {precision}"
-        )
-    why = "; ".join(f"{variant.file} by {_NAMES[variant.runtime]}: {problem}" for variant, problem in fitting)
-    return f"no {precision} variant of the image encoder runs there ({why}): give one of {others}"
-
-
 def _mean_speed(variant: EncoderVariant) -> float:
     """The geometric mean over batch sizes; 1 is ``image_encoder.onnx``, 0 what could not be run."""
     if variant.speed:
@@ -286,16 +275,26 @@ class Bundle:
         fitting = [(variant, problem) for variant, problem in judged if variant.precision == precision]
         running = [variant for variant, problem in fitting if not problem]
         if not running:
-            others = ", ".join(dict.fromkeys(variant.precision for variant, problem in judged if not problem))
-            if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
-                others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
-            raise UsageError(f"{self.path}: {_no_variant(precision, fitting, others)}")
+            raise UsageError(f"{self.path}: no {precision} {self._alternatives(precision, runtimes, judged)}")
         fastest = max(running, key=_mean_speed)
         for variant, problem in fitting:
             if problem and _mean_speed(variant) > _mean_speed(fastest):
                 chosen, faster = (_NAMES[one.runtime] for one in (fastest, variant))
                 log(f"{self.path}: {chosen} runs {fastest.file}, not {faster}: {problem}")
         return fastest
+
+    def _alternatives(
+        self, precision: Precision, runtimes: Collection[Runtime], judged: Sequence[tuple[EncoderVariant, str]]
+    ) -> str:
+        """Why none of the ``judged`` variants, each with its problem, is of ``precision`` and runs; and what does."""
+        others = ", ".join(dict.fromkeys(variant.precision for variant, problem in judged if not problem))
+        if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
+            others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
+        reasons = [f"{one.file} by {_NAMES[one.runtime]}: {why}" for one, why in judged if one.precision == precision]
+        if reasons:
+            return f"variant of the image encoder runs there ({'; '.join(reasons)}): give one of {others}"
+        pack = f"or pack the checkpoint again with --precision {precision}"
+        return f"variant of the image encoder: give one of {others}, {pack}"
 
     def _problem_of(self, variant: EncoderVariant, processor: Processor | None) -> str:
         """Why ``variant`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
@@ -356,6 +355,19 @@ def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
 
     tensors: dict[str, NDArray[Any]] = load_file(path)
     return tensors
+
+
+def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file. (The library's ``save_file`` makes it readable by its owner only.)"""
+    from safetensors.numpy import save
+
+    path.write_bytes(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
+
+
+def write_vocabulary(folder: Path, names: Iterable[str], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write the classifier's ``tensors`` and its labels, the class ``names``."""
+    save_tensors(folder / VOCABULARY_TENSORS, tensors)
+    (folder / LABELS).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

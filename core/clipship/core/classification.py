@@ -63,7 +63,8 @@ class VocabularyFeatures:
     """Votes beside the features; None: none."""
 
     def __post_init__(self) -> None:
-        if self.features.ndim != 2 or not np.isfinite([self.logit_scale, *self._cache_numbers]).all():
+        numbers = [self.logit_scale, *((self.cache.alpha, self.cache.beta) if self.cache else ())]
+        if self.features.ndim != 2 or not np.isfinite(numbers).all():
             raise BundleError(f"classifier with features {list(self.features.shape)}, or a scale that is no number")
         classes, dim = self.features.shape
         if self.bias is not None and self.bias.shape != (classes,):
@@ -75,10 +76,6 @@ class VocabularyFeatures:
             raise BundleError(f"cache with keys {list(keys)}, labels {list(labels.shape)} for {dim} dimensions")
         if len(labels) and not 0 <= labels.min() <= labels.max() < classes:
             raise BundleError(f"cache with labels {labels.min()} to {labels.max()} for {classes} classes")
-
-    @property
-    def _cache_numbers(self) -> tuple[float, ...]:
-        return () if self.cache is None else (self.cache.alpha, self.cache.beta)
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -103,8 +100,8 @@ class VocabularyFeatures:
     def best(self, embedding: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
         """Probabilities and places [N, k] of the best k classes of unit ``embedding`` [N, D]; ties go to the first."""
         scores = self.probabilities(embedding)
-        indices = np.ascontiguousarray(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-        return np.ascontiguousarray(np.take_along_axis(scores, indices, axis=1)), indices
+        indices: NDArray[np.int64] = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, indices, axis=1), indices
 
     def tempered(self, temperature: float) -> VocabularyFeatures:
         """All logits divided by ``temperature``, the cache's votes among them."""
@@ -144,14 +141,14 @@ class VocabularyFeatures:
     def tensors(self) -> dict[str, NDArray[Any]]:
         """What stands in ``vocabulary.safetensors``."""
         tensors: dict[str, NDArray[Any]] = {
-            "features": np.ascontiguousarray(self.features, np.float32),
+            "features": self.features.astype(np.float32),
             "logit_scale": np.array([self.logit_scale], np.float32),
         }
         if self.bias is not None:
-            tensors["bias"] = np.ascontiguousarray(self.bias, np.float32)
+            tensors["bias"] = self.bias.astype(np.float32)
         if self.cache is not None:
-            tensors["cache_keys"] = np.ascontiguousarray(self.cache.keys, np.float32)
-            tensors["cache_labels"] = np.ascontiguousarray(self.cache.labels, np.int64)
+            tensors["cache_keys"] = self.cache.keys.astype(np.float32)
+            tensors["cache_labels"] = self.cache.labels.astype(np.int64)
             tensors["cache_alpha"] = np.array([self.cache.alpha], np.float32)
             tensors["cache_beta"] = np.array([self.cache.beta], np.float32)
         return tensors

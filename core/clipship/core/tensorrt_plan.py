@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -37,21 +37,18 @@ GPUS = ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110
 """Compute capabilities since Turing, as ``--gpu`` names them."""
 
 _CARDS = {
-    "t4": "sm75",
-    "a100": "sm80",
-    "a30": "sm80",
-    "a10": "sm86",
-    "a10g": "sm86",
-    "a40": "sm86",
-    "rtx3090": "sm86",
-    "orin": "sm87",
-    "l4": "sm89",
-    "l40s": "sm89",
-    "rtx4090": "sm89",
-    "h100": "sm90",
-    "h200": "sm90",
-    "b200": "sm100",
-    "rtx5090": "sm120",
+    card: gpu
+    for gpu, cards in {
+        "sm75": "t4",
+        "sm80": "a100 a30",
+        "sm86": "a10 a10g a40 rtx3090",
+        "sm87": "orin",
+        "sm89": "l4 l40s rtx4090",
+        "sm90": "h100 h200",
+        "sm100": "b200",
+        "sm120": "rtx5090",
+    }.items()
+    for card in cards.split()
 }
 """Cards by the names people use instead of a compute capability."""
 
@@ -223,11 +220,27 @@ def write_plan(folder: Path, data: Any, info: PlanInfo) -> None:
     write_json_atomic(folder / RECORD, info.to_json())
 
 
-def mismatches(info: PlanInfo, target: Target, bundle: Bundle | None = None) -> tuple[str, ...]:
+def mismatches(info: PlanInfo, target: Target, bundle: Bundle | None = None) -> Iterator[str]:
     """Why the plan cannot run on ``target`` or was not built from ``bundle``; each reason says what to do."""
-    reasons = (_runtime_reason(info, target), _version_reason(info, target), _gpu_reason(info, target))
-    others = (_platform_reason(info, target), _weights_reason(info, target), _bundle_reason(info, bundle))
-    return tuple(reason for reason in (*reasons, *others) if reason)
+    if info.runtime != target.runtime:
+        who = "TensorRT, and so Triton," if target.runtime == "tensorrt" else "TensorRT-RTX"
+        yield f"it is a plan of {info.runtime}, which {who} cannot load: {_again(f'with --runtime {target.runtime}')}"
+    elif target.version is not None and not _runs_on_version(info, target.version):
+        kind = "version-compatible, of" if info.version_compatible else "of"
+        flag = "" if info.runtime == "tensorrt-rtx" or info.version_compatible else " (or with --version-compatible)"
+        yield (
+            f"it is {kind} {info.runtime} {info.runtime_version} and would run on {target.version}: "
+            f"build it again with the version that runs it{flag}"
+        )
+    if target.gpu is not None and not _runs_on_gpu(info, target.gpu):
+        yield f"it is for {', '.join(info.gpus)} and would run on {target.gpu}: {_again(f'with --gpu {target.gpu}')}"
+    if target.platform not in (None, info.platform):
+        yield f"it was built on {info.platform} and would run on {target.platform}: build it there"
+    if info.weights_stripped and not target.puts_weights_back:
+        yield "its weights are stripped: put them back with clipship engine BUNDLE --refit PLAN --out NEW"
+    if bundle is not None and variant_of(info, bundle) is None:
+        source = f"{info.onnx_file} ({info.onnx_digest[:16]})"
+        yield f"it was built from an {source} that {bundle.path} does not have: {_again('from this one')}"
 
 
 def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = None) -> None:
@@ -236,7 +249,7 @@ def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = No
     Raises:
         PlanError: it cannot, or was not; names every reason and what to do.
     """
-    reasons = mismatches(plan.info, target, bundle)
+    reasons = tuple(mismatches(plan.info, target, bundle))
     if reasons:
         raise PlanError(f"{plan.path}: {'; '.join(reasons)}")
 
@@ -254,60 +267,21 @@ def variant_digest(bundle: Bundle, variant: EncoderVariant) -> str:
     return digests[0] if len(digests) == 1 else sha256_of_text("\n".join(digests))
 
 
-def _runtime_reason(info: PlanInfo, target: Target) -> str | None:
-    if info.runtime == target.runtime:
-        return None
-    who = "TensorRT, and so Triton," if target.runtime == "tensorrt" else "TensorRT-RTX"
-    return f"it is a plan of {info.runtime}, which {who} cannot load: {_again(f'with --runtime {target.runtime}')}"
-
-
-def _version_reason(info: PlanInfo, target: Target) -> str | None:
+def _runs_on_version(info: PlanInfo, version: str) -> bool:
     """Plain plans need the same version; version-compatible ones also run on later ones."""
-    if target.version is None or info.runtime != target.runtime:
-        return None
-    built, present = (version_parts(version) for version in (info.runtime_version, target.version))
+    built, present = version_parts(info.runtime_version), version_parts(version)
     shared = min(len(built), len(present))
-    if built[:shared] == present[:shared] or (info.version_compatible and built[:shared] < present[:shared]):
-        return None
-    kind = "version-compatible, of" if info.version_compatible else "of"
-    flag = "" if info.runtime == "tensorrt-rtx" or info.version_compatible else " (or with --version-compatible)"
-    return (
-        f"it is {kind} {info.runtime} {info.runtime_version} and would run on {target.version}: "
-        f"build it again with the version that runs it{flag}"
-    )
+    same = built[:shared] == present[:shared]
+    return same or (info.version_compatible and built[:shared] < present[:shared])
+
+
+def _runs_on_gpu(info: PlanInfo, gpu: str) -> bool:
+    return gpu in info.gpus or (info.hardware_compatible and int(gpu.removeprefix("sm")) >= 80)
 
 
 def version_parts(version: str) -> tuple[int, ...]:
     """(10, 14, 1) for "10.14.1", which compares as versions do."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _gpu_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.gpu is None or target.gpu in info.gpus:
-        return None
-    if info.hardware_compatible and int(target.gpu.removeprefix("sm")) >= 80:
-        return None
-    return f"it is for {', '.join(info.gpus)} and would run on {target.gpu}: {_again(f'with --gpu {target.gpu}')}"
-
-
-def _platform_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.platform in (None, info.platform):
-        return None
-    return f"it was built on {info.platform} and would run on {target.platform}: build it there"
-
-
-def _weights_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.puts_weights_back or not info.weights_stripped:
-        return None
-    return "its weights are stripped: put them back with clipship engine BUNDLE --refit PLAN --out NEW"
-
-
-def _bundle_reason(info: PlanInfo, bundle: Bundle | None) -> str | None:
-    """The encoder's bytes decide: a plan outlives changes of the bundle's class names."""
-    if bundle is None or variant_of(info, bundle) is not None:
-        return None
-    source = f"{info.onnx_file} ({info.onnx_digest[:16]})"
-    return f"it was built from an {source} that {bundle.path} does not have: {_again('from this one')}"
 
 
 def _again(what: str) -> str:

@@ -22,20 +22,15 @@ if TYPE_CHECKING:
     from clipship.export.verification.verify import VerificationSamples
     from clipship.training.checkpoint import Checkpoint
 
+_PATH, _FILE = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
 _PACKAGES = ("torch", "onnx", "onnxruntime")
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--vocabulary",
-    type=click.Path(path_type=Path),
-    help="Class names, one a line, or JSON. [default: the checkpoint's]",
-)
-@click.option(
-    "--images", type=click.Path(path_type=Path), help="Verify with the images in this folder. [default: built in]"
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.argument("checkpoint", type=_PATH)
+@click.option("--vocabulary", type=_PATH, help="Class names, one a line, or JSON. [default: the checkpoint's]")
+@click.option("--images", type=_PATH, help="Verify with the images in this folder. [default: built in]")
+@click.option("--out", type=_PATH, required=True, help="The bundle to write.")
 @click.option(
     "--precision",
     "precisions",
@@ -127,15 +122,15 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with PyTorch running this checkpoint.")
+@click.argument("bundle", type=_PATH)
+@click.option("--checkpoint", type=_PATH, help="Compare with PyTorch running this checkpoint.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Compare on images of this folder, too: with PyTorch, or without --checkpoint with image_encoder.onnx.",
 )
 @click.option("--url", metavar="HOST:PORT", help="Compare a live Triton that serves the bundle (its gRPC port).")
-@click.option("--plan", type=click.Path(path_type=Path), help="Compare this TensorRT plan on this machine's GPU.")
+@click.option("--plan", type=_PATH, help="Compare this TensorRT plan on this machine's GPU.")
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
@@ -147,9 +142,7 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     "--provider", "providers", multiple=True, help="An ONNX Runtime provider; may be repeated. [default: all here]"
 )
 @click.option("--max-batch", type=click.IntRange(min=1), default=64, show_default=True, help="The largest batch.")
-@click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with the worst images."
-)
+@click.option("--report", type=_FILE, help="Write an HTML page with the worst images.")
 @json_option
 def verify(bundle: Path, report: Path | None, as_json: bool, **given: Any) -> None:
     """Compare all that BUNDLE offers with its golden samples, and given a checkpoint with PyTorch.

@@ -8,13 +8,13 @@ versions run them. A graph of 2 GB or more, which one protobuf message cannot ho
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -136,7 +136,7 @@ def _free_axis(name: str, sizes: Mapping[str, tuple[int, int]]) -> Any:
     return torch.export.Dim(name, min=least, max=most)
 
 
-def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> None:
+def _finish(model: onnx.ModelProto, opset: int, properties: Mapping[str, str]) -> None:
     """Give the exporter's model the opset's own IR version and our metadata, and remove its stack traces.
 
     The exporter writes a newer IR version than it needs, which older runtimes refuse. When it cannot convert a graph to
@@ -146,17 +146,13 @@ def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> 
 
     given = opset_of(model)
     if given != opset:
-        raise CheckFailed(f"torch {_version('torch')} exports this model at opset {given} only: give --opset {given}")
+        raise CheckFailed(f"torch {version('torch')} exports this model at opset {given} only: give --opset {given}")
     validate_operators(model, f"opset {opset}", opset=opset)
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     del model.metadata_props[:]
-    told = {METADATA_PRECISION: "fp32", "clipship.opset": str(opset), "clipship.version": _version("clipship")}
-    set_metadata(model, {**metadata, **told})
+    told = {METADATA_PRECISION: "fp32", "clipship.opset": str(opset), "clipship.version": version("clipship")}
+    set_metadata(model, {**properties, **told})
     _strip_traces(model)
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
 
 
 def opset_of(model: onnx.ModelProto) -> int:

@@ -201,25 +201,16 @@ def _inputs_outputs(clip: Clip) -> dict[str, tuple[tensors.TensorSpec, tensors.T
     """By file. Prompts may have any length up to the context length where padding does not matter."""
     length = tensors.TOKENS if is_causal(clip) else clip.context_length
     return {
-        layout.IMAGE_ENCODER: (
-            tensors.image_tensor(clip.image_spec.size_px),
-            tensors.embedding_tensor(clip.embed_dim),
-        ),
-        layout.TEXT_ENCODER: (
-            tensors.tokens_tensor(length),
-            tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES),
-        ),
+        layout.IMAGE_ENCODER: (tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)),
+        layout.TEXT_ENCODER: (tensors.tokens_tensor(length), tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES)),
     }
 
 
 def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path, temperature: float) -> VocabularyFeatures:
-    from safetensors.numpy import save
-
     classifier = method.exported_classifier(vocabulary.words)
     validate_classifier(method, vocabulary.words, classifier)
     features = classifier.merged(vocabulary.word_rows).tempered(temperature)
-    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(features.tensors()))  # save_file: readable by the owner only
-    (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")
+    layout.write_vocabulary(folder, vocabulary, features.tensors())
     return features
 
 
@@ -230,8 +221,6 @@ def _write_golden(
     vocabulary: VocabularyFeatures,
     folder: Path,
 ) -> None:
-    from safetensors.numpy import save
-
     count = len(pictures)
     golden = folder / layout.GOLDEN
     golden.mkdir()
@@ -239,10 +228,9 @@ def _write_golden(
     for name, picture in zip(names, pictures, strict=True):
         (golden / name).write_bytes(picture.data)
     write_json_atomic(golden / "files.json", names)
-    embedding = np.ascontiguousarray(expected[:count])
-    scores, indices = vocabulary.best(embedding, layout.GOLDEN_CLASSES)
-    arrays = {"pixels": np.ascontiguousarray(pixels[:count]), "embedding": embedding}
-    (folder / layout.GOLDEN_TENSORS).write_bytes(save({**arrays, "scores": scores, "indices": indices}))
+    scores, indices = vocabulary.best(expected[:count], layout.GOLDEN_CLASSES)
+    arrays: dict[str, NDArray[Any]] = {"pixels": pixels[:count], "embedding": expected[:count]}
+    layout.save_tensors(folder / layout.GOLDEN_TENSORS, {**arrays, "scores": scores, "indices": indices})
 
 
 def _manifest(

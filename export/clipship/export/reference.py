@@ -24,11 +24,7 @@ from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
 from clipship.export.full_frames import Picture as Picture
 from clipship.export.verification.runners import onnx_session, run_in_batches, session_function
-from clipship.export.verification.verify import (
-    BATCH_SIZES,
-    VerificationSamples,
-    verify_encoder,
-)
+from clipship.export.verification.verify import BATCH_SIZES, VerificationSamples, verify_encoder
 from clipship.training.model.prompts import without_padding
 
 if TYPE_CHECKING:
@@ -49,14 +45,13 @@ def pixels_of(pictures: Sequence[Picture], spec: ImageSpec) -> NDArray[np.uint8]
     Raises:
         DataError: one cannot be decoded.
     """
-    return np.stack([_pixels(picture, spec) for picture in pictures])
-
-
-def _pixels(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
-    try:
-        return pixels_from_bytes(picture.data, spec)
-    except ImageDecodeError as error:
-        raise DataError(f"{picture.name}: {error}: verify with images that can be read") from error
+    rows = []
+    for picture in pictures:
+        try:
+            rows.append(pixels_from_bytes(picture.data, spec))
+        except ImageDecodeError as error:
+            raise DataError(f"{picture.name}: {error}: verify with images that can be read") from error
+    return np.stack(rows)
 
 
 def image_features(method: Method, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -234,10 +234,10 @@ def test_progress_rises_through_nested_phases_to_the_end(
 def test_a_phase_is_one_step_of_its_parent() -> None:
     seen: list[int] = []
     steps = Steps(lambda done, note="": seen.append(done))
-    steps.start("whole", None, 4)
-    steps.done("whole", 0)
-    steps.start("part", "whole", 2)
-    steps.done("part", 0)
+    steps.phase_start("whole", None, 4)
+    steps.step_complete("whole", 0)
+    steps.phase_start("part", "whole", 2)
+    steps.step_complete("part", 0)
     assert seen == [0, 25, 25, 37]
 
 
@@ -250,9 +250,9 @@ from clipship.export.tensorrt.runtime import load_runtime
 from tests.export.tensorrt.test_build import SETTINGS
 
 class Interrupted(build.Steps):
-    def start(self, name, parent, steps):
+    def phase_start(self, phase_name, parent_phase, num_steps):
         os.kill(os.getpid(), signal.SIGINT)
-        super().start(name, parent, steps)
+        super().phase_start(phase_name, parent_phase, num_steps)
 
 build.Steps = Interrupted
 before = signal.getsignal(signal.SIGINT)

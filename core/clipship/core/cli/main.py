@@ -38,7 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
 """Every verb: where its command lives, and its line in ``clipship --help``."""
 
 PARTS: dict[str, tuple[str, ...]] = {
-    "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback"),
+    "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback")
 }
 """By verb, commands of another stage that stand under it."""
 

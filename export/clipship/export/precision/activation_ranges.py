@@ -40,12 +40,7 @@ def validate_image_count(count: int) -> None:
 
 
 def magnitudes(
-    model: onnx.ModelProto,
-    values: Sequence[str],
-    pixels: NDArray[np.uint8],
-    scratch: Path,
-    *,
-    by_feature: bool = False,
+    model: onnx.ModelProto, values: Sequence[str], pixels: NDArray[np.uint8], scratch: Path, *, by_feature: bool = False
 ) -> dict[str, NDArray[np.float32]]:
     """The largest absolute value that each of ``values`` takes on ``pixels`` [N, H, W, 3].
 
@@ -73,11 +68,13 @@ def folded(
     fold: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]],
 ) -> list[NDArray[np.float32]]:
     """``outputs`` of ``model`` on ``pixels`` [N, H, W, 3]; ``fold`` combines those of two batches."""
+    from onnxruntime import ExecutionOrder
+
     path = scratch / f"{uuid.uuid4().hex}.onnx"
     files = save_onnx(model, path)
     found: list[NDArray[np.float32]] = []
     try:
-        session = onnx_session(path, in_order=True)
+        session = onnx_session(path, execution_order=ExecutionOrder.PRIORITY_BASED)  # by default readers run late
         feed = session.get_inputs()[0].name
         for start in range(0, len(pixels), _BATCH):
             batch = session.run(list(outputs), {feed: pixels[start : start + _BATCH]})

@@ -114,12 +114,14 @@ def reduced_variant(
         kept = quantized_onnx(source, path, samples.pixels)
     else:
         kept = typed_onnx(source, path, precision, samples.pixels)
-    verified = _verified(path, precision, samples, classifier)
+    run = _on_cpu(path, precision, samples)
+    verified = _verified(path, run, precision, samples, classifier)
     if not verified:
         rows = verified.comparisons
         table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in rows)
         raise CheckFailed(f"{precision} is not close enough to PyTorch, nothing was written:\n{table}")
-    speed = onnx_speed(source, path, samples.pixels)
+    portable = onnx_function(source, CPU_PROVIDER, samples.pixels[:1])
+    speed = speed_ratios(portable, run, samples.pixels) if run else {}
     variant = EncoderVariant(
         file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed
     )
@@ -167,39 +169,35 @@ def _left_out(reason: str) -> Verification:
     return Verification((), skipped=(reason,))
 
 
-def _verified(
-    path: Path, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
-) -> Verification:
-    """By ONNX Runtime's CPU provider, where it can run it; and emulated as other hardware computes it."""
-    if PRECISIONS[precision].can_saturate:
-        run = onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
-        compared = _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
-        return compared + _as_without_vnni(path, run, precision, samples, classifier)
+def _on_cpu(path: Path, precision: Precision, samples: VerificationSamples) -> Run | None:
+    """The graph at ``path`` on ONNX Runtime's CPU provider; None where it has no kernels, as for bfloat16."""
     try:
-        run = onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
-        compared = _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
-    except NotRunnable:  # bfloat16
-        compared = Verification(())
+        return onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
+    except NotRunnable:
+        if PRECISIONS[precision].quantized:
+            raise
+        return None
+
+
+def _verified(
+    path: Path, run: Run | None, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """Compare ``run``, which runs the graph at ``path`` here, and an emulation of other hardware."""
+    compared, name = Verification(()), f"{precision}, emulated"
+    if run:
+        compared += _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
+    if PRECISIONS[precision].can_saturate:
+        if run and not graph_can_saturate(path):
+            # Such sums are the same on all processors, and NumPy is slow: compare a few images, with ``run``.
+            golden = samples.first(GOLDEN_COUNT, _GOLDEN)
+            samples = replace(golden, expected=run(golden.pixels), reference="ONNX Runtime here")
+        runner = Runner(name=name, run=emulated_int8(path))
+        return compared + verify_samples(runner, path.name, [samples], classifier, precision, (len(samples.pixels),))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         emulation = Path(scratch) / path.name
         emulated_onnx(path, emulation)
         run = onnx_function(emulation, CPU_PROVIDER, samples.pixels[:1])
-        return compared + _compared(run, f"{precision}, emulated", path, precision, samples, classifier)
-
-
-def _as_without_vnni(
-    path: Path, kernels: Run, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
-) -> Verification:
-    """The graph at ``path`` as NumPy emulates a processor without VNNI.
-
-    Sums that cannot saturate are the same on all processors: NumPy, which is slow, has to find those of ``kernels`` on
-    a few images only. Others are held to PyTorch on all of them.
-    """
-    if not graph_can_saturate(path):
-        golden = samples.first(GOLDEN_COUNT, _GOLDEN)
-        samples = replace(golden, expected=kernels(golden.pixels), reference="ONNX Runtime here")
-    runner = Runner(name=f"{precision}, emulated", run=emulated_int8(path))
-    return verify_samples(runner, path.name, [samples], classifier, precision, (len(samples.pixels),))
+        return compared + _compared(run, name, path, precision, samples, classifier)
 
 
 def _compared(
@@ -211,15 +209,6 @@ def _compared(
     )
     golden = samples.first(GOLDEN_COUNT, _GOLDEN)
     return compared([samples], batch_sizes=_COMPARED_BATCHES) + compared([golden], batch_sizes=_COMPARED_BATCHES[:1])
-
-
-def onnx_speed(portable: Path, other: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:
-    """:func:`speed_ratios` of two files by ONNX Runtime's CPU provider; empty where it has no kernels for ``other``."""
-    try:
-        runs = [onnx_function(path, CPU_PROVIDER, pixels[:1]) for path in (portable, other)]
-    except NotRunnable:
-        return {}
-    return speed_ratios(runs[0], runs[1], pixels)
 
 
 def speed_ratios(portable: Run, other: Run, pixels: NDArray[np.uint8]) -> dict[str, float]:

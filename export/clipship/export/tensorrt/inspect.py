@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensors import TensorSpec
-from clipship.export.onnx_graph import OPSET, inferred_types, since_opset
+from clipship.export.onnx_graph import OPSET, inferred_types, opset_of, since_opset
 from clipship.export.tensorrt.runtime import Loaded, deprecations_allowed
 
 if TYPE_CHECKING:
@@ -182,7 +182,7 @@ def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterat
 
 
 def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
-    """What the parser did not take, as the end of a message."""
+    """Why the parser failed, as the end of a message."""
     who = f"{loaded.runtime.name} {loaded.version}"
     if not parser.num_errors:
         return f"{who} cannot read it ({loaded.why()}): check the file with clipship verify"
@@ -191,20 +191,17 @@ def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
     reason = " ".join(error.desc().split())
     if node is None:
         return f"{who} cannot read it ({reason}): check the file with clipship verify"
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
     since = since_opset(node.op_type) if node.domain in _STANDARD_DOMAINS else None
-    where = f"operator {node.op_type} of node {node.name!r}, {_provenance(node, opsets, since)}"
-    return f"{who} does not support {where} ({reason}): {_way_out(node, since)}"
+    where, way_out = _unknown_operator(node) if since is None else _late_operator(model, since)
+    return f"{who} does not support operator {node.op_type} of node {node.name!r}, {where} ({reason}): {way_out}"
 
 
-def _provenance(node: onnx.NodeProto, opsets: Mapping[str, int], since: int | None) -> str:
-    if since is None:
-        return f"of the domain {node.domain or 'ai.onnx'!r}, which ONNX does not know"
-    return f"which ONNX has since opset {since}, in a graph of opset {opsets.get(node.domain, 0)}"
+def _unknown_operator(node: onnx.NodeProto) -> tuple[str, str]:
+    where = f"of the domain {node.domain or 'ai.onnx'!r}, which ONNX does not know"
+    return where, "choose a variant of the bundle that any ONNX runtime can run (--precision)"
 
 
-def _way_out(node: onnx.NodeProto, since: int | None) -> str:
-    if since is None:
-        return "choose a variant of the bundle that any ONNX runtime can run (--precision)"
+def _late_operator(model: onnx.ModelProto, since: int) -> tuple[str, str]:
     lower = f", with an opset below {since}" if since > OPSET else ""
-    return f"pack the bundle again with this clipship{lower}"
+    where = f"which ONNX has since opset {since}, in a graph of opset {opset_of(model)}"
+    return where, f"pack the bundle again with this clipship{lower}"

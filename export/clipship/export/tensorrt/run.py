@@ -1,4 +1,4 @@
-"""Loading and running a plan on this machine's GPU, with PyTorch's tensors as buffers.
+"""Loads and runs a plan on this machine's GPU, with PyTorch's tensors as buffers.
 
 Shape legend: N images, H = W pixels, D features.
 """
@@ -31,10 +31,10 @@ def require_gpu() -> str:
 
 
 def engine_from_plan(loaded: Loaded, plan: TensorRtPlan) -> Any:
-    """The ``ICudaEngine`` of ``plan``. What can be compared has been compared before.
+    """The ``ICudaEngine`` of ``plan``, which has been validated.
 
     Raises:
-        CheckFailed: the runtime does not take it; says why.
+        CheckFailed: the runtime cannot load it; says why.
     """
     runtime = loaded.trt.Runtime(loaded.logger)
     if plan.info.version_compatible:
@@ -47,7 +47,7 @@ def engine_from_plan(loaded: Loaded, plan: TensorRtPlan) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class PlanRunner:
-    """A plan on the GPU, ready to run. Not for several threads at once."""
+    """A plan on the GPU, ready to run. Not thread-safe."""
 
     plan: TensorRtPlan
     context: Any
@@ -87,7 +87,7 @@ def load_plan(plan: TensorRtPlan, bundle: Bundle | None = None) -> PlanRunner:
         PlanError: it is for another runtime, version or GPU, its weights are stripped, or it is not of ``bundle``.
         UsageError: there is no GPU here.
         MissingExtraError: its runtime is not installed.
-        CheckFailed: the runtime does not take it.
+        CheckFailed: the runtime cannot load it.
     """
     loaded = load_runtime(plan.info.runtime)
     validate_plan(plan, loaded.target(), bundle)
@@ -96,7 +96,7 @@ def load_plan(plan: TensorRtPlan, bundle: Bundle | None = None) -> PlanRunner:
 
 
 def _batches(pixels: NDArray[np.uint8], plan: TensorRtPlan) -> Iterator[NDArray[np.uint8]]:
-    """Parts of at most the profile's maximum, of nearly equal size, so that none falls below its minimum."""
+    """Parts of nearly equal size, within the profile's minimum and maximum."""
     profile, side = plan.info.profile, tuple(plan.info.input.shape[1:])
     if pixels.dtype != np.uint8 or pixels.shape[1:] != side or not len(pixels):
         taken = ", ".join(map(str, side))

@@ -1,7 +1,7 @@
 """The one seam to TensorRT and TensorRT-RTX, which share an API but not their plans.
 
-What differs between the two is a field of :class:`EngineRuntime`; all else of ``engines`` is written once. ``trt`` is
-the imported module in this package, typed ``Any``: the bindings carry no types.
+The fields of :class:`EngineRuntime` are the differences. ``trt`` is the imported module, typed ``Any``: the bindings
+have no types.
 """
 
 from __future__ import annotations
@@ -60,12 +60,12 @@ RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A runtime whose module is imported, with the log that its objects write to."""
+    """An imported runtime, and the logger that its objects write to."""
 
     runtime: EngineRuntime
     trt: Any
     logger: Any = field(repr=False)
-    """An ``ILogger`` with ``errors``, the list of what went wrong so far."""
+    """An ``ILogger`` with ``errors``, the list of error messages so far."""
 
     @property
     def version(self) -> str:
@@ -115,7 +115,7 @@ def _first_module(runtime: EngineRuntime) -> Any:
 
 
 def _logger(trt: Any) -> Any:
-    """An ``ILogger`` that prints nothing: what went wrong is part of our own message."""
+    """An ``ILogger`` that prints nothing; its errors become part of our own message."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -131,16 +131,16 @@ def _logger(trt: Any) -> Any:
 
 @contextmanager
 def deprecations_allowed() -> Iterator[None]:
-    """Around calls that one supported version needs and another one calls deprecated."""
+    """Ignore deprecations: one supported version needs calls that another deprecates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def typed_network(loaded: Loaded, builder: Any) -> Any:
-    """An empty strongly typed network: the graph's types decide, no flag lets the builder choose others.
+    """An empty strongly typed network, which computes in the graph's types.
 
-    TensorRT 10 and TensorRT-RTX need the flag; from 11 on every network is so, and the flag may one day be gone.
+    TensorRT 10 and TensorRT-RTX need the flag; from 11 on every network is strongly typed, and the flag may disappear.
     """
     flag = getattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     with deprecations_allowed():
@@ -177,7 +177,7 @@ def buildable_gpus(loaded: Loaded) -> tuple[str, ...]:
 
 
 def validated_gpus(loaded: Loaded, given: tuple[str, ...]) -> tuple[str, ...]:
-    """The GPUs to build for, sorted and without repetition; ``given`` empty stands for the one that is here.
+    """The GPUs to build for, sorted and without repetition; without ``given`` ones this machine's.
 
     Raises:
         UsageError: a name is no compute capability, the runtime cannot build for it, or none is given and none is here.

@@ -6,8 +6,8 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -95,44 +95,26 @@ def _share(agreement: float, excused: float) -> str:
     return f"{raw} (+{100 * excused:.1f} ties)" if excused else raw
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorstImage:
-    """One image on the page."""
-
-    name: str
-    source: str
-    """The pixels that the encoder took, as a data URI."""
-    cosine: float
-    where: str
-    """File, runtime and batch."""
-    passed: bool
-    expected: tuple[str, ...]
-    """The best classes by the reference, best first."""
-    given: tuple[str, ...]
-
-
 def worst_images(
     verification: Verification, samples: Sequence[VerificationSamples], names: Sequence[str]
-) -> list[WorstImage]:
-    """The images that differ most, each where it differs most, worst first."""
+) -> list[dict[str, Any]]:
+    """The images that differ most, each where it differs most, worst first, for the page."""
     by_what = {one.what: one for one in samples}
-    found = [
-        (worst.cosine, row, worst) for row in verification.comparisons if row.what in by_what for worst in row.worst
-    ]
-    shown: dict[str, WorstImage] = {}
-    for cosine, row, worst in sorted(found, key=lambda item: item[0]):
+    found = [(worst, row) for row in verification.comparisons if row.what in by_what for worst in row.worst]
+    shown: dict[str, dict[str, Any]] = {}
+    for worst, row in sorted(found, key=lambda pair: pair[0].cosine):
         sample = by_what[row.what]
-        key = f"{row.what}: {sample.names[worst.position]}"
-        if key not in shown and len(shown) < WORST_SHOWN:
-            shown[key] = WorstImage(
-                name=key,
-                source=_data_uri(sample.pixels[worst.position]),
-                cosine=cosine,
-                where=f"{row.form}, {row.provider}, batch {row.batch_size}",
-                passed=bool(row),
-                expected=tuple(names[place] for place in worst.expected),
-                given=tuple(names[place] for place in worst.given),
-            )
+        name = f"{row.what}: {sample.names[worst.position]}"
+        if name not in shown and len(shown) < WORST_SHOWN:
+            shown[name] = {
+                "name": name,
+                "source": _data_uri(sample.pixels[worst.position]),
+                "cosine": worst.cosine,
+                "where": f"{row.form}, {row.provider}, batch {row.batch_size}",
+                "passed": bool(row),
+                "expected": [names[place] for place in worst.expected],
+                "given": [names[place] for place in worst.given],
+            }
     return list(shown.values())
 
 

@@ -63,31 +63,25 @@ def local_providers() -> tuple[str, ...]:
     return tuple(name for name in available if name not in _REMOTE)
 
 
-def onnx_session(path: Path, provider: str = CPU_PROVIDER, *, in_order: bool = False) -> onnxruntime.InferenceSession:
+def onnx_session(path: Path, provider: str = CPU_PROVIDER, **options: Any) -> onnxruntime.InferenceSession:
     """An ONNX Runtime session on ``provider``; :func:`onnx_function` checks that the nodes run there, too.
 
-    ONNX Runtime falls back to the CPU silently; here that is an error. ``in_order`` runs the nodes in the file's order;
-    by default ONNX Runtime delays those whose outputs are not needed yet.
+    ONNX Runtime falls back to the CPU silently; here that is an error. ``options`` are those of ``SessionOptions``.
 
     Raises:
         NotRunnable: the provider is not available or was not taken, or has no kernel for one of the nodes.
         CheckFailed: the file cannot be loaded.
         MissingExtraError: onnxruntime is not installed.
     """
-    options = _onnxruntime().SessionOptions()
-    if in_order:
-        options.execution_order = _onnxruntime().ExecutionOrder.PRIORITY_BASED
-    return _session(path, provider, options)
-
-
-def _session(path: Path, provider: str, options: Any) -> onnxruntime.InferenceSession:
     onnxruntime = _onnxruntime()
+    settings = onnxruntime.SessionOptions()
+    for name, value in {"log_severity_level": 4, **options}.items():  # 4: what goes wrong is raised, too
+        setattr(settings, name, value)
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise NotRunnable(f"ONNX Runtime has no {provider} here: it has {', '.join(available)}")
-    options.log_severity_level = 4  # what goes wrong is raised, too
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, _OPTIONS.get(provider, {}))])
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[(provider, _OPTIONS.get(provider, {}))])
     except _onnxruntime_errors() as error:
         kind = NotRunnable if "NOT_IMPLEMENTED" in str(error) else CheckFailed
         raise kind(f"{path.name}: ONNX Runtime cannot load it ({_line(error)})") from error
@@ -127,11 +121,9 @@ def nodes_by_provider(path: Path, provider: str, sample: NDArray[Any]) -> Mappin
 
     Taken from ONNX Runtime's own profile of the run, after all its graph changes.
     """
-    options = _onnxruntime().SessionOptions()
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, provider, options)
+        prefix = str(Path(folder) / "profile")
+        session = onnx_session(path, provider, enable_profiling=True, profile_file_prefix=prefix)
         session_function(session)(sample)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ran: dict[str, Counter[str]] = {}

@@ -33,6 +33,11 @@ class FeatureDistance:
     farthest: tuple[tuple[str, float], ...]
     """Names and the largest difference of their values, those that differ most first; none that are equal."""
 
+    def __str__(self) -> str:
+        farthest = ", ".join(f"{name!r} {value:.1e}" for name, value in self.farthest)
+        numbers = f"max difference {self.max_abs:.1e}, min cosine {self.min_cosine:.7f}"
+        return f"features of shared names: {numbers}" + (f"\nfarthest: {farthest}" if farthest else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyDiff:
@@ -67,16 +72,7 @@ class VocabularyDiff:
         lines = [f"{self.classes[0]} -> {self.classes[1]} classes"]
         lines += [f"{kind} {len(names)}: {_shortened(names)}" for kind, names in kinds.items() if names]
         lines += [f"{what}: {'the same' if same else 'DIFFERENT'}" for what, same in self.same.items()]
-        return "\n".join([*lines, *self._distance_lines()])
-
-    def _distance_lines(self) -> Iterator[str]:
-        if self.distance is None:
-            yield "features of shared names: none that can be compared"
-            return
-        numbers = f"max difference {self.distance.max_abs:.1e}, min cosine {self.distance.min_cosine:.7f}"
-        yield f"features of shared names: {numbers}"
-        if self.distance.farthest:
-            yield f"farthest: {', '.join(f'{name!r} {value:.1e}' for name, value in self.distance.farthest)}"
+        return "\n".join([*lines, str(self.distance or "features of shared names: none that can be compared")])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with everything."""

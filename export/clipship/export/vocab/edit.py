@@ -1,7 +1,7 @@
-"""A bundle with another vocabulary: classes added, removed or renamed; everything else stays as it was.
+"""Classes added to a bundle's vocabulary, removed or renamed; everything else stays as it was.
 
-A new bundle is written beside the old one and takes its place in one step. Files that do not depend on the vocabulary
-are hard links to those of the old bundle: they cost no time and no space, and a bundle's files are never written to.
+A new bundle is written beside the old one and replaces it in one step. Files that do not depend on the vocabulary are
+hard links to the old bundle's, which cost neither time nor space: a bundle's files are never written to.
 
 Shape legend: C classes, N golden images, D features, k best classes.
 """
@@ -27,8 +27,10 @@ from clipship.core.bundle import (
     VocabularyFeatures,
     load_tensors,
     read_bundle,
+    save_tensors,
     validate_folder,
     write_manifest_content,
+    write_vocabulary,
 )
 from clipship.core.errors import BundleError, CheckFailed, DataError
 from clipship.core.files import locked_folder, replace_folder, write_json_atomic
@@ -38,7 +40,7 @@ from clipship.export.vocab.encode import BATCH_SIZE, WordEncoder, encode_words, 
 from clipship.export.vocab.names import twins, validate_known_names, validate_new_words, validate_word_lengths
 
 _CHECKED_CLASSES = 8
-"""Classes of the old vocabulary that are encoded again before a new one is believed."""
+"""Old classes that are encoded again, to check the text encoder."""
 
 Classes = Mapping[str, tuple[str, ...]]
 """By class its words."""
@@ -53,29 +55,29 @@ class Change:
     bundle: Bundle
     """The new one."""
     record: dict[str, Any]
-    """What ``verification.json`` says about it."""
+    """Its entry in ``verification.json``."""
     twins: Pairs = ()
     """Words that the text encoder cannot tell apart."""
 
 
 def add_classes(path: Path, classes: Classes, out: Path | None = None, *, batch_size: int = BATCH_SIZE) -> Change:
-    """The bundle at ``path`` with ``classes`` behind those it has, whose features stay bit for bit.
+    """Add ``classes`` at the end of the bundle at ``path``; the features of the others stay bit for bit.
 
     Args:
-        out: where the new bundle goes; None: into the place of the old one.
+        out: the new bundle; None: the old one is replaced.
         batch_size: prompts that enter the text encoder together.
 
     Raises:
         BundleError: a damaged bundle, one without a tokenizer, or with tensors that this version does not know.
-        DataError: names that cannot be added, all of them.
-        UsageError: a linear probe, which knows no other classes; ``out`` is no bundle; another process is at work.
-        CheckFailed: the text encoder does not give the features that the bundle has.
+        DataError: names that cannot be added; lists all of them.
+        UsageError: a linear probe, which knows no other classes; ``out`` is no bundle; another process edits it.
+        CheckFailed: the text encoder does not reproduce the bundle's features.
         MissingExtraError: onnxruntime, ftfy or regex is not installed.
     """
     with _locked(path, out) as (bundle, final):
         classifier = bundle.vocabulary_features()
         _validate_tensors(bundle, classifier)
-        classifier.extended(classifier.features[:0])  # a linear probe is refused before anything is encoded
+        classifier.extended(classifier.features[:0])  # refuses a linear probe before anything is encoded
         old = bundle.vocabulary.classes
         validate_new_words(old, classes)
         encoder = WordEncoder(bundle=bundle, batch_size=batch_size)
@@ -85,7 +87,7 @@ def add_classes(path: Path, classes: Classes, out: Path | None = None, *, batch_
 
 
 def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) -> Change:
-    """The bundle at ``path`` without ``names``; a cache loses their keys, everything else stays bit for bit.
+    """Remove ``names`` from the bundle at ``path``, and their keys from a cache; the rest stays bit for bit.
 
     Raises:
         BundleError, UsageError: as :func:`add_classes`.
@@ -106,10 +108,10 @@ def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) ->
 def rename_classes(
     path: Path, new_names: Mapping[str, str], out: Path | None = None, *, batch_size: int = BATCH_SIZE
 ) -> Change:
-    """The bundle at ``path`` with the classes ``new_names`` under their new names, at the places of the old ones.
+    """Rename classes of the bundle at ``path`` (``new_names``: old name -> new name) at their places.
 
-    A class that is known by its name gets the features of the new name, and keeps its images in a cache. One that has
-    words of its own, or a weight of a linear probe, keeps what it has: there a name is a label.
+    A class without synonyms gets the features of its new name, and keeps its keys in a cache. One with synonyms, or
+    with the weights of a linear probe, keeps its features: there a name is a label.
 
     Raises:
         BundleError, DataError, UsageError, CheckFailed, MissingExtraError: as :func:`add_classes`.
@@ -136,13 +138,13 @@ def rename_classes(
 
 
 def _unknown_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> dict[str, NDArray[Any]]:
-    """What a later version has put beside the tensors that this one knows."""
+    """Tensors of a later version, which this one does not know."""
     tensors = load_tensors(bundle.path / layout.VOCABULARY_TENSORS)
     return {name: tensors[name] for name in tensors.keys() - classifier.tensors().keys()}
 
 
 def _validate_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
-    """Where rows come or go, a tensor whose meaning is not known would be left behind."""
+    """Validate that no unknown tensor would keep its rows while others lose or gain some."""
     unknown = sorted(_unknown_tensors(bundle, classifier))
     if unknown:
         raise BundleError(
@@ -154,10 +156,10 @@ def _validate_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
 def _encoded(
     encoder: WordEncoder, classes: Classes, classifier: VocabularyFeatures, final: Path, *, among: Classes
 ) -> tuple[NDArray[np.float32], dict[str, Any], Pairs]:
-    """The features [C, D] of ``classes``, what the check of the text encoder said, and words that it takes for one.
+    """The features [C, D] of ``classes``, the record of the text encoder's check, and the words it cannot tell apart.
 
     Args:
-        among: the classes that stay beside them.
+        among: the classes that stay.
     """
     words, others = _flat(classes.values()), _flat(among.values())
     validate_word_lengths(words, encoder.templates, encoder.tokenizer, encoder.bundle.context_length)
@@ -176,13 +178,12 @@ def _class_features(features_WD: NDArray[np.float32], classes: Classes) -> NDArr
 
 
 def _validate_kept_classes(encoder: WordEncoder, classifier: VocabularyFeatures) -> dict[str, Any]:
-    """Encode some classes of the bundle anew and compare them with what it holds.
+    """Encode some classes of the bundle again and compare them with its features.
 
     Raises:
         CheckFailed: they differ by more than the tolerance of text features.
     """
     old, tolerance = encoder.bundle.vocabulary, TOLERANCES["text-fp32"].max_abs
-    assert tolerance is not None
     places = sorted({round(place) for place in np.linspace(0, len(old) - 1, _CHECKED_CLASSES)})
     some = {name: words for place, (name, words) in enumerate(old.classes.items()) if place in places}
     given = _class_features(encoder.features(_flat(some.values())), some)
@@ -190,20 +191,20 @@ def _validate_kept_classes(encoder: WordEncoder, classifier: VocabularyFeatures)
     if not difference <= tolerance:  # NaN is no either
         raise CheckFailed(
             f"{encoder.bundle.path}: its text encoder gives features for {old.names[places[0]]!r} and others that "
-            f"differ by {difference:.1e} from those it holds (at most {tolerance:.0e}): pack it again"
+            f"differ by {difference:.1e} from the bundle's (at most {tolerance:.0e}): pack it again"
         )
     return {"what": "features of kept classes", "count": len(places), "max_abs": difference, "max_allowed": tolerance}
 
 
 @contextmanager
 def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
-    """The bundle at ``path``, and the place of the new one, which no other ``clipship vocab`` changes meanwhile.
+    """The bundle at ``path``, and the path of the new one, locked against other ``clipship vocab``.
 
-    The lock is on the folder itself, so that nothing is left when a process is killed.
+    The lock is on the folder itself, so a killed process leaves none behind.
 
     Raises:
         BundleError: no bundle at ``path``, or a damaged one.
-        UsageError: ``out`` is no bundle, or another process is at work on it.
+        UsageError: ``out`` is no bundle, or another process edits it.
     """
     if out is not None:
         validate_folder(out)
@@ -211,7 +212,7 @@ def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
     if not final.exists():
         yield read_bundle(path), final
         return
-    with locked_folder(final, "another clipship vocab is at work on it: wait until it is done"):
+    with locked_folder(final, "another clipship vocab is editing it: wait until it is done"):
         yield read_bundle(path.resolve()), final
 
 
@@ -239,7 +240,7 @@ def _written(
         content |= {"vocabulary": vocabulary.to_json(), "vocabulary_digest": vocabulary.digest}
         known = {name: digest for name, digest in bundle.files.items() if name not in written}
         whole = write_manifest_content(folder, content, known)
-    if "check" in record:  # names were encoded; a removal leaves the chunks of an addition that was interrupted
+    if "check" in record:  # names were encoded; a removal keeps the chunks of an interrupted addition
         remove_work_folders(final)
     manifest = replace(bundle.manifest, vocabulary=vocabulary)
     new = Bundle(path=final, manifest=manifest, files=whole["files"], digest=whole["digest"])
@@ -249,16 +250,12 @@ def _written(
 def _write_new_files(
     bundle: Bundle, vocabulary: Vocabulary, classifier: VocabularyFeatures, record: dict[str, Any], folder: Path
 ) -> set[str]:
-    """Write what depends on the vocabulary into ``folder``; the names of these files."""
-    from safetensors.numpy import save
-
+    """Write the files that depend on the vocabulary into ``folder``; returns their names."""
     (folder / layout.GOLDEN).mkdir()
-    tensors = classifier.tensors() | _unknown_tensors(bundle, classifier)
-    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(tensors))
-    (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")
+    write_vocabulary(folder, vocabulary, classifier.tensors() | _unknown_tensors(bundle, classifier))
     golden = load_tensors(bundle.path / layout.GOLDEN_TENSORS)
     golden["scores"], golden["indices"] = classifier.best(golden["embedding"], layout.GOLDEN_CLASSES)
-    (folder / layout.GOLDEN_TENSORS).write_bytes(save(golden))
+    save_tensors(folder / layout.GOLDEN_TENSORS, golden)
     verification = bundle.verification()
     history = [*verification.get("vocabulary_changes", ()), record]
     write_json_atomic(folder / layout.VERIFICATION, {**verification, "vocabulary_changes": history})

@@ -1,4 +1,4 @@
-"""Which names a vocabulary cannot take, all of them at once, and which ones its text encoder cannot tell apart."""
+"""Validation of class names, all problems at once, and the names that a text encoder cannot tell apart."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _HINTS = 10
 
 
 def classes_from(names: Sequence[str], file: Path | None) -> dict[str, tuple[str, ...]]:
-    """By class its words, of ``names`` and then of ``file``: lines of text, or a JSON vocabulary with synonyms.
+    """The words of each class of ``names`` and then of ``file``: lines of text, or a JSON vocabulary with synonyms.
 
     Raises:
         DataError: no names at all, repeated ones (all are named), or a file that cannot be read.
@@ -52,23 +52,22 @@ def validate_known_names(vocabulary: Vocabulary, names: Iterable[str]) -> None:
     """
     known = set(vocabulary.names)
     foreign = [name for name in names if name not in known]
-    if not foreign:
-        return
-    hints = [f"{name!r}{_hint(name, vocabulary.names)}" for name in foreign[:_HINTS]]
-    hints += map(repr, foreign[_HINTS:])
-    raise DataError(f"{_counted(foreign, 'is', 'are')} not in the bundle: {', '.join(hints)}: see clipship vocab list")
+    if foreign:
+        hints = [_with_hint(name, vocabulary.names) for name in foreign[:_HINTS]] + [*map(repr, foreign[_HINTS:])]
+        what = f"{_counted(foreign, 'is', 'are')} not in the bundle"
+        raise DataError(f"{what}: {', '.join(hints)}: see clipship vocab list")
 
 
-def _hint(name: str, known: Sequence[str]) -> str:
+def _with_hint(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    return f"{name!r} (did you mean {' or '.join(map(repr, close))}?)" if close else repr(name)
 
 
 def validate_new_words(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> None:
-    """Refuse ``new`` classes (by name their words) of which ``old`` ones have the name or a word, or that are no line.
+    """Validate ``new`` classes (by name their words): new to ``old`` ones, and one line each.
 
     Raises:
-        DataError: all of them, each kind with the reason.
+        DataError: lists all that are not, with the reason.
     """
     old_words = {word for words in old.values() for word in words}
     taken = [name for name in new if name in old]
@@ -99,11 +98,11 @@ def _refuse(*reasons: tuple[str, str, str, Sequence[str]]) -> None:
 def validate_word_lengths(
     words: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer, context_length: int
 ) -> None:
-    """Refuse words that the text encoder would not see whole, in any of the templates.
+    """Validate that the text encoder sees every word whole, in all templates.
 
     Raises:
-        DataError: all words that are too long (open_clip would cut them without a word), and all that hold a start or
-            end token, which the text encoder would take for its own.
+        DataError: lists all words that are too long (open_clip would silently cut them), and all with a start or end
+            token, which would end the prompt.
         MissingExtraError: as :meth:`Tokenizer.ids`.
     """
     too_long: dict[str, int] = {}
@@ -125,9 +124,9 @@ def validate_word_lengths(
 def twins(
     words: Sequence[str], among: Sequence[str], template: str, tokenizer: Tokenizer
 ) -> tuple[tuple[str, str], ...]:
-    """Pairs of different words that become the same tokens, one of ``words`` with one of ``among`` or of ``words``.
+    """Pairs of different words with the same tokens, one of ``words`` with one of ``among`` or of ``words``.
 
-    The text encoder gives them one and the same feature, so that their classes share an image's probability.
+    The text encoder gives both the same feature, so their classes share an image's probability.
     """
     first: dict[tuple[int, ...], str] = {}
     found = []
