@@ -28,8 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import VocabularyFeatures
-from clipship.core.precisions import Tolerance
-from clipship.core.tolerances import GATES, array_problem, broken_gates, closeness, finite_or_none
+from clipship.core.tolerances import GATES, Tolerance, array_problem, broken_gates, closeness, finite_or_none
 
 WORST_KEPT = 3
 """Images that a comparison remembers."""

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.precisions import PRECISIONS, Tolerance
+from clipship.core.precisions import PRECISIONS
+from clipship.core.precisions import Tolerance as Tolerance
 
 _FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
 

@@ -100,7 +100,9 @@ def bundle_from_method(
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
         if not verification:
             raise CheckFailed(f"the export does not equal PyTorch, nothing was written: {verification}")
-        samples = VerificationSamples(what="images", pixels=pixels, expected=expected)
+        samples = VerificationSamples(
+            what="images", names=(), files=(), pixels=pixels, expected=expected, reference="PyTorch"
+        )
         variants, verified = encoder_variants(folder, profile, samples, features, report, 5)
         verification += verified
         for done, size in enumerate(profile.source_sizes, start=5 + len(profile.precisions)):

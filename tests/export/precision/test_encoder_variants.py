@@ -133,7 +133,10 @@ def test_a_bundle_packed_without_openvino_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     features = np.eye(2, 4, dtype=np.float32)
     classifier = VocabularyFeatures(features=features, logit_scale=1.0)
-    samples = VerificationSamples(what="images", pixels=np.zeros((2, 4, 4, 3), np.uint8), expected=features)
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    samples = VerificationSamples(
+        what="images", names=(), files=(), pixels=pixels, expected=features, reference="PyTorch"
+    )
     offered, verification = variants.openvino_variants(tmp_path, [], samples, classifier)
     assert offered == []
     assert verification.skipped == (

@@ -34,7 +34,6 @@ from clipship.export.verification.verify import VerificationSamples, verify_samp
 
 SPEED_BATCHES = (1, 8)
 
-_GOLDEN = "golden samples"
 _COMPARED_BATCHES = (7, 64)  # one that divides nothing, and a server's largest; one image at a time is timed below
 
 _MIN_ROUNDS = 3
@@ -189,7 +188,7 @@ def _verified(
     if PRECISIONS[precision].can_saturate:
         if run and not graph_can_saturate(path):
             # Such sums are the same on all processors, and NumPy is slow: compare a few images, with ``run``.
-            golden = samples.first(GOLDEN_COUNT, _GOLDEN)
+            golden = _golden(samples)
             samples = replace(golden, expected=run(golden.pixels), reference="ONNX Runtime here")
         runner = Runner(name=name, run=emulated_int8(path))
         return compared + verify_samples(runner, path.name, [samples], classifier, precision, (len(samples.pixels),))
@@ -200,6 +199,11 @@ def _verified(
         return compared + _compared(run, name, path, precision, samples, classifier)
 
 
+def _golden(samples: VerificationSamples) -> VerificationSamples:
+    few = slice(GOLDEN_COUNT)
+    return replace(samples, what="golden samples", pixels=samples.pixels[few], expected=samples.expected[few])
+
+
 def _compared(
     run: Run, name: str, path: Path, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
 ) -> Verification:
@@ -207,7 +211,7 @@ def _compared(
     compared = partial(
         verify_samples, Runner(name=name, run=run), path.name, classifier=classifier, precision=precision
     )
-    golden = samples.first(GOLDEN_COUNT, _GOLDEN)
+    golden = _golden(samples)
     return compared([samples], batch_sizes=_COMPARED_BATCHES) + compared([golden], batch_sizes=_COMPARED_BATCHES[:1])
 
 

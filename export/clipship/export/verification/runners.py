@@ -46,7 +46,7 @@ class NotRunnable(CheckFailed):
 
 @dataclass(frozen=True, kw_only=True)
 class Runner:
-    """An encoder, loaded by a runtime."""
+    """A form, loaded by a runtime that has been seen to do what it was asked."""
 
     name: str
     """The provider or runtime, for tables."""
@@ -195,7 +195,8 @@ def openvino_precisions(compiled: Any) -> set[str]:
 
 def run_in_batches(run: Run, rows: NDArray[Any], batch_size: int) -> NDArray[np.float32]:
     """``run`` over ``rows`` in batches of ``batch_size``; the last one is as small as what is left."""
-    return np.concatenate([run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)])
+    parts = [run(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size)]
+    return np.concatenate(parts)
 
 
 def _onnxruntime() -> Any:

@@ -62,26 +62,19 @@ _FEW = 16  # rows at every batch size but the largest: those show that a batch s
 
 @dataclass(frozen=True, kw_only=True)
 class VerificationSamples:
-    """Images, and the features that every variant must give for them."""
+    """Images and what every form must give for them."""
 
     what: str
     """ "golden samples" or "images"."""
-    names: tuple[str, ...] = ()
-    files: tuple[bytes, ...] = ()
+    names: tuple[str, ...]
+    files: tuple[bytes, ...]
     """As they came."""
-    pixels: NDArray[Any]
-    """uint8 [N, H, W, 3]; of a text encoder tokens [N, L]."""
+    pixels: NDArray[np.uint8]
+    """[N, H, W, 3]."""
     expected: NDArray[np.float32]
     """Unit features [N, D]."""
-    reference: str = "PyTorch"
-    """The source of ``expected``."""
-
-    def first(self, count: int, what: str | None = None) -> VerificationSamples:
-        """The first ``count`` of them, without their files."""
-        few = slice(count)
-        return replace(
-            self, what=what or self.what, names=(), files=(), pixels=self.pixels[few], expected=self.expected[few]
-        )
+    reference: str
+    """Where ``expected`` comes from."""
 
 
 def golden_samples(bundle: Bundle) -> VerificationSamples:
@@ -93,6 +86,7 @@ def golden_samples(bundle: Bundle) -> VerificationSamples:
         files=tuple((bundle.path / GOLDEN / name).read_bytes() for name in golden.files),
         pixels=golden.pixels,
         expected=golden.embedding,
+        reference="PyTorch",
     )
 
 
@@ -103,31 +97,32 @@ def batch_sizes_up_to(largest: int) -> tuple[int, ...]:
 
 def verify_runner(
     runner: Runner,
-    samples: VerificationSamples,
+    what: str,
+    rows: NDArray[Any],
+    expected: NDArray[np.float32],
     *,
     references: NDArray[np.float32] | VocabularyFeatures,
     tolerance: Tolerance,
     batch_sizes: Sequence[int] = BATCH_SIZES,
     form: str = "",
+    reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
-    """``runner`` against what ``samples`` expect, a comparison a batch size. A run that fails is one, too.
+    """``runner`` against ``expected`` [N, D], a comparison a batch size. A run that fails is one, too.
 
-    All samples are run at the largest batch size, the first 16 at the others.
+    All of ``rows`` [N, ...] are run at the largest batch size, the first 16 at the others.
     """
-    largest, rows = max(batch_sizes), samples.pixels
+    largest = max(batch_sizes)
 
     def compared(batch_size: int) -> Comparison:
         used = len(rows) if batch_size == largest else min(len(rows), _FEW)
-        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": samples.reference, "count": used}
+        about: dict[str, Any] = {"tolerance": tolerance, "form": form, "reference": reference, "count": used}
         count = max(used, batch_size)  # repeated until they fill one batch
         try:
             given = run_in_batches(runner.run, _repeated(rows, count), batch_size)
         except CheckFailed as error:
-            return Comparison(
-                what=samples.what, provider=runner.name, batch_size=batch_size, problem=str(error), **about
-            )
-        wanted = _repeated(samples.expected, count)
-        return compare_features(samples.what, runner.name, batch_size, wanted, given, references=references, **about)
+            return Comparison(what=what, provider=runner.name, batch_size=batch_size, problem=str(error), **about)
+        wanted = _repeated(expected, count)
+        return compare_features(what, runner.name, batch_size, wanted, given, references=references, **about)
 
     return tuple(compared(batch_size) for batch_size in batch_sizes)
 
@@ -159,7 +154,9 @@ def verify_encoder(
     """
     return verify_runner(
         Runner(name=provider, run=onnx_function(path, provider, rows[:1])),
-        VerificationSamples(what=what, pixels=rows, expected=expected),
+        what,
+        rows,
+        expected,
         references=references,
         tolerance=tolerance,
         batch_sizes=batch_sizes,
@@ -235,7 +232,7 @@ def _as_without_vnni(bundle: Bundle, variant: EncoderVariant, samples: Sequence[
     if not PRECISIONS[variant.precision].can_saturate or variant.runtime != "onnx" or not graph_can_saturate(path):
         return Verification(())
     runner = Runner(name=f"{variant.precision}, emulated", run=emulated_int8(path))
-    few = [one.first(_EMULATED) for one in samples]
+    few = [replace(one, pixels=one.pixels[:_EMULATED], expected=one.expected[:_EMULATED]) for one in samples]
     return verify_samples(runner, variant.file, few, bundle.vocabulary_features(), variant.precision, [_EMULATED])
 
 
@@ -318,19 +315,27 @@ def verify_plan(
 
 def verify_samples(
     runner: Runner,
-    variant: str,
+    form: str,
     samples: Sequence[VerificationSamples],
     classifier: VocabularyFeatures,
     precision: str,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> Verification:
     """``runner`` on every set of ``samples`` at every batch size, within the tolerance of ``precision``."""
-    compared = partial(
-        verify_runner,
-        runner,
-        references=classifier,
-        tolerance=TOLERANCES[precision],
-        batch_sizes=batch_sizes,
-        form=variant,
+    return Verification(
+        tuple(
+            comparison
+            for one in samples
+            for comparison in verify_runner(
+                runner,
+                one.what,
+                one.pixels,
+                one.expected,
+                references=classifier,
+                tolerance=TOLERANCES[precision],
+                batch_sizes=batch_sizes,
+                form=form,
+                reference=one.reference,
+            )
+        )
     )
-    return Verification(tuple(comparison for one in samples for comparison in compared(one)))
