@@ -49,7 +49,7 @@ PEERS = {
     "open_clip.bfloat16(), torch.compile + freezing": "bf16",
     "OpenVINO bf16, plain export": "bf16",
 }
-"""What the bundle's variants stand beside, and the precision it computes in."""
+"""What the bundle's variants are compared with, and the precision of each."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 _PLAIN = "plain.onnx"
@@ -158,7 +158,7 @@ def _plain_openvino(path: Path, precision: str) -> Run:
 
 
 class Worker:
-    """A path in a process of its own."""
+    """Run a path in its own process."""
 
     def __init__(self, name: str, what: dict[str, Any], log: IO[str]) -> None:
         self.name = name

@@ -86,7 +86,7 @@ def variant_path(one: Exported, precision: Precision) -> Path:
 
 
 def built(one: Exported, precision: Precision, gpu: str) -> dict[str, Any]:
-    """Build one plan; what cannot be done is told instead."""
+    """Build one plan, or say why that fails."""
     from clipship.export.tensorrt.build import Settings, build_plan
     from clipship.export.tensorrt.runtime import load_runtime
 

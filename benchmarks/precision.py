@@ -1,7 +1,7 @@
 """What each precision of an image encoder costs and gains: size, closeness, accuracy on the built-in world, speed.
 
     python benchmarks/precision.py clipship-tiny
-    python benchmarks/precision.py ViT-B-32/random --pictures 32 --per-class 0
+    python benchmarks/precision.py ViT-B-32/random --images 32 --per-class 0
 
 A zero-shot bundle is packed with every precision, so each has passed its gate; the numbers are those in the bundle. The
 accuracy is over the data sets of the built-in world, through the class names and templates of each, by the runtime that
@@ -50,7 +50,7 @@ def main() -> None:
     options = _options()
     clip = load_clip(options.model)
     with tempfile.TemporaryDirectory() as scratch:
-        bundle = _packed(clip, Path(scratch) / "bundle", options.pictures)
+        bundle = _packed(clip, Path(scratch) / "bundle", options.images)
         sets = [_labelled(clip, dataset, options.per_class) for dataset in WORLD_DATASETS if options.per_class]
         rows = [_row(bundle, variant, _top1(bundle, variant, Path(scratch), sets)) for variant in bundle.image_encoders]
     cells = tuple(tuple(row[name] for name in HEADER) for row in rows)
@@ -63,8 +63,8 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, default=Path("runs/precision"))
-    parser.add_argument("--pictures", type=int, default=128, help="to calibrate and compare on")
-    parser.add_argument("--per-class", type=int, default=10, help="test pictures of a class; 0: no accuracy")
+    parser.add_argument("--images", type=int, default=128, help="to calibrate and compare on")
+    parser.add_argument("--per-class", type=int, default=10, help="test images of a class; 0: no accuracy")
     return parser.parse_args()
 
 
@@ -76,10 +76,10 @@ def zero_shot_of(clip: Clip) -> tuple[Method, Vocabulary]:
     return method, Vocabulary(names=names)
 
 
-def _packed(clip: Clip, out: Path, pictures: int) -> Bundle:
+def _packed(clip: Clip, out: Path, images: int) -> Bundle:
     method, vocabulary = zero_shot_of(clip)
     profile = Profile(precisions=REDUCED)
-    shown = pictures_from_world(pictures)
+    shown = pictures_from_world(images)
     return bundle_from_method(method, vocabulary, shown, out, provenance={}, profile=profile)
 
 
@@ -117,7 +117,7 @@ def _top1(bundle: Bundle, variant: EncoderVariant, scratch: Path, sets: Sequence
 
 
 def _labelled(clip: Clip, dataset: WorldDataset, per_class: int) -> Labelled:
-    """Pixels [N, H, W, 3], labels [N] and class features [C, D] of test pictures of ``dataset``."""
+    """Pixels [N, H, W, 3], labels [N] and class features [C, D] of test images of ``dataset``."""
     labels = np.repeat(np.arange(dataset.classes), per_class)
     pictures = [picture_of(dataset, "test", int(label), place % per_class) for place, label in enumerate(labels)]
     pixels = np.stack([pixels_from_image(one, clip.image_spec) for one in pictures])

@@ -299,7 +299,7 @@ def test_a_bundle_of_an_older_version_is_told_so(one: Path, capsys: pytest.Captu
     (one / "tokenizer.json").unlink()
     write_manifest_content(one, json.loads((one / "manifest.json").read_text()))
     assert run("add", one, "--name", "new") == 2
-    assert "no tokenizer.json in it, it is of an older version: pack the checkpoint again" in error_of(capsys)
+    assert "it has no tokenizer.json, because an older version packed it: pack the checkpoint again" in error_of(capsys)
     assert run("remove", one, "--name", "tree") == 0, "what encodes nothing needs no tokenizer"
 
 

@@ -29,7 +29,7 @@ from clipship.core.vocabulary import Vocabulary
 FORMAT = "clipship-bundle"
 FORMAT_VERSION = 1
 VERSION_WITH_PARTS = 2
-"""Of a bundle whose classifier has a bias or a cache: a reader that knows version 1 only would leave them out."""
+"""Of a bundle whose classifier has a bias or a cache, which readers of version 1 would ignore."""
 
 MANIFEST = "manifest.json"
 IMAGE_ENCODER = "image_encoder.onnx"
@@ -64,8 +64,8 @@ class EncoderVariant:
     speed: Mapping[str, float] = field(default_factory=dict)
     """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
     source_size: tuple[int, int] | None = None
-    """(width, height) of the uint8 images [N, height, width, 3] that it takes and resizes by itself, whole images from
-    a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other variants do."""
+    """(width, height) of whole images, uint8 [N, height, width, 3], that the graph resizes itself; None: it takes
+    preprocessed pixels [N, H, W, 3], as all other variants do."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field; a source size of None is left out, as readers of 0.2 do not know the key."""
@@ -286,7 +286,7 @@ class Bundle:
     def _alternatives(
         self, precision: Precision, runtimes: Collection[Runtime], judged: Sequence[tuple[EncoderVariant, str]]
     ) -> str:
-        """Why none of the ``judged`` variants, each with its problem, is of ``precision`` and runs; and what does."""
+        """Why none of the ``judged`` variants, each with its problem, runs in ``precision``; and which others run."""
         others = ", ".join(dict.fromkeys(variant.precision for variant, problem in judged if not problem))
         if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
             others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
@@ -312,19 +312,19 @@ class Bundle:
 
     @property
     def tokenizer(self) -> Path:
-        """What makes class names into the tokens that the text encoder takes.
+        """The file that turns class names into tokens.
 
         Raises:
             BundleError: the bundle was packed before bundles had it.
         """
         if TOKENIZER not in self.files:
             raise BundleError(
-                f"{self.path}: no {TOKENIZER} in it, it is of an older version: pack the checkpoint again"
+                f"{self.path}: it has no {TOKENIZER}, because an older version packed it: pack the checkpoint again"
             )
         return self.path / TOKENIZER
 
     def vocabulary_features(self) -> VocabularyFeatures:
-        """What classifies an embedding.
+        """The classifier of embeddings.
 
         Raises:
             BundleError: tensors that are missing or do not fit.
@@ -344,7 +344,7 @@ class Bundle:
         return Golden(files=tuple(names), **tensors)
 
     def verification(self) -> dict[str, Any]:
-        """What ``pack`` and ``verify`` compared, with the verdict under ``"passed"``."""
+        """The comparisons of ``pack``, with the verdict under ``"passed"``."""
         content: dict[str, Any] = json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
         return content
 

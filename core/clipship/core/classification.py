@@ -17,7 +17,7 @@ from clipship.core.errors import BundleError, UsageError
 BIAS = "bias"
 CACHE = "cache"
 PARTS = (BIAS, CACHE)
-"""What a classifier may have besides features and scale."""
+"""The optional parts of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Cache:
     keys: NDArray[np.float32]
     """F [K, D]."""
     labels: NDArray[np.int64]
-    """[K], the class that each key votes for: L is their one-hot form."""
+    """[K], the class that each key votes for: L is their one-hot matrix."""
     alpha: float
     beta: float
 
@@ -44,10 +44,10 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyFeatures:
-    """What classifies an embedding f: ``softmax(logit_scale (f W^T + bias) + votes of the cache)``.
+    """The classifier of an embedding f: ``softmax(logit_scale (f W^T + bias) + votes of the cache)``.
 
-    Whoever adds, removes or reorders classes does it by :meth:`merged` and :meth:`extended`, which keep a cache and a
-    bias with their classes; ``replace(features=...)`` would leave them behind.
+    :meth:`merged` and :meth:`extended` add, remove and reorder classes together with their bias and cache;
+    ``replace(features=...)`` would not.
 
     Raises:
         BundleError: shapes that do not belong together, a key's label that is no class, or a number that is not finite.
@@ -83,7 +83,7 @@ class VocabularyFeatures:
         return tuple(part for part in PARTS if getattr(self, part) is not None)
 
     def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [N, C] of unit ``embedding`` [N, D]: what the softmax is taken of."""
+        """float32 [N, C] of unit ``embedding`` [N, D], before the softmax."""
         cosines = embedding @ self.features.T
         logits: NDArray[np.float32] = np.float32(self.logit_scale) * (
             cosines if self.bias is None else cosines + self.bias
@@ -139,7 +139,7 @@ class VocabularyFeatures:
         return replace(self, features=np.concatenate([self.features, features.astype(np.float32)]))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """What stands in ``vocabulary.safetensors``."""
+        """The tensors of ``vocabulary.safetensors``."""
         tensors: dict[str, NDArray[Any]] = {
             "features": self.features.astype(np.float32),
             "logit_scale": np.array([self.logit_scale], np.float32),

@@ -139,7 +139,7 @@ def _synonyms_of(names: Sequence[str], words: Mapping[str, Sequence[str]]) -> tu
 
 
 def prompt_of(name: str, template: str) -> str:
-    """``template`` with ``name`` in the place of ``{}``, underscores as spaces."""
+    """``template`` with ``name`` for ``{}``, underscores as spaces."""
     return template.replace("{}", name.replace("_", " "))
 
 

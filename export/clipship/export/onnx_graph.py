@@ -82,7 +82,9 @@ def onnx_from_module(
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export") from error
     assert sample.shape[0] >= 2, "sizes 0 and 1 would be baked in"
-    free = {axis: _free_axis(size, sizes) for axis, size in enumerate(input_spec.shape) if isinstance(size, str)}
+    named = {axis: size for axis, size in enumerate(input_spec.shape) if isinstance(size, str)}
+    limits = {size: sizes.get(size, (1, 2**20)) for size in named.values()}
+    free = {axis: torch.export.Dim(size, min=limits[size][0], max=limits[size][1]) for axis, size in named.items()}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
@@ -127,13 +129,6 @@ def _translations(opset: int) -> dict[Any, Any]:
         return op.Mul(op.Mul(x, op.Add(op.Erf(op.Div(x, root_two)), one)), half)
 
     return {torch.ops.aten.gelu.default: gelu}
-
-
-def _free_axis(name: str, sizes: Mapping[str, tuple[int, int]]) -> Any:
-    import torch
-
-    least, most = sizes.get(name, (1, 2**20))
-    return torch.export.Dim(name, min=least, max=most)
 
 
 def _finish(model: onnx.ModelProto, opset: int, properties: Mapping[str, str]) -> None:
@@ -304,12 +299,10 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 def _strip_traces(model: onnx.ModelProto) -> None:
     """Remove per-node metadata: it holds stack traces with paths of the exporting machine."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
-        del value.metadata_props[:]
-        value.doc_string = ""
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _validate_tensor(values: list[onnx.ValueInfoProto], spec: TensorSpec, path: Path) -> None:

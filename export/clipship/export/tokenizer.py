@@ -70,7 +70,7 @@ class Tokenizer:
     """Pairs of symbols that become one, the most frequent first."""
     clean: Clean = "lower"
     special_tokens: tuple[str, ...] = ("<start_of_text>", "<end_of_text>")
-    """Start, end, and what else has a number of its own."""
+    """Start, end, and others."""
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -142,7 +142,7 @@ class Tokenizer:
         """Token ids [C, L] with start, end and zeros behind it, as ``text_encoder.onnx`` takes them.
 
         Raises:
-            DataError: a prompt does not fit into ``context_length`` (open_clip would cut it without a word).
+            DataError: a prompt does not fit into ``context_length`` (open_clip would silently cut it).
             MissingExtraError: as :meth:`ids`.
         """
         rows = np.zeros((len(prompts), context_length), np.int64)

@@ -18,14 +18,14 @@ from typing import Any
 from clipship.core.precisions import PRECISIONS
 
 CPUINFO = Path("/proc/cpuinfo")
-"""Where Linux says what its processors can do."""
+"""Linux's description of its processors."""
 
 INSTRUCTION_SETS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16"),
 )
-"""Those that runtimes have products of matrices for, by Linux's names."""
+"""Instruction sets that runtimes multiply matrices with, by Linux's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,7 @@ def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[s
     ONNX Runtime's variants are the portable ones: they are chosen without a speed.
 
     Args:
-        measured_with: instruction sets of the processor that the speed was measured on; none where nobody knows.
+        measured_with: instruction sets of the processor that the speed was measured on; empty: unknown.
     """
     decisive = [one for one in PRECISIONS[precision].faster_with if one in measured_with]
     lacking = () if runtime == "onnx" else processor.lacks(decisive)
@@ -101,7 +101,7 @@ def runtime_here(runtime: str, precision: str, measured_with: Collection[str], p
     """The runtime for a variant on ``processor`` where ``runtime`` was the fastest elsewhere; and why it is another.
 
     Raises:
-        RuntimeError: nobody does, at the speed that the precision is for; says what to do.
+        RuntimeError: no runtime computes ``precision`` on ``processor`` without emulating it; says what to do.
     """
     problem = never_runs(runtime, precision) or emulates(runtime, precision, processor)
     if problem:

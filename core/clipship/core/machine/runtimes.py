@@ -1,8 +1,8 @@
-"""An encoder's file on this machine's processors: one function of its input array, whoever runs it.
+"""An encoder's file as a function of its input array, run on this machine's processors by ONNX Runtime or OpenVINO.
 
-For OpenVINO a batch is cut into parts that run side by side, one a core, each on one thread: cores that share a product
-wait for each other after every one of them, cores with images of their own do not. Fewer rows than cores stay together,
-and the cores share their products. ONNX Runtime gets whole batches and always shares its products between the cores.
+For OpenVINO a batch is cut into parts that run in parallel, each on one core: cores that share a matrix product wait
+for each other after every product. A batch of fewer rows than cores stays whole, and the cores share its products.
+ONNX Runtime gets whole batches and always shares its products between the cores.
 
 This file needs NumPy, the runtime and ``precisions.py``; copies of both files lie beside the model inside Triton.
 
@@ -102,7 +102,7 @@ class OpenVinoEncoder:
 
 
 def _openvino() -> Any:
-    """The package, whose telemetry wants a home: without one it raises, and one that is read-only fills the log."""
+    """The package, whose telemetry raises without a home folder and fills the log where that is read-only."""
     if not os.environ.get("HOME"):
         os.environ["HOME"] = tempfile.gettempdir()
     disabled = logging.root.manager.disable

@@ -56,7 +56,8 @@ def magnitudes(
     """
     validate_image_count(len(pixels))
     watched = with_weights(model)
-    names = _watch(watched.graph, values, _ranks(model, values) if by_feature else {})
+    types = inferred_types(model) if by_feature else {}
+    names = _watch(watched.graph, values, {name: len(one.shape.dim) for name, one in types.items()})
     return dict(zip(values, folded(watched, names, pixels, scratch, np.maximum), strict=True))
 
 
@@ -91,11 +92,6 @@ def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.graph.initializer.extend(model.graph.initializer)
     del copy.graph.output[:]
     return copy
-
-
-def _ranks(model: onnx.ModelProto, values: Sequence[str]) -> dict[str, int]:
-    types = inferred_types(model)
-    return {name: len(types[name].shape.dim) for name in values}
 
 
 def _watch(graph: onnx.GraphProto, values: Sequence[str], ranks: Mapping[str, int]) -> list[str]:

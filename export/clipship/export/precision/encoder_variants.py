@@ -78,7 +78,7 @@ def encoder_variants(
 
     Args:
         samples: real images that variants are calibrated on and compared with, the golden ones first.
-        report: is told of each precision, ``done`` units being done before.
+        report: gets each precision, after ``done`` units of earlier work.
 
     Raises:
         CheckFailed: a variant is out of its tolerance.

@@ -245,7 +245,7 @@ def _weights_fit(values: NDArray[np.float32], precision: Precision) -> bool:
 
 
 def emulated_onnx(source: Path, target: Path) -> None:
-    """Write the typed graph ``source`` as a float32 graph that rounds every value as hardware of the type does.
+    """Write the typed graph ``source`` as a float32 graph that rounds every value to its type, as hardware does.
 
     ONNX Runtime's CPU provider has no bfloat16 kernels, and runs float16 in float32 between casts that it removes, so
     an overflow of a GPU would pass. Any machine can run this graph. Products are summed in float32 and then rounded,

@@ -98,7 +98,8 @@ def quantized_onnx(source: Path, target: Path, calibration_pixels: NDArray[np.ui
         CheckFailed: the graph does not pass ONNX's checker.
     """
     validate_image_count(len(calibration_pixels))
-    pixels = _spread(calibration_pixels)
+    count = min(len(calibration_pixels), CALIBRATION_COUNT)
+    pixels = calibration_pixels[np.arange(count) * len(calibration_pixels) // count]
     expected = run_in_batches(session_function(onnx_session(source)), pixels, _BATCH)
 
     def trial(one: Calibrated, kept: tuple[str, ...] = ()) -> Comparison:
@@ -133,12 +134,6 @@ def _fewest_kept(
 def _closeness(comparison: Comparison) -> float:
     """The mean centred cosine; -1 for features that are not numbers."""
     return -1.0 if comparison.problem else comparison.mean_centred_cosine
-
-
-def _spread(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """At most 64 of ``pixels``, evenly."""
-    count = min(len(pixels), CALIBRATION_COUNT)
-    return pixels[np.arange(count) * len(pixels) // count]
 
 
 def _compared(path: Path, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> Comparison:

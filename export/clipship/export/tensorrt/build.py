@@ -136,7 +136,7 @@ def validate_switches(runtime: EngineRuntime, settings: Settings) -> None:
     """Validate that ``runtime`` has every switch of ``settings`` that is on.
 
     Raises:
-        UsageError: it has not; says what does the same there.
+        UsageError: it does not; says what to do instead.
     """
     given = {
         "--timing-cache": settings.timing_cache,

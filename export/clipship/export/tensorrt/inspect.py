@@ -130,7 +130,7 @@ def layers_of(network: Any) -> Iterator[Layer]:
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The ONNX file, without weights that stand in a file of their own: types do not depend on them.
+    """The ONNX file without external weights, which types do not depend on.
 
     Raises:
         UsageError: it is no ONNX file.

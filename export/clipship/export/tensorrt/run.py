@@ -5,7 +5,6 @@ Shape legend: N images, H = W pixels, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +58,14 @@ class PlanRunner:
             UsageError: N is below the profile's minimum, or the pixels are of another size.
             CheckFailed: the runtime failed.
         """
-        return np.concatenate([self._batch(part) for part in _batches(pixels, self.plan)])
+        profile, side = self.plan.info.profile, tuple(self.plan.info.input.shape[1:])
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != side or not len(pixels):
+            taken = ", ".join(map(str, side))
+            given = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UsageError(f"pixels are {given}: the plan takes uint8 [N, {taken}], N above 0")
+        parts = np.array_split(pixels, -(-len(pixels) // profile.max))  # of nearly equal size, so none is too small
+        profile.validate(min(map(len, parts)))
+        return np.concatenate([self._batch(part) for part in parts])
 
     def _batch(self, pixels_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch
@@ -93,17 +99,3 @@ def load_plan(plan: TensorRtPlan, bundle: Bundle | None = None) -> PlanRunner:
     validate_plan(plan, loaded.target(), bundle)
     validate_plan(plan, loaded.target(gpu=require_gpu()))
     return PlanRunner(plan, engine_from_plan(loaded, plan).create_execution_context())
-
-
-def _batches(pixels: NDArray[np.uint8], plan: TensorRtPlan) -> Iterator[NDArray[np.uint8]]:
-    """Parts of nearly equal size, within the profile's minimum and maximum."""
-    profile, side = plan.info.profile, tuple(plan.info.input.shape[1:])
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != side or not len(pixels):
-        taken = ", ".join(map(str, side))
-        raise UsageError(
-            f"pixels are {pixels.dtype} {list(pixels.shape)}: the plan takes uint8 [N, {taken}], N above 0"
-        )
-    count = -(-len(pixels) // profile.max)
-    parts = np.array_split(pixels, count)
-    profile.validate(min(map(len, parts)))
-    yield from parts
