@@ -8,7 +8,11 @@ export PYTHONDONTWRITEBYTECODE := 1
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check format benchmarks clean
+<<<<<<< HEAD
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest wheels check format benchmarks clean
+=======
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check docs format benchmarks clean
+>>>>>>> wt-g
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 
@@ -51,10 +55,18 @@ test-lowest:  ## the client's and export's tests with the lowest versions that p
 	CLIPSHIP_CACHE=$(CURDIR)/$(LOWEST)/cache OMP_NUM_THREADS=1 \
 		$(LOWEST)/bin/python -m pytest $(MARKS) -W default --ignore tests/training --ignore tests/test_readme.py tests
 
+wheels: install  ## clipship and its built-in models, into dist
+	$(BIN)/python -m hatchling build --target wheel --directory $(CURDIR)/dist
+	cd deploy/models && $(CURDIR)/$(BIN)/python -m hatchling build --target wheel --directory $(CURDIR)/dist
+
 check: install  ## formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: install  ## the documentation site in build/site; warnings are errors, the network is not used
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "read it: $(BIN)/python -m http.server --directory build/site 8080"
 
 format: install
 	$(BIN)/ruff format .

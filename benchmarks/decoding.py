@@ -8,9 +8,10 @@ One core: every way decodes every file in each round, in turn, and a ratio is be
 machine that is slow for a while is slow for all. Counted is the thread's processor time (none of the ways starts other
 threads for one image), so that other programs on the core are not. open_clip's way is what its users run:
 ``PIL.Image.open``, then its transform, which ends with normalised float32; the others end with uint8, the rest is in
-the exported graph. Threads: images a second of 1 thread, 2, and as many as there are cores. Difference: of
-the "fast" pixels from the exact ones, and what it does to the embedding; and of what simplejpeg's quicker settings
-would give.
+the exported graph. Pillow's ways say whether Pillow alone would do: the whole image resized and then cropped, or with
+``box`` only the crop, or with ``draft`` an image that the JPEG decoder has shrunk. Threads: images a second of 1
+thread, 2, and as many as there are cores. Difference: of the "fast" pixels from the exact ones, and what it does to
+the embedding; and of what simplejpeg's quicker settings would give.
 """
 
 from __future__ import annotations
@@ -35,7 +36,6 @@ from PIL import Image
 
 from clipship.core.images import decoding as images
 from clipship.core.images.decoding import (
-    IMAGE_SUFFIXES,
     ImageSpec,
     Resample,
     centred_corner,
@@ -43,6 +43,7 @@ from clipship.core.images.decoding import (
     pixels_from_bytes,
     resized_size,
 )
+from clipship.core.images.files import files_in
 from clipship.core.tables import Table, machine, with_spread, write_table
 
 SIZES = ("500x375", "300x225", "1920x1080", "4000x3000")
@@ -59,7 +60,7 @@ def pictures(folder: Path | None) -> list[Image.Image]:
         random = np.random.default_rng(0)
         coarse = random.integers(0, 256, (PICTURES, 24, 32, 3), dtype=np.uint8)
         return [Image.fromarray(one).resize((640, 480), Image.Resampling.BICUBIC) for one in coarse]
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+    files = [Path(found.path) for found in files_in(str(folder))]
     decoded = [decode_image(path.read_bytes()) for path in files[:: max(1, len(files) // (4 * PICTURES))]]
     return sorted(decoded, key=lambda image: -min(image.size))[:PICTURES]
 
@@ -75,13 +76,25 @@ def jpegs(sources: Sequence[Image.Image], size: str) -> list[bytes]:
     return found
 
 
-def by_pillow(data: bytes) -> NDArray[np.uint8]:
-    """Pillow's own resize of the whole image, then the crop."""
-    image = Image.open(io.BytesIO(data)).convert("RGB")
+def by_pillow(data: bytes, *, box: bool = False, draft: bool = False) -> NDArray[np.uint8]:
+    """Pillow's own resize of the whole image, then the crop.
+
+    Args:
+        box: resize the part that the crop keeps, and no more.
+        draft: let the JPEG decoder shrink the image by 2, 4 or 8 first.
+    """
+    image = Image.open(io.BytesIO(data))
     width, height = resized_size(*image.size, SPEC.size_px)
     left, top = centred_corner(width, height, SPEC.size_px)
-    whole = image.resize((width, height), Image.Resampling.BICUBIC)
-    return np.asarray(whole.crop((left, top, left + SPEC.size_px, top + SPEC.size_px)))
+    crop = (left, top, left + SPEC.size_px, top + SPEC.size_px)
+    if draft:
+        image.draft("RGB", (width, height))
+    rgb = image.convert("RGB")
+    if not box:
+        return np.asarray(rgb.resize((width, height), Image.Resampling.BICUBIC).crop(crop))
+    across, down = rgb.width / width, rgb.height / height
+    kept = (crop[0] * across, crop[1] * down, crop[2] * across, crop[3] * down)
+    return np.asarray(rgb.resize((SPEC.size_px, SPEC.size_px), Image.Resampling.BICUBIC, box=kept))
 
 
 def ways() -> dict[str, Way]:
@@ -90,6 +103,8 @@ def ways() -> dict[str, Way]:
 
     transform = image_transform(SPEC.size_px, is_train=False, mean=SPEC.mean, std=SPEC.std)
     found: dict[str, Way] = {"open_clip": lambda data: transform(Image.open(io.BytesIO(data))), "Pillow": by_pillow}
+    found["Pillow, box"] = partial(by_pillow, box=True)
+    found["Pillow, draft and box"] = partial(by_pillow, box=True, draft=True)
     for resample in get_args(Resample):
         found[f"{resample}, Pillow decodes"] = partial(pixels_from_bytes, spec=SPEC, resample=resample)
         if images._simplejpeg() is not None:
@@ -122,12 +137,19 @@ def one_core(sources: Sequence[Image.Image], size: str, rounds: int) -> list[dic
                 measured = round_ms(way, files)
             if number:  # the first warms up
                 taken[name].append(measured)
+    exact = [pixels_from_bytes(data, SPEC).astype(int) for data in files]
+    largest = {
+        name: max(int(np.abs(way(data) - pixels).max()) for data, pixels in zip(files, exact, strict=True))
+        for name, way in found.items()
+        if name != "open_clip"  # its transform ends with normalised floats
+    }
     return [
         {
             "size": size,
             "way": name,
             "file_kb": round(statistics.mean(map(len, files)) / 1000, 1),
             "ms": [round(each, 3) for each in each_ms],
+            "largest": largest.get(name),
             "ratio": [round(theirs / ours, 3) for theirs, ours in zip(taken["open_clip"], each_ms, strict=True)],
         }
         for name, each_ms in taken.items()
@@ -215,14 +237,19 @@ def quicker_settings(sources: Sequence[Image.Image]) -> list[dict[str, Any]]:
     return rows
 
 
+def off_by(largest: int | None) -> str:
+    """The largest difference from the exact pixels."""
+    return "" if largest is None else f"{largest}/255"
+
+
 def tables(found: dict[str, list[dict[str, Any]]]) -> dict[str, Table]:
     """Markdown of what was measured, by the name of its part."""
     return {
         "one_core": Table(
             title=f"One core of {machine()}",
-            header=("size", "way", "ms an image", "times open_clip"),
+            header=("size", "way", "ms an image", "times open_clip", "off by at most"),
             rows=tuple(
-                (row["size"], row["way"], with_spread(row["ms"]), with_spread(row["ratio"]))
+                (row["size"], row["way"], with_spread(row["ms"]), with_spread(row["ratio"]), off_by(row["largest"]))
                 for row in found["one_core"]
             ),
         ),

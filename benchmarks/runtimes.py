@@ -37,8 +37,7 @@ from clipship.core.precisions import PRECISIONS, REDUCED
 from clipship.core.tables import Table, write_table
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.full_frames import pixels_of_sources, sources_of
-from clipship.export.image_input import pictures_from_world
+from clipship.export.image_input import pictures_from_world, pixels_of_sources, sources_of
 from clipship.export.onnx_graph import OPSET, OPSETS
 from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile

@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand, and its links."""
+"""The README's commands, run as they stand. The other documents: ``test_documentation.py``."""
 
 from __future__ import annotations
 
@@ -69,11 +69,3 @@ def test_the_line_runs_as_it_stands(tmp_path: Path) -> None:
 def python_example() -> str:
     """The README's Python, checked to have classified something."""
     return block_below("**From Python**:", "python") + "\nassert result.label and result.error is None\n"
-
-
-def test_links_lead_somewhere() -> None:
-    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md")]
-    for document in documents:
-        for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", document.read_text(encoding="utf-8")):
-            if not target.startswith(("http://", "https://")):
-                assert (document.parent / target).exists(), f"{document.relative_to(ROOT)} links to {target}"

@@ -21,7 +21,7 @@ from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import ImageSpec, pixels_from_image
 from clipship.core.vocabulary import Vocabulary
 from clipship.export import resize_graph as resize
-from clipship.export.full_frames import SAMPLES, sources_of
+from clipship.export.image_input import SAMPLES, sources_of
 from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile
 from clipship.export.reference import Picture, image_features

@@ -1,4 +1,4 @@
-"""The oldest and the newest versions of the runtimes, and the table that docs/precision.md promises."""
+"""The oldest and the newest versions of the runtimes, and the table that guides/precision.md promises."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tests.export.conftest import NAMES, method_of
 from tests.export.graphs import value_types
 
 ROOT = Path(__file__).parents[2]
-DOCS = (ROOT / "docs" / "precision.md").read_text(encoding="utf-8")
+DOCS = (ROOT / "docs" / "guides" / "precision.md").read_text(encoding="utf-8")
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
 OLD = Outcome(graph="text encoder", opset=18, runtime="onnxruntime", version="1.17.0", problem="")
 

@@ -1,4 +1,4 @@
-"""The commands of ``docs/serving.md`` and the programs of the serving documents, run on the tests' own server."""
+"""The commands of ``guides/serving.md`` and the programs of the serving documents, run on the tests' own server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ URL = "127.0.0.1:8001"
 
 
 def blocks(document: str, language: str) -> list[str]:
-    text = (ROOT / "docs" / document).read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "guides" / document).read_text(encoding="utf-8")
     return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
 
 

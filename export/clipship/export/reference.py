@@ -22,7 +22,7 @@ from clipship.core.images.decoding import ImageDecodeError, ImageSpec, pixels_fr
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
-from clipship.export.full_frames import Picture as Picture
+from clipship.export.image_input import Picture as Picture
 from clipship.export.verification.runners import onnx_session, run_in_batches, session_function
 from clipship.export.verification.verify import BATCH_SIZES, VerificationSamples, verify_encoder
 from clipship.training.model.prompts import without_padding
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 GOLDEN_COUNT = 8
 """Images that stay in the bundle."""
-
-VERIFY_COUNT = 128
-"""Images PyTorch and ONNX Runtime are compared on before the bundle is written."""
 
 _TORCH_BATCH = 32
 

@@ -38,8 +38,8 @@ from clipship.core.images.decoding import (
 )
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 from clipship.core.tolerances import TOLERANCES
-from clipship.export.full_frames import Picture, pixels_of_sources, sources_of
 from clipship.export.fused_encoder import FusedImageEncoder
+from clipship.export.image_input import Picture, pixels_of_sources, sources_of
 from clipship.export.onnx_graph import OPSET, onnx_from_module
 from clipship.export.reference import image_features
 from clipship.export.verification.verify import verify_encoder

@@ -180,3 +180,8 @@ def test_transparency_of_a_palette_and_16_bits_a_channel() -> None:
             pixels_from_bytes(encoded(Image.fromarray(ramp), kind), SPEC)[..., 0],
             (ramp * 255.0 / 65535 + 0.5).astype(np.uint8),
         )
+
+
+@pytest.mark.parametrize("size", [(300, 225), (225, 300), (64, 64), (100, 900), (640, 480)])
+def test_the_pixels_lie_in_memory_as_they_are_sent(size: tuple[int, int]) -> None:
+    assert images.pixels_from_image(Image.new("RGB", size), SPEC).flags.c_contiguous

@@ -13,7 +13,7 @@ from clipship.core.files import sha256_of
 from clipship.serving.jobs.results import names_in
 from tests.serving.bundles import jpeg_bytes
 
-SETTINGS = {"inputs": ["x"], "shard_format": "parquet"}
+SETTINGS = {"inputs": ["x"]}
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:

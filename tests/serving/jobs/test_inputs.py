@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clipship.core.errors import DataError
-from clipship.serving.jobs import walk
+from clipship.core.images import files
 from clipship.serving.jobs.inputs import Inputs, JobImage, inputs_from_arguments
 from tests.serving.jobs.folders import write_tar
 
@@ -31,7 +31,7 @@ def paths(*arguments: str) -> list[str]:
 
 
 def names(inputs: Inputs) -> list[str]:
-    return [item.name for item in inputs.items()]
+    return [item.name for item in inputs.images()]
 
 
 def test_folders_are_searched_by_the_order_of_names(here: Path) -> None:
@@ -45,7 +45,7 @@ def test_folders_are_searched_by_the_order_of_names(here: Path) -> None:
 
 @pytest.mark.parametrize("together", [1, 2, 3, 100])
 def test_a_large_folder_is_listed_in_parts(here: Path, monkeypatch: pytest.MonkeyPatch, together: int) -> None:
-    monkeypatch.setattr(walk, "_NAMES_AT_ONCE", together)
+    monkeypatch.setattr(files, "_NAMES_AT_ONCE", together)
     expected = sorted(f"{hashlib.sha256(bytes([number])).hexdigest()[:8]}.jpg" for number in range(8))
     touch(here, *(f"p/{name}" for name in expected), "p/zz/last.jpg")
     assert paths("p") == [*(f"p/{name}" for name in expected), "p/zz/last.jpg"]
@@ -106,7 +106,7 @@ def test_a_folder_that_cannot_be_searched_is_a_row(here: Path) -> None:
         os.mkdir(long)
         os.chdir(long)
     os.chdir(here)
-    first, middle, last = inputs_from_arguments(["p"]).items()
+    first, middle, last = inputs_from_arguments(["p"]).images()
     assert (first.name, last.name) == ("p/a.jpg", "p/z.jpg")
     assert middle.error == "cannot be searched: File name too long"
 
@@ -128,7 +128,7 @@ def test_lists(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_addresses_in_a_list_are_rows(here: Path) -> None:
     Path("list.txt").write_text("http://a.example/b.jpg\n")
-    (item,) = inputs_from_arguments(["@list.txt"]).items()
+    (item,) = inputs_from_arguments(["@list.txt"]).images()
     assert item.error is not None
     assert "addresses are not fetched" in item.error
 
@@ -168,7 +168,7 @@ def mixed(here: Path) -> Inputs:
 
 
 def test_a_job_goes_on_behind_every_image(mixed: Inputs) -> None:
-    items = list(mixed.items())
+    items = list(mixed.images())
     assert [item.name for item in items] == [
         "p/a.jpg",
         "p/b.jpg",
@@ -180,7 +180,7 @@ def test_a_job_goes_on_behind_every_image(mixed: Inputs) -> None:
         "q/z.jpg",
     ]
     for number, item in enumerate(items):
-        assert list(mixed.items(item.place)) == items[number + 1 :]
+        assert list(mixed.images(item.place)) == items[number + 1 :]
 
 
 CHANGES: dict[str, Callable[[], object]] = {
@@ -193,19 +193,19 @@ CHANGES: dict[str, Callable[[], object]] = {
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_other_inputs_are_refused(mixed: Inputs, change: str) -> None:
-    place = list(mixed.items())[4].place
+    place = list(mixed.images())[4].place
     CHANGES[change]()
     with pytest.raises(DataError, match="--restart"):
-        list(mixed.items(place))
+        list(mixed.images(place))
 
 
 def test_fewer_inputs_are_refused_and_more_at_the_end_are_not(mixed: Inputs) -> None:
-    items = list(mixed.items())
+    items = list(mixed.images())
     fewer = inputs_from_arguments(["p"])
     with pytest.raises(DataError, match="have 2 files, at least 5 before"):
-        list(fewer.items(items[6].place))
+        list(fewer.images(items[6].place))
     touch(Path(), "q/zz.jpg")
-    assert [item.name for item in mixed.items(items[-1].place)] == ["q/zz.jpg"]
+    assert [item.name for item in mixed.images(items[-1].place)] == ["q/zz.jpg"]
 
 
 def test_the_total_is_told_where_it_costs_nothing(mixed: Inputs) -> None:
@@ -217,7 +217,7 @@ def test_the_total_is_told_where_it_costs_nothing(mixed: Inputs) -> None:
 def test_the_first_images_of_a_very_large_folder_come_at_once(here: Path) -> None:
     """Nothing is listed that is not needed: the second folder is never opened."""
     touch(here, "p/a/1.jpg", "p/b/2.jpg")
-    items = inputs_from_arguments(["p"]).items()
+    items = inputs_from_arguments(["p"]).images()
     assert isinstance(next(items), JobImage)
     (here / "p" / "b" / "2.jpg").rename(here / "p" / "b" / "3.jpg")
     assert next(items).name == "p/b/3.jpg"

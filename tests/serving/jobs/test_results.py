@@ -16,7 +16,7 @@ import pytest
 
 from clipship.core.errors import UsageError
 from clipship.serving.client.classifier import Result
-from clipship.serving.jobs.results import COLUMNS, Header, TableSink, names_in, results_file
+from clipship.serving.jobs.results import COLUMNS, Header, names_in, results_file, table_lines
 
 HEADER = Header(bundle_digest="b" * 64, vocabulary_digest="v" * 64)
 FOX = Result(labels=("🦊, fox", 'the "cat"'), scores=(0.75, 0.25), indices=(6, 2))
@@ -41,9 +41,9 @@ def interrupted() -> Iterator[tuple[str, Result]]:
 
 
 def write(out: Path, rows: Iterable[tuple[str, Result]], header: Header = HEADER) -> None:
-    with results_file(out, header) as sink:
+    with results_file(out, header) as write_row:
         for name, result in rows:
-            sink.write(name, result)
+            write_row(name, result)
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -114,8 +114,8 @@ def test_the_names_of_a_files_rows(tmp_path: Path, suffix: str) -> None:
 
 def test_the_table_keeps_a_row_on_a_line() -> None:
     shown = io.StringIO()
-    TableSink(shown).write("a\nb\x1b[2J.jpg", FOX)
-    TableSink(shown).write("ü.jpg", BAD)
+    table_lines(shown)("a\nb\x1b[2J.jpg", FOX)
+    table_lines(shown)("ü.jpg", BAD)
     assert shown.getvalue() == "0.7500  🦊, fox  a\\nb\\x1b[2J.jpg\n error  ü.jpg: empty file (0 bytes)\n"
 
 

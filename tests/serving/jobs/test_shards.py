@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ def run(folder: Path, numbers: range, *, complete: bool = True, **changes: Any) 
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_shards_and_their_manifest(tmp_path: Path, kind: str) -> None:
-    run(tmp_path / "out", range(10), settings={**SETTINGS, "shard_format": kind})
+    run(tmp_path / "out", range(10), shard_format=kind)
     assert_complete(tmp_path / "out", NAMES)
     manifest = manifest_of(tmp_path / "out")
     shards = manifest["shards"]
@@ -91,7 +91,7 @@ def test_a_shard_that_the_manifest_does_not_name_is_made_again(tmp_path: Path) -
 
 
 def vars_of(number: int) -> dict[str, Any]:
-    return place(number).to_json()
+    return asdict(place(number))
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_damaged_folder_is_refused(tmp_path: Path, damage: str) -> None:
 def test_a_folder_of_other_files_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").touch()
     for restart in (False, True):
-        with pytest.raises(UsageError, match="which is no result"):
+        with pytest.raises(UsageError, match="which is not a result"):
             run(tmp_path, range(3), restart=restart)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -194,11 +194,12 @@ def test_a_full_disk_keeps_the_whole_shards(small_disk: Path, kind: str) -> None
     """A shard with room for three thousand rows does not fit a second time; when there is room again it goes on."""
     ballast = small_disk / "ballast"
     ballast.write_bytes(os.urandom(48 * 1024))
-    settings = {**SETTINGS, "shard_format": kind}
     names = [f"{os.urandom(40).hex()}.jpg" for _ in range(400)]
 
     def write(first: int) -> None:
-        with results_folder(small_disk / "out", settings=settings, header=HEADER, shard_size=50) as results:
+        with results_folder(
+            small_disk / "out", settings=SETTINGS, header=HEADER, shard_size=50, shard_format=kind
+        ) as results:
             for number in range(first, 400):
                 results.write(JobImage(name=names[number], place=place(number)), result(0))
             results.complete()

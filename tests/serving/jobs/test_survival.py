@@ -117,7 +117,7 @@ def test_an_interrupted_job_says_how_to_go_on(tmp_path: Path, bundle: Bundle, nu
         said = finish(job, code=130)
     done = assert_whole(out, names)
     assert done >= 200
-    assert f"{done} images are kept: give the same command again to go on" in said
+    assert f"{done} images are kept: give the same command again to resume" in said
     assert len([path for path in out.iterdir() if path.name.startswith(".")]) == 0
     finish(start(tmp_path / "images.tar", out, "--bundle", bundle.path))
     assert_complete(out, names)
@@ -210,7 +210,7 @@ def test_a_server_that_does_not_come_back(tmp_path: Path, repository: Path) -> N
         done = assert_whole(out, names)
         assert 0 < done < len(names)
         assert said.startswith("clipship: ")
-        assert said.endswith(f"{done} images are kept in {out}: give the same command again to go on\n")
+        assert said.endswith(f"{done} images are kept in {out}: give the same command again to resume\n")
         assert said.count("\n") == 1
         server.kill_and_start()
         finish(start(tmp_path / "images.tar", out, *where))

@@ -13,7 +13,7 @@ import pytest
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
 from clipship.serving.jobs.inputs import JobImage
-from clipship.serving.jobs.watch import Watch, Watcher, is_being_written
+from clipship.serving.jobs.watch import Watcher, is_being_written
 from tests.serving.bundles import jpeg_bytes
 from tests.serving.jobs.folders import assert_whole, manifest_of, names_of
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT, clipship
@@ -22,7 +22,7 @@ SETTLE_S = 0.05
 
 
 def watcher(folder: Path, done: set[str] | None = None) -> Watcher:
-    return Watch(folders=(str(folder),), settle_s=SETTLE_S).watcher(done or set())
+    return Watcher([str(folder)], settle_s=SETTLE_S, done=done or set())
 
 
 def eventually(watching: Watcher, count: int = 1) -> list[JobImage]:
@@ -30,7 +30,7 @@ def eventually(watching: Watcher, count: int = 1) -> list[JobImage]:
     items: list[JobImage] = []
     while len(items) < count:
         time.sleep(SETTLE_S)
-        items += watching.items()
+        items += watching.images()
     return items
 
 
@@ -38,13 +38,13 @@ def test_images_come_once_when_they_have_settled(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"a")
     (tmp_path / "notes.txt").write_bytes(b"a")
     watching = watcher(tmp_path)
-    assert list(watching.items()) == [], "seen for the first time"
+    assert list(watching.images()) == [], "seen for the first time"
     assert [item.name for item in eventually(watching)] == [str(tmp_path / "a.jpg")]
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "b.jpg").write_bytes(b"b")
     assert [item.image for item in eventually(watching)] == [tmp_path / "sub" / "b.jpg"]
     time.sleep(2 * SETTLE_S)
-    assert list(watching.items()) == list(watching.items()) == []
+    assert list(watching.images()) == list(watching.images()) == []
 
 
 def test_an_image_that_grows_is_waited_for(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_an_image_that_grows_is_waited_for(tmp_path: Path) -> None:
     for number in range(5):
         with (tmp_path / "a.jpg").open("ab") as handle:
             handle.write(b"a")
-        assert list(watching.items()) == []
+        assert list(watching.images()) == []
         time.sleep(2 * SETTLE_S) if number < 4 else None
     (item,) = eventually(watching)
     assert item.name == str(tmp_path / "a.jpg")
@@ -67,7 +67,7 @@ def test_an_image_that_is_open_for_writing_is_waited_for(tmp_path: Path) -> None
         handle.write(b"half")
         handle.flush()
         for _ in range(5):
-            assert list(watching.items()) == []
+            assert list(watching.images()) == []
             time.sleep(2 * SETTLE_S)
     assert len(eventually(watching)) == 1
 

@@ -1,24 +1,25 @@
-"""From image bytes to the uint8 pixels the exported encoder takes: one for training, client and server.
+"""Decodes and resizes images to the exported encoder's uint8 pixels, for training, client and server alike.
 
-This file imports nothing but NumPy and Pillow, because the Triton repository carries a copy of it for its
-``preprocess`` model: the server runs the very lines the client runs. Where ``simplejpeg`` is installed it decodes the
-plain JPEG files, sooner than Pillow and to the same pixels.
+This file imports only NumPy and Pillow, because the Triton repository carries a copy of it for its ``preprocess``
+model: the server runs the client's code. Where ``simplejpeg`` is installed it decodes RGB JPEG files, faster than
+Pillow and to the same pixels.
 
-Two steps, kept apart:
+There are two steps:
 
 1. :func:`decode_image`: bytes -> upright 8-bit RGB. EXIF orientation is applied, 16-bit grey is scaled to 8 bits
    (Pillow's own conversion would clip it to white), CMYK/palette/grey become RGB by Pillow's ``convert``, alpha is
    dropped, the first frame of an animation is taken.
-2. :func:`pixels_from_image`: Pillow's bicubic resize of the shorter side, then the centre crop, exactly as open_clip's
-   evaluation transform (torchvision ``Resize`` + ``CenterCrop``) does it with Pillow 13, bit for bit, and the same with
-   every version: an older Pillow's own resize is off by 1 here and there where an image is over twice as high as wide.
+2. :func:`pixels_from_image`: bicubic resize of the shorter side, then the centre crop. The result equals open_clip's
+   evaluation transform (torchvision ``Resize`` + ``CenterCrop``) with Pillow 13 bit for bit, whichever Pillow is
+   installed. (Where an image is more than twice as high as wide, an older Pillow's own resize can be off by 1.)
 
-**How the second step is quicker than Pillow and equal to it.** Each axis is a product with a banded matrix; only the
-rows and columns that the crop keeps are computed, in blocks of a few so that the band stays narrow. The products are
-float32 sums, each known to within a bound far below 1. Pillow sums the same numbers in integers and rounds: where the
-float32 sum is further from a half than the bound, both round alike; the few values that are nearer (some in ten
-thousand) are summed again in integers. All blocks of an axis are one call of NumPy: threads that hand the interpreter's
-lock to each other after every small call would be slower than one thread.
+**Why the second step is faster than Pillow, and equal to it.** Resizing along an axis is a product with a banded
+matrix. Only the rows and columns that the crop keeps are computed, in small blocks so that the band stays narrow. The
+products are float32 sums with a known error bound far below 1. Pillow sums the same numbers in integers and rounds.
+Where the float32 sum is further from a half than the bound, both round alike; the few sums that are nearer (some in
+ten thousand) are computed again in integers. All blocks of an axis are one call of NumPy, because threads that pass
+the interpreter lock around after every small call are slower than one thread. ``benchmarks/decoding.py`` compares it
+with Pillow.
 
 Legend: H, W, S = ``size_px`` of the :class:`ImageSpec`; R, C = rows and columns read of a source; K = source rows that
 a block reads; n = any number of columns.
@@ -43,22 +44,19 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-"""What a file's name ends in, in lower case, where a folder is searched for images."""
-
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""Pillow's names of the formats that are read. Others are refused: some start a program, such as Ghostscript."""
+"""Pillow's names of the accepted formats. Others are refused: some start a program, such as Ghostscript."""
 
 MAX_PIXELS = 2**27
-"""Images with more pixels are refused before they are decoded: Pillow holds 4 bytes of each, so this many are 512 MiB.
+"""Images with more pixels are refused before they are decoded: at Pillow's 4 bytes a pixel, this many take 512 MiB.
 
-Where an image has to be turned upright or converted from 16 bits, there are two copies of it for a moment.
+Turning an image upright or converting it from 16 bits briefly takes a second copy.
 """
 
 Resample = Literal["exact", "fast"]
 """How an image is resized: "exact" equals open_clip bit for bit; "fast" is at most 2 of 255 off.
 
-"fast" leaves out the second look at sums near a half. Of a photograph's values about 1 in 30,000 is off, by 1.
+"fast" does not recompute the sums near a half. About 1 in 30,000 of a photograph's values is off, by 1.
 """
 
 WEIGHT_BITS = 22
@@ -68,17 +66,17 @@ _MAX_PRODUCT = 2**18  # multiplications of one product; OpenBLAS starts threads 
 _TILES = {1: (4, 40), 3: (8, 240)}  # by lanes: what OpenBLAS computes at a time, and what a block costs, in products
 _OVERHEAD = 36  # what a value of the result costs besides its products, in products
 _MAX_KEPT = 2**22  # values of scratch memory that a thread keeps under one name
-_UNSURE = 2**14  # values that are summed again at a time, which bounds the memory
+_UNSURE = 2**14  # values that are recomputed at a time, which bounds the memory
 _ORIENTATION = 0x0112  # the EXIF tag
 
 
 class ImageDecodeError(ValueError):
-    """The bytes are no image that can be classified; the message says why in a few words."""
+    """The bytes cannot be decoded to an image; the message says why in a few words."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """How an image becomes the encoder's input. Read from the model, stored in the bundle, never chosen by a client."""
+    """How an image becomes the encoder's input. Read from the model and stored in the bundle, never set by a client."""
 
     size_px: int
     """Side of the square input, in pixels."""
@@ -132,7 +130,7 @@ def decode_image(data: bytes) -> Image.Image:
 
 @contextmanager
 def _opened(data: bytes) -> Iterator[Image.Image]:
-    """The image in ``data``, of a size that may be decoded; whatever fails inside becomes an ImageDecodeError."""
+    """Open ``data`` after a check of its size; any error inside the block becomes an ImageDecodeError."""
     if not data:
         raise ImageDecodeError("empty file (0 bytes)")
     try:
@@ -159,10 +157,10 @@ def _formats() -> tuple[str, ...]:
 
 
 class _QuietPillow:
-    """While any thread is inside: no warnings, and no size limit but :data:`MAX_PIXELS`.
+    """While any thread is inside, Pillow gives no warnings and has no size limit of its own.
 
-    Both are settings of the whole process, so the first thread in changes them and the last one out restores them;
-    ``warnings.catch_warnings`` by itself, used in several threads, would leave the warnings switched off for good.
+    Both are settings of the whole process, so the first thread in changes them and the last one out restores them.
+    ``warnings.catch_warnings`` alone, used in several threads, could leave the warnings off for good.
     """
 
     def __init__(self) -> None:
@@ -177,7 +175,7 @@ class _QuietPillow:
                 self._before.enter_context(warnings.catch_warnings())
                 warnings.simplefilter("ignore")
                 self._before.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-                Image.MAX_IMAGE_PIXELS = 2**62  # not None: Pillow reads it twice, in threads that are outside too
+                Image.MAX_IMAGE_PIXELS = 2**62  # not None: other threads' Pillow reads it too
 
     def __exit__(self, *error: object) -> None:
         with self._lock:
@@ -197,7 +195,7 @@ def _validate_size(image: Image.Image) -> None:
 
 
 def rgb_from_image(image: Image.Image) -> Image.Image:
-    """``image`` turned upright by its EXIF orientation and converted to 8-bit RGB; itself where it is both already.
+    """``image`` turned upright by its EXIF orientation and converted to 8-bit RGB; itself if it is both already.
 
     Raises:
         ImageDecodeError: floating-point pixels, whose range nothing states.
@@ -213,7 +211,7 @@ def rgb_from_image(image: Image.Image) -> Image.Image:
     if orientation != 1:
         rgb = rgb.transpose(_TURNS[orientation])
     if rgb is not image:
-        rgb.info.clear()  # or else it would be turned once more where it is given to this function again
+        rgb.info.clear()  # or a second call of this function would turn it again
     return rgb
 
 
@@ -226,11 +224,11 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns an image of each EXIF orientation upright."""
+"""By EXIF orientation, what turns an image upright."""
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's number, 1 to 8; 1 is upright, and what an absent, unknown or damaged one is taken for."""
+    """EXIF's number, 1 to 8; 1 (upright) if it is absent, unknown or damaged."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
     except (
@@ -244,7 +242,7 @@ def _orientation(image: Image.Image) -> int:
         ValueError,
         struct.error,
     ):
-        return 1  # the pixels are as good as without it
+        return 1
     return found if found in _TURNS else 1
 
 
@@ -272,7 +270,7 @@ def centred_corner(width: int, height: int, size_px: int) -> tuple[int, int]:
 
 
 def vertical_pass_first(width: int, height: int, resized_height: int) -> bool:
-    """Whether Pillow (from version 13 on) resizes ``width`` x ``height`` along its height before its width."""
+    """Whether Pillow 13 and later resize ``width`` x ``height`` along the height before the width."""
     return height > 2 * width and resized_height < height
 
 
@@ -283,8 +281,7 @@ _Read = Callable[[slice, slice], NDArray[np.uint8]]
 def pixels_from_image(image: Image.Image, spec: ImageSpec, resample: Resample = "exact") -> NDArray[np.uint8]:
     """The encoder's input: uint8 [H, W, 3].
 
-    "exact": equal to open_clip's evaluation transform before its ``ToTensor``, bit for bit. "fast": no value is more
-    than 2 off, and of a photograph's about 1 in 30,000 is, by 1.
+    ``resample`` is as :data:`Resample` says; open_clip's pixels are those before its ``ToTensor``.
 
     Raises:
         ImageDecodeError: as :func:`rgb_from_image`.
@@ -306,7 +303,7 @@ def pixels_from_array(array: NDArray[np.uint8], spec: ImageSpec, resample: Resam
 
 
 def _window(read: _Read, size: tuple[int, int], size_px: int, resample: Resample) -> NDArray[np.uint8]:
-    """The centred square of the resized image, uint8 [S, S, 3]; only what it needs is read and computed."""
+    """The centred square of the resized image, uint8 [S, S, 3]; only what it needs is computed."""
     resized = resized_size(*size, size_px)
     left, top = centred_corner(*resized, size_px)
     if resized == size:
@@ -325,7 +322,7 @@ def _window(read: _Read, size: tuple[int, int], size_px: int, resample: Resample
 
 
 def _without_empty_slots(window: NDArray[np.uint8], down: _Axis, across: _Axis) -> NDArray[np.uint8]:
-    """[slots down, slots across] -> [S, S 3]. A run of columns at a time: NumPy's ``take`` copies them one by one."""
+    """[slots down, slots across] -> [S, S 3]; runs of columns, because NumPy's ``take`` copies values one by one."""
     rows = window.take(down.places, axis=0)
     pixels = np.empty((len(rows), len(across.places)), np.uint8)
     for slots, columns in across.runs:
@@ -334,13 +331,13 @@ def _without_empty_slots(window: NDArray[np.uint8], down: _Axis, across: _Axis) 
 
 
 class _Scratch(threading.local):
-    """Memory that a thread uses for one image after the other: fresh memory costs more than what is computed in it."""
+    """Memory that a thread reuses from image to image: page faults of fresh memory cost more than the computation."""
 
     def __init__(self) -> None:
         self._kept: dict[str, NDArray[np.float32]] = {}
 
     def floats(self, name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-        """An array of ``shape``, overwritten when the thread asks for ``name`` again; its values are any."""
+        """An uninitialised array of ``shape``; the thread's next call with ``name`` returns the same memory."""
         size = math.prod(shape)
         found = self._kept.get(name)
         if found is None or found.size < size:
@@ -348,11 +345,6 @@ class _Scratch(threading.local):
             if size <= _MAX_KEPT:
                 self._kept[name] = found
         return found[:size].reshape(shape)
-
-    def flags(self, name: str, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-        """The same of truth values."""
-        size = math.prod(shape)
-        return self.floats(name, (-(-size // 4),)).view(np.bool_)[:size].reshape(shape)
 
 
 _SCRATCH = _Scratch()
@@ -365,7 +357,7 @@ def _padded(name: str, pixels: NDArray[np.uint8], above: int, rows: int, across:
     inside = padded[above : above + len(pixels)]
     for border in (padded[:above], padded[above + len(pixels) :], inside[:, :first], inside[:, last:]):
         border.fill(0)
-    if pixels.strides[1:] == (3, 1):  # a row is as good as flat; numpy would copy a part of an image to make it so
+    if pixels.strides[1:] == (3, 1):  # rows are contiguous, but reshape would copy a part of an image
         flat = np.lib.stride_tricks.as_strided(pixels, (len(pixels), last - first), (pixels.strides[0], 1))
     else:
         flat = pixels.reshape(len(pixels), last - first)
@@ -391,31 +383,31 @@ def _resized_rows(read: _Read, across: _Axis, down: _Axis, resample: Resample) -
 
 @dataclass(frozen=True, kw_only=True)
 class _Axis:
-    """Resampling along one axis, by blocks that begin every ``step`` places of the source.
+    """Resampling along one axis, in blocks that begin every ``step`` places of the source.
 
-    A place is a row; along a row it is one value of a pixel, of which there are three: so no product has to know of
-    channels. Each block computes as many places of the result as begin in it. Where a block has fewer than the others
-    some of its slots stay empty: their weights are zeros, and ``places`` leaves them out.
+    A place is a row; along a row it is one of a pixel's three values, so that no product needs to know of channels.
+    A block computes the places of the result that begin in it. A block with fewer of them than others has empty slots,
+    with weights of zero.
     """
 
     read: slice
     """Rows or columns of the source that are read."""
     before: int
-    """How many places of zeros the blocks read before those of the source."""
+    """Places of zero padding before those of the source."""
     padded: int
-    """How many places the blocks read in all, with zeros after those of the source."""
+    """Places that the blocks read in all, with the zero padding before and after."""
     step: int
     """Places of the source from the start of a block to the next one's."""
     weights: NDArray[np.float32]
-    """[blocks, slots of a block, K] for rows, [blocks, K, slots of a block] along a row: as the products take them."""
+    """[blocks, slots of a block, K] for rows, [blocks, K, slots of a block] along a row."""
     places: NDArray[np.intp]
     """[count] The slot of each place of the result."""
     runs: tuple[tuple[slice, slice], ...]
-    """Slots that follow each other, and the places of the result that they are."""
+    """Runs of consecutive slots, and the places of the result that they hold."""
     taps: NDArray[np.int64]
     """[slots, taps] Places of the source, counted from ``read.start``."""
     fixed: NDArray[np.int64]
-    """[slots, taps] Their weights times 2^:data:`WEIGHT_BITS`, whole numbers as Pillow has them."""
+    """[slots, taps] Their weights times 2^:data:`WEIGHT_BITS`, the whole numbers that Pillow uses."""
     bound: float
     """By how much a float32 sum may differ from the true one."""
 
@@ -471,12 +463,12 @@ def _weights(
 
 
 def _laned(rows: NDArray[np.int64], lanes: int) -> NDArray[np.int64]:
-    """Numbers of rows [n, m] -> those of the values [n lanes, m] where each row has ``lanes``, side by side."""
+    """Row numbers [n, m] -> numbers of values [n lanes, m], where each row has ``lanes`` values side by side."""
     return (lanes * rows[:, None] + np.arange(lanes)[:, None]).reshape(-1, rows.shape[1])
 
 
 def _blocking(anchors: NDArray[np.int64], lanes: int, scale: float, length: int) -> tuple[int, int]:
-    """(step, slots of a block), for which the blocks' products and what comes after them cost the least."""
+    """(step, slots of a block) of the least cost, estimated in products."""
     tile, overhead = _TILES[lanes]
     found = [(lanes * int(slots // lanes * scale), slots) for slots in range(tile, 5 * tile, tile)]
     fewest = int(np.bincount(anchors // lanes).max())  # where one row of the source makes more than all those slots
@@ -492,7 +484,7 @@ def _blocking(anchors: NDArray[np.int64], lanes: int, scale: float, length: int)
 
 
 def _runs(places: NDArray[np.intp]) -> tuple[tuple[slice, slice], ...]:
-    """Stretches of ``places`` that follow each other, and where in it they are."""
+    """Runs of consecutive ``places``, and their indices."""
     edges = [0, *(np.flatnonzero(np.diff(places) != 1) + 1).tolist(), len(places)]
     return tuple(
         (slice(int(places[first]), int(places[last - 1]) + 1), slice(first, last))
@@ -554,14 +546,14 @@ def _settle(
     resample: Resample,
     exact: Callable[[NDArray[np.intp]], NDArray[np.int64]],
 ) -> None:
-    """Round ``sums`` and clip them to 0..255, in place; "exact": those near a half by Pillow's own sums."""
+    """Round ``sums`` and clip them to 0..255, in place; for "exact", recompute those near a half as Pillow does."""
     if resample == "fast":
-        sums += 0.5  # not rint, which rounds a half to the even side; where an image is halved, many sums are a half
+        sums += 0.5  # not rint, which rounds halves to even: where an image is halved, many sums are halves
         np.clip(np.floor(sums, out=sums), 0.0, 255.0, out=sums)
         return
     whole = np.rint(sums, out=_SCRATCH.floats("whole", sums.shape))
     np.abs(np.subtract(sums, whole, out=sums), out=sums)
-    near = np.greater_equal(sums, 0.5 - axis.bound, out=_SCRATCH.flags("near", sums.shape))
+    near = sums >= 0.5 - axis.bound
     unsure = np.flatnonzero(near)
     np.clip(whole, 0.0, 255.0, out=sums)
     flat = sums.reshape(-1)
@@ -612,9 +604,9 @@ def pixels_from_bytes(data: bytes, spec: ImageSpec, resample: Resample = "exact"
 
 
 def _by_simplejpeg(data: bytes, image: Image.Image) -> NDArray[np.uint8] | None:
-    """The pixels uint8 [height, width, 3] of ``image``, opened from ``data``; None: Pillow shall decode it.
+    """The pixels uint8 [height, width, 3] of ``image``, opened from ``data``; None leaves it to Pillow.
 
-    Pillow keeps the last word: what it would refuse, or decode in spite of damage, simplejpeg refuses here.
+    Damaged files are left to Pillow, which decides whether to refuse them.
     """
     turbo = _simplejpeg()
     if turbo is None or image.format not in ("JPEG", "MPO") or image.mode != "RGB":
@@ -636,7 +628,7 @@ def _simplejpeg() -> Any:
 
 
 def _turned(array: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
-    """A view of ``array`` [height, width, 3] as EXIF's ``orientation`` says it is to be seen."""
+    """A view of ``array`` [height, width, 3] turned upright from EXIF's ``orientation``."""
     if orientation >= 5:
         array = array.swapaxes(0, 1)
     rows = -1 if orientation in (3, 4, 7, 8) else 1

@@ -10,9 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from clipship.core.errors import DataError, UsageError
+from clipship.core.errors import UsageError
 from clipship.core.images.decoding import (
-    IMAGE_SUFFIXES,
     ImageSpec,
     Resample,
     pixels_from_array,
@@ -69,18 +68,3 @@ def pixels_from_any(image: ImageLike, spec: ImageSpec, resample: Resample = "exa
     if isinstance(given, bytes):
         return pixels_from_bytes(given, spec, resample)
     return pixels_from_image(given, spec, resample)
-
-
-def some_image_files(folder: Path, count: int) -> list[Path]:
-    """``count`` image files spread evenly over ``folder`` and its subfolders (all of them when there are fewer).
-
-    Raises:
-        DataError: no such folder, or no image file in it.
-    """
-    if not folder.is_dir():
-        raise DataError(f"{folder}: no such folder: give --images a folder of images")
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file())
-    if not paths:
-        looked_for = ", ".join(sorted(IMAGE_SUFFIXES))
-        raise DataError(f"{folder}: no images in it (looked for {looked_for}): give --images another folder")
-    return [paths[position * len(paths) // count] for position in range(count)] if len(paths) > count else paths

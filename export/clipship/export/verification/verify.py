@@ -35,7 +35,7 @@ from clipship.core.images.decoding import ImageSpec
 from clipship.core.precisions import PRECISIONS, Tolerance
 from clipship.core.progress import progress
 from clipship.core.tolerances import TOLERANCES
-from clipship.export.full_frames import Picture, pixels_of_sources, sources_of
+from clipship.export.image_input import Picture, pixels_of_sources, sources_of
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verification.runners import (
     CPU_PROVIDER,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from clipship.core.images.inputs import some_image_files
+from clipship.core.images.files import some_image_files
 
 SIZE_PX = (500, 375)
 """Width and height of made-up images, a usual size of web photographs."""

@@ -1,12 +1,11 @@
-"""The images in tar archives (webdataset shards) and in Parquet files, read as a stream.
+"""Streams the images in tar archives (webdataset shards) and in Parquet files.
 
-A tar archive is read from front to back, compressed or not, and held member by member; a Parquet file a few rows at a
-time. What is damaged becomes an image with an error, at the place where the damage was met.
+A tar archive, compressed or not, is read member by member, a Parquet file a few rows at a time. Damage becomes an image
+with an error, at the place of the damage.
 """
 
 from __future__ import annotations
 
-import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.core.images.decoding import IMAGE_SUFFIXES
+from clipship.core.images.files import is_image_name
 from clipship.serving.client.inputs import MAX_IMAGE_BYTES
 
 TAR_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")
@@ -30,10 +29,10 @@ _DAMAGE = (tarfile.TarError, zlib.error, LZMAError, EOFError, OSError)
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One image of an archive: what the client is given, or why there is nothing to give."""
+    """One image of an archive, or an error."""
 
     name: str
-    """Within the archive; empty for what concerns the archive itself."""
+    """Within the archive; empty for an error of the archive itself."""
     image: bytes | Path = b""
     error: str | None = None
 
@@ -42,13 +41,8 @@ Reader = Callable[[str, int], Iterator[Member]]
 """``reader(path, skip)``: the members of an archive from number ``skip`` on."""
 
 
-def is_image_name(name: str) -> bool:
-    """Whether a file's name ends as those of images do."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-
-
 def reader_of(path: str, image_column: str | None = None) -> Reader | None:
-    """How the archive at ``path`` is read; None: by its name it is no archive."""
+    """What reads the archive at ``path``; None if its name is not an archive's."""
     name = path.lower()
     if name.endswith(TAR_SUFFIXES):
         return tar_members
@@ -58,16 +52,16 @@ def reader_of(path: str, image_column: str | None = None) -> Reader | None:
 
 
 def tar_members(path: str, skip: int = 0) -> Iterator[Member]:
-    """The images of a tar archive, by their names' endings; those before number ``skip`` are passed over unread."""
+    """The images of a tar archive, by suffix, from number ``skip`` on; those before are not read."""
     number, damage = 0, None
     try:
-        archive: Any  # typeshed does not know of its list of members
+        archive: Any  # typeshed lacks its list of members
         with tarfile.open(path, "r|*", bufsize=_READ_BYTES) as archive:
             while (info := archive.next()) is not None:
-                archive.members.clear()  # every header it has seen: a leak of 1 kB an image
+                archive.members.clear()  # it keeps every header: a leak of 1 kB an image
                 if info.isdir() or not is_image_name(info.name):
                     continue
-                if number + 1 >= skip:  # the one before is read to see whether it is whole, as it was seen then
+                if number + 1 >= skip:  # the one before is read too, to see whether it is whole
                     member = _tar_member(archive, info)
                     if number >= skip:
                         yield member
@@ -98,22 +92,22 @@ def _tar_member(archive: tarfile.TarFile, info: tarfile.TarInfo) -> Member:
 
 
 def _damage_behind(archive: tarfile.TarFile) -> str | None:
-    """What is wrong behind the end: tarfile takes a header it cannot read for the end, and members would be lost."""
+    """Damage that tarfile takes for the end of the archive: members would be lost without an error."""
     stream: Any = archive.fileobj
     while chunk := stream.read(_READ_BYTES):
         if chunk.strip(b"\0"):
-            return "damaged: after the last member that can be read, more data follows"
+            return "damaged: more data follows the last readable member"
     return None
 
 
 def parquet_members(path: str, skip: int = 0, image_column: str | None = None) -> Iterator[Member]:
-    """One image a row of a Parquet file, by its number; those before number ``skip`` are passed over."""
+    """The images of a Parquet file, one a row, from row ``skip`` on."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     number = 0
     try:
-        # without pre-buffering a row group, hundreds of megabytes of images at times, is never held as a whole
+        # pre-buffering would hold a whole row group, which may be hundreds of megabytes of images
         with pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES) as file:
             column = column_of_images(path, file.schema_arrow, image_column)
             groups, number = _groups_after(file, skip)
@@ -130,7 +124,7 @@ def parquet_members(path: str, skip: int = 0, image_column: str | None = None) -
 
 
 def validate_image_column(path: str, image_column: str | None) -> None:
-    """Raise :class:`DataError` where a Parquet file has no such column of images; damaged files are met later."""
+    """Raise :class:`DataError` if a Parquet file has no such column of images; a damaged file fails later."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -139,7 +133,7 @@ def validate_image_column(path: str, image_column: str | None) -> None:
 
 
 def _groups_after(file: Any, skip: int) -> tuple[list[int], int]:
-    """The row groups that row ``skip`` and later ones are in, and the number of the first of their rows."""
+    """The row groups of row ``skip`` and later ones, and the number of their first row."""
     first = group = 0
     while group < file.num_row_groups and first + file.metadata.row_group(group).num_rows <= skip:
         first += file.metadata.row_group(group).num_rows
@@ -148,7 +142,7 @@ def _groups_after(file: Any, skip: int) -> tuple[list[int], int]:
 
 
 def _parquet_member(number: int, value: Any) -> Member:
-    """A row of bytes, or of Hugging Face's {bytes, path}, where ``path`` stands for a file if there are no bytes."""
+    """A row of bytes, or of Hugging Face's {bytes, path}, where ``path`` names a file if there are no bytes."""
     name = str(number)
     if isinstance(value, dict):
         path = value.get("path")
@@ -162,10 +156,10 @@ def _parquet_member(number: int, value: Any) -> Member:
 
 
 def column_of_images(path: str, schema: Any, wanted: str | None) -> str:
-    """The name of the column that holds images: the one of binary type, or struct{bytes, path}.
+    """The name of the column of images, of a binary type or struct{bytes, path}.
 
     Raises:
-        DataError: there is none, or there are several and none is ``wanted``; says which there are.
+        DataError: there is none, or none of several is ``wanted``; the message lists them.
     """
     candidates = [field.name for field in schema if _holds_bytes(field.type)]
     if wanted is not None and wanted in candidates:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,17 +16,12 @@ from clipship.core.progress import log
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
 if TYPE_CHECKING:
-    from clipship.serving.client.classifier import Classifier, Result, Retry
+    from clipship.serving.client.classifier import Classifier, Retry
     from clipship.serving.client.in_process import LocalTransport
-    from clipship.serving.jobs.inputs import Inputs, JobImage
-    from clipship.serving.jobs.job import Job, JobSummary, Write
-    from clipship.serving.jobs.results import Header, Sink
-    from clipship.serving.jobs.shards import Progress, ResultsFolder
-    from clipship.serving.jobs.watch import Watch
+    from clipship.serving.jobs.run import JobOutput, JobSummary
 
 _PATH = click.Path(path_type=Path)
-_SHARD_SIZE = 50_000
-
+_OUTPUT_NAMES = ("out", "shard_format", "shard_size", "restart", "embeddings", "top_k")
 
 _server_options = option_group(
     click.option(
@@ -41,12 +34,12 @@ _server_options = option_group(
     click.option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
-        help="With --bundle: of the image encoder, one that the bundle was packed with. [default: fp32]",
+        help="With --bundle: the image encoder's precision, one that the bundle was packed with. [default: fp32]",
     ),
     click.option(
         "--vocabulary",
         metavar="NAME[=BUNDLE]",
-        help="A further vocabulary that the server has, by its name; with --bundle, and the bundle that it is of.",
+        help="Another vocabulary: its name on the server; with --bundle, its name and its bundle.",
     ),
     connection_options,
     click.option("--compression", type=click.Choice(["none", "gzip", "deflate"]), default="none", show_default=True),
@@ -56,63 +49,44 @@ _server_options = option_group(
         type=click.Choice(["auto", "client", "server"]),
         default="auto",
         show_default=True,
-        help="Who decodes and resizes: what is cheaper, or always the one. The results are the same.",
+        help="Where to decode and resize; auto takes the cheaper. The results are the same.",
     ),
     click.option(
         "--resample",
         type=click.Choice(["exact", "fast"]),
         default="exact",
         show_default=True,
-        help="How images decoded here are resized: as open_clip to the bit, or sooner and at most 2 of 255 off.",
+        help="How to resize images decoded here: equal to open_clip, or faster and at most 2 of 255 off.",
     ),
-    click.option("--batch-size", type=int, help="Images a request. [default: what the server takes]"),
-    click.option("--window", default=4, show_default=True, help="Requests in flight at the same time."),
+    click.option("--batch-size", type=int, help="Images a request. [default: the server's maximum]"),
+    click.option("--window", default=4, show_default=True, help="Requests in flight."),
     click.option("--workers", type=int, help="Threads that read and decode. [default: one a processor]"),
-    click.option("--timeout-s", default=60.0, show_default=True, help="How long one attempt of a request may take."),
+    click.option("--timeout-s", default=60.0, show_default=True, help="Time limit of one attempt of a request."),
     click.option(
-        "--retry-s", default=120.0, show_default=True, help="How long a request is tried while no server is there."
+        "--retry-s", default=120.0, show_default=True, help="How long to retry a request while no server answers."
     ),
 )
 
 _output_options = option_group(
     click.option("--out", type=_PATH, help="A .parquet, .jsonl or .csv file, or a folder of shards. [default: stdout]"),
     click.option(
-        "--format", "kind", type=click.Choice(["parquet", "jsonl", "csv"]), help="Of shards. [default: parquet]"
+        "--format",
+        "shard_format",
+        type=click.Choice(["parquet", "jsonl", "csv"]),
+        help="Format of the shards. [default: parquet]",
     ),
-    click.option("--shard-size", type=int, help=f"Rows a shard. [default: {_SHARD_SIZE}]"),
-    click.option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of going on from them."),
+    click.option("--shard-size", type=int, help="Rows a shard. [default: 50000]"),
+    click.option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of resuming."),
     click.option("--embeddings", is_flag=True, help="Store the images' features too."),
-    click.option("--top-k", type=int, help="Classes a row. [default: what the server reports]"),
+    click.option("--top-k", type=int, help="Classes a row. [default: as many as the server reports]"),
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Output:
-    """What is to become of the rows."""
-
-    out: Path | None
-    kind: Literal["parquet", "jsonl", "csv"] | None
-    shard_size: int | None
-    restart: bool
-    embeddings: bool
-    top_k: int | None
-    as_json: bool
-
-    @property
-    def is_folder(self) -> bool:
-        """Whether ``out`` is a folder of shards: it is a folder, its name has no ending, or ``kind`` was given."""
-        return self.out is not None and (self.kind is not None or not self.out.suffix or self.out.is_dir())
-
-
-_OUTPUT = tuple(each.name for each in fields(_Output) if each.name != "as_json")
-"""The names of its options."""
 
 
 @click.command()
 @click.argument("images", nargs=-1)
 @click.option("--list", "lists", multiple=True, help="A file with one path a line, or NUL between them; - is stdin.")
 @click.option("--image-column", help="The column of images in Parquet files. [default: the one of bytes]")
-@click.option("--watch", is_flag=True, help="Classify what comes into the folders IMAGES, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Classify images that arrive in the folders IMAGES, until Ctrl-C.")
 @click.option("--settle-s", default=2.0, show_default=True, help="With --watch: how long a file must stay unchanged.")
 @_output_options
 @_server_options
@@ -132,7 +106,7 @@ def classify(
     a column of image bytes, and @LIST files. An image that cannot be read becomes a row with an error and makes the
     exit code 1; all others are classified. Without --out, --json prints one object an image; with it, the summary.
 
-    With a folder as --out, a job that was stopped, by whatever, goes on when the same command is given again.
+    With a folder as --out, a stopped job resumes when the same command is given again.
 
     Examples:
 
@@ -142,52 +116,38 @@ def classify(
     """
     from clipship.serving.client.classifier import Retry
     from clipship.serving.jobs.inputs import inputs_from_arguments, text_of_path
-    from clipship.serving.jobs.job import Job
-    from clipship.serving.jobs.watch import Watch
+    from clipship.serving.jobs.run import JobOutput, run_job, validate_watch, watch_job
+    from clipship.serving.jobs.watch import stopped_by_signals
     from clipship.serving.server.process import signals_as_interrupt
 
-    output = _Output(as_json=as_json, **{name: options.pop(name) for name in _OUTPUT})
-    _validate_options(output, watch=watch, settle_s=settle_s, lists=lists, images=images)
-    source = (
-        Watch(folders=images, settle_s=settle_s)
-        if watch
-        else inputs_from_arguments(images, lists=lists, image_column=image_column)
-    )
-    settings = {
+    output = JobOutput(as_json=as_json, **{name: options.pop(name) for name in _OUTPUT_NAMES})
+    if watch and lists:
+        raise UsageError("--watch: give folders, and no --list")
+    if watch:
+        validate_watch(images, output, settle_s)
+    inputs = None if watch else inputs_from_arguments(images, lists=lists, image_column=image_column)
+    retry = Retry(deadline_s=options.pop("retry_s"))
+    told: dict[str, Any] = {
         "inputs": list(map(text_of_path, images)),
         "lists": list(map(text_of_path, lists)),
         "image_column": image_column,
-        "watch": watch,
         "vocabulary": _vocabulary_name(options["vocabulary"]),
-        "precision": options["precision"],
-        "resample": options["resample"],
+        **{name: options[name] for name in ("precision", "resample")},
     }
-    retry = Retry(deadline_s=options.pop("retry_s"))
     with signals_as_interrupt(), _classifier(output, retry=retry, **options) as classifier:
-        job = Job(classifier, top_k=output.top_k, retry=retry)
-        summary = _run_into_folder(job, source, output, settings) if output.is_folder else _run(job, source, output)
+        if inputs is not None:
+            summary = run_job(inputs, classifier, output, settings=told, retry=retry)
+        else:
+            with stopped_by_signals() as stop:
+                summary = watch_job(
+                    images, classifier, output, stop=stop, settle_s=settle_s, settings=told, retry=retry
+                )
     _report(summary, output)
-
-
-def _validate_options(
-    output: _Output, *, watch: bool, settle_s: float, lists: tuple[str, ...], images: tuple[str, ...]
-) -> None:
-    """Raise :class:`UsageError` for options that do not go together."""
-    if not output.is_folder and (output.restart or output.shard_size is not None or output.kind is not None):
-        raise UsageError("--shard-size, --format and --restart are for shards: give a folder as --out")
-    if watch and output.out is not None and not output.is_folder:
-        raise UsageError(
-            f"{output.out}: a watch has no end, and a file would never be finished: give a folder as --out"
-        )
-    if watch and (lists or not all(Path(text).is_dir() for text in images)):
-        raise UsageError("--watch: give folders that exist, and nothing else")
-    if settle_s <= 0:
-        raise UsageError(f"--settle-s {settle_s:g}: give a positive number of seconds")
 
 
 @contextmanager
 def _classifier(
-    output: _Output,
+    output: JobOutput,
     *,
     urls: tuple[str, ...],
     bundle: Path | None,
@@ -206,12 +166,10 @@ def _classifier(
     from clipship.serving.client.classifier import Classifier
 
     if bundle is not None and (urls or any(value not in (None, (), False, "none") for value in connection.values())):
-        raise UsageError(
-            "--bundle runs in this process: it goes with none of --url, --tls and what else leads to a server"
-        )
+        raise UsageError("--bundle runs in this process: give no --url, --tls or other option of a connection with it")
     if bundle is None and precision is not None:
         raise UsageError(
-            f"--precision {precision}: a server has its repository's: give it to clipship repository, or give --bundle"
+            f"--precision {precision}: a server's repository sets it: give it to clipship repository, or give --bundle"
         )
     server = (
         connection_from_options(urls or ("127.0.0.1:8001",), **connection)
@@ -250,113 +208,7 @@ def _local(bundle: Path, *, vocabulary: str | None, **given: Any) -> LocalTransp
     return LocalTransport(opened, others=others, **{name: value for name, value in given.items() if value is not None})
 
 
-def _run(job: Job, source: Inputs | Watch, output: _Output) -> JobSummary:
-    """Classify ``source`` into one file, or onto stdout."""
-    from clipship.serving.jobs.job import Tally
-
-    tally = Tally()
-    with _sink(output, job.header(embeddings=output.embeddings)) as sink:
-
-        def write(item: JobImage, result: Result) -> None:
-            sink.write(item.name, result)
-            tally.add(result)
-
-        _feed(job, source, write, flush=sys.stdout.flush, wait_s=0.0, done=set())
-    return job.summary(tally.progress)
-
-
-def _run_into_folder(job: Job, source: Inputs | Watch, output: _Output, settings: Mapping[str, Any]) -> JobSummary:
-    """Classify what the folder of shards does not hold yet of ``source`` into it.
-
-    Raises:
-        JobStopped: the server failed for good, or the disk is full.
-        UsageError: the folder is of another job, or the inputs have changed.
-    """
-    from clipship.serving.jobs.inputs import Inputs
-    from clipship.serving.jobs.shards import results_folder
-    from clipship.serving.jobs.watch import LONGEST_WAIT_S, Watch
-
-    assert output.out is not None
-    asked = {
-        "shard_format": output.kind or "parquet",
-        "shard_size": _SHARD_SIZE if output.shard_size is None else output.shard_size,
-        "top_k": job.top_k,
-    }
-    told = {**settings, **asked, "embeddings": output.embeddings}
-    header = job.header(embeddings=output.embeddings)
-    with results_folder(
-        output.out,
-        settings=told,
-        header=header,
-        shard_size=told["shard_size"],
-        restart=output.restart,
-        check=job.validate_server_identity,
-    ) as results:
-        before = results.progress
-        done = set(results.names()) if isinstance(source, Watch) else set()
-        with _kept(results, output.out):
-            _feed(
-                job, source, results.write, flush=results.finish_shard, wait_s=LONGEST_WAIT_S, done=done, after=before
-            )
-            if isinstance(source, Inputs):
-                results.complete()
-    return job.summary(results.progress, resumed_at=before.images)
-
-
-def _feed(
-    job: Job,
-    source: Inputs | Watch,
-    write: Write,
-    *,
-    flush: Callable[[], None],
-    wait_s: float,
-    done: set[str],
-    after: Progress | None = None,
-) -> None:
-    """Run ``job`` on the images of ``source`` that earlier runs, which came to ``after`` or did ``done``, have left."""
-    from clipship.serving.jobs.inputs import Inputs
-    from clipship.serving.jobs.watch import stopped_by_signals, watch_into
-
-    if isinstance(source, Inputs):
-        place, images = (after.place, after.images) if after is not None else (None, 0)
-        job.run(source.items(place), write, total=source.total(), done=images)
-        return
-    log(f"watching {', '.join(map(str, source.folders))} until Ctrl-C")
-    with stopped_by_signals() as stop:
-        watch_into(job, source.watcher(done), write, flush=flush, stop=stop, wait_s=wait_s)
-
-
-@contextmanager
-def _kept(results: ResultsFolder, out: Path) -> Iterator[None]:
-    """Say, when the block ends early, what is kept and how to go on."""
-    from clipship.serving.errors import JobStopped, ServingError
-
-    try:
-        yield
-    except KeyboardInterrupt:
-        log(f"{out}: {results.progress.images} images are kept: give the same command again to go on")
-        raise
-    except (ServingError, CheckFailed, OSError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise JobStopped(
-            f"{reason}; {results.progress.images} images are kept in {out}: give the same command again to go on"
-        ) from error
-
-
-@contextmanager
-def _sink(output: _Output, header: Header) -> Iterator[Sink]:
-    """The one file of ``output``, or stdout."""
-    from clipship.serving.jobs.results import JsonLinesSink, TableSink, results_file
-
-    if output.out is None:
-        yield JsonLinesSink(sys.stdout, header) if output.as_json else TableSink(sys.stdout)
-        sys.stdout.flush()
-        return
-    with results_file(output.out, header) as sink:
-        yield sink
-
-
-def _report(summary: JobSummary, output: _Output) -> None:
+def _report(summary: JobSummary, output: JobOutput) -> None:
     """Print the summary and end the command.
 
     Raises:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
 from clipship.core.files import replace_file
@@ -26,7 +25,6 @@ EMBEDDING = "embedding"
 """The column of features, the last where there is one."""
 
 _ROWS_A_GROUP = 4096
-_LISTS = ("labels", "scores", "indices", EMBEDDING)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,21 +37,23 @@ class Header:
     """D; None where features are not stored."""
 
     @property
+    def digests(self) -> dict[str, str]:
+        """Of bundle and vocabulary, by name."""
+        return {"bundle_digest": self.bundle_digest, "vocabulary_digest": self.vocabulary_digest}
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The names of the columns, in order."""
         return COLUMNS if self.embed_dim is None else (*COLUMNS, EMBEDDING)
 
 
-class Sink(Protocol):
-    """Where results go, one at a time."""
-
-    def write(self, name: str, result: Result) -> None:
-        """Add the result of the image called ``name``."""
+WriteRow = Callable[[str, Result], None]
+"""Adds the result of the image of this name."""
 
 
 @contextmanager
-def results_file(out: Path, header: Header) -> Iterator[Sink]:
-    """A sink that writes ``out``, in the format its suffix names; the file appears when the block ends well.
+def results_file(out: Path, header: Header) -> Iterator[WriteRow]:
+    """Write ``out``, in the format that its suffix names; the file appears when the block ends well.
 
     Parquet files carry the digests of bundle and vocabulary in their schema's metadata.
 
@@ -63,78 +63,34 @@ def results_file(out: Path, header: Header) -> Iterator[Sink]:
     """
     writer = _WRITERS.get(out.suffix.lower())
     if writer is None:
-        raise UsageError(f"{out}: unknown kind of file: give a name that ends in {', '.join(_WRITERS)}")
+        raise UsageError(f"{out}: unknown format: give a name that ends in {', '.join(_WRITERS)}")
     if out.is_dir():
         raise UsageError(f"{out}: is a folder: give a file name, or --format to write shards into it")
-    with replace_file(out) as temporary, writer(temporary, header) as sink:
-        yield sink
+    with replace_file(out) as temporary, writer(temporary, header) as write:
+        yield write
 
 
-class JsonLinesSink:
-    """One JSON object a line."""
+def json_lines(handle: TextIO, header: Header) -> WriteRow:
+    """Writes one JSON object a line."""
 
-    def __init__(self, handle: TextIO, header: Header) -> None:
-        self._handle = handle
-        self._columns = header.columns
+    def write(name: str, result: Result) -> None:
+        row = _json_row(row_from_result(name, result), header.columns)
+        handle.write(json.dumps(row, ensure_ascii=False) + "\n")
 
-    def write(self, name: str, result: Result) -> None:
-        """See :meth:`Sink.write`."""
-        row = _json_row(row_from_result(name, result), self._columns)
-        self._handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+    return write
 
 
-class TableSink:
-    """Score, class and name in columns, for people."""
+def table_lines(handle: TextIO) -> WriteRow:
+    """Writes score, class and name in columns, for people."""
 
-    def __init__(self, handle: TextIO) -> None:
-        self._handle = handle
-
-    def write(self, name: str, result: Result) -> None:
-        """See :meth:`Sink.write`."""
+    def write(name: str, result: Result) -> None:
         shown = _printable(name)
         if result.error is not None:
-            self._handle.write(f" error  {shown}: {_printable(result.error)}\n")
+            handle.write(f" error  {shown}: {_printable(result.error)}\n")
         else:
-            self._handle.write(f"{result.score:6.4f}  {result.label}  {shown}\n")
+            handle.write(f"{result.score:6.4f}  {result.label}  {shown}\n")
 
-
-class CsvSink:
-    """A header and one line an image; lists as JSON."""
-
-    def __init__(self, handle: TextIO, header: Header) -> None:
-        self._columns = header.columns
-        self._rows = csv.writer(handle)
-        self._rows.writerow(self._columns)
-
-    def write(self, name: str, result: Result) -> None:
-        """See :meth:`Sink.write`."""
-        row = _json_row(row_from_result(name, result), self._columns)
-        lists = {
-            column: json.dumps(row[column], ensure_ascii=False) for column in _LISTS if row.get(column) is not None
-        }
-        self._rows.writerow({**row, **lists}.values())
-
-
-class ParquetSink:
-    """Rows gathered into row groups, so that memory stays bounded."""
-
-    def __init__(self, columns: tuple[str, ...], write_rows: Callable[[Mapping[str, list[Any]]], None]) -> None:
-        self._write_rows = write_rows
-        self._columns: dict[str, list[Any]] = {name: [] for name in columns}
-
-    def write(self, name: str, result: Result) -> None:
-        """See :meth:`Sink.write`."""
-        row = row_from_result(name, result)
-        for column, values in self._columns.items():
-            values.append(row[column])
-        if len(self._columns["path"]) >= _ROWS_A_GROUP:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write the rows gathered so far as one row group."""
-        if self._columns["path"]:
-            self._write_rows(self._columns)
-            self._columns = {name: [] for name in self._columns}
+    return write
 
 
 def row_from_result(name: str, result: Result) -> dict[str, Any]:
@@ -158,7 +114,7 @@ def _json_row(row: Mapping[str, Any], columns: tuple[str, ...]) -> dict[str, Any
 
 
 def _printable(text: str) -> str:
-    """``text`` on one line, without what a terminal would obey."""
+    """``text`` on one line, without a terminal's control characters."""
     return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
 
 
@@ -182,60 +138,59 @@ def names_in(file: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _json_lines(path: Path, header: Header) -> Iterator[Sink]:
+def _json_lines_file(path: Path, header: Header) -> Iterator[WriteRow]:
     with path.open("w", encoding="utf-8") as handle:
-        yield JsonLinesSink(handle, header)
+        yield json_lines(handle, header)
 
 
 @contextmanager
-def _csv(path: Path, header: Header) -> Iterator[Sink]:
+def _csv_file(path: Path, header: Header) -> Iterator[WriteRow]:
+    """A header and one line an image; lists as JSON."""
     with path.open("w", encoding="utf-8", newline="") as handle:
-        yield CsvSink(handle, header)
+        rows = csv.writer(handle)
+        rows.writerow(header.columns)
+
+        def write(name: str, result: Result) -> None:
+            row = _json_row(row_from_result(name, result), header.columns)
+            rows.writerow(
+                json.dumps(value, ensure_ascii=False) if isinstance(value, list) else value for value in row.values()
+            )
+
+        yield write
 
 
 @contextmanager
-def _parquet(path: Path, header: Header) -> Iterator[Sink]:
+def _parquet_file(path: Path, header: Header) -> Iterator[WriteRow]:
+    """Row groups of a bounded number of rows, so that memory stays bounded."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    digests = {"clipship.bundle_digest": header.bundle_digest, "clipship.vocabulary_digest": header.vocabulary_digest}
     best = (pa.string(), pa.string(), pa.float32())
     top_k = (pa.list_(pa.string()), pa.list_(pa.float32()), pa.list_(pa.int64()))
+    # No fixed-size lists of features: with nulls among them pyarrow writes and reads them from version 25 on only.
     features = () if header.embed_dim is None else (pa.list_(pa.float32()),)
     types = (*best, *top_k, pa.string(), *features)
+    digests = {f"clipship.{name}": digest for name, digest in header.digests.items()}
     schema = pa.schema(list(zip(header.columns, types, strict=True)), metadata=digests)
+    rows: list[dict[str, Any]] = []
 
-    def write_rows(columns: Mapping[str, list[Any]]) -> None:
-        arrays = [
-            _embedding_array(columns[name]) if name == EMBEDDING else pa.array(columns[name], schema.field(name).type)
-            for name in header.columns
-        ]
-        writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+    def flush() -> None:
+        writer.write_table(pa.Table.from_pylist(rows, schema))
+        rows.clear()
+
+    def write(name: str, result: Result) -> None:
+        rows.append(row_from_result(name, result))
+        if len(rows) >= _ROWS_A_GROUP:
+            flush()
 
     with pq.ParquetWriter(path, schema) as writer:
-        sink = ParquetSink(header.columns, write_rows)
-        yield sink
-        sink.flush()
+        yield write
+        if rows:
+            flush()
 
 
-def _embedding_array(rows: Sequence[NDArray[np.float32] | None]) -> Any:
-    """Features as an Arrow array of lists of float32, null for images that have none.
-
-    No fixed-size lists: with nulls among them pyarrow writes and reads them from version 25 on only.
-    """
-    import pyarrow as pa
-
-    known = [row for row in rows if row is not None]
-    ends = np.cumsum([0, *(0 if row is None else len(row) for row in rows)], dtype=np.int32)
-    values = np.concatenate([np.empty(0, np.float32), *known])
-    missing = pa.array([row is None for row in rows], pa.bool_())
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(values, pa.float32()), mask=missing)
-
-
-_WRITERS: dict[str, Callable[[Path, Header], AbstractContextManager[Sink]]] = {
-    ".parquet": _parquet,
-    ".jsonl": _json_lines,
-    ".csv": _csv,
+_WRITERS: dict[str, Callable[[Path, Header], AbstractContextManager[WriteRow]]] = {
+    ".parquet": _parquet_file,
+    ".jsonl": _json_lines_file,
+    ".csv": _csv_file,
 }
-FORMATS = tuple(suffix.removeprefix(".") for suffix in _WRITERS)
-"""What results can be written as."""

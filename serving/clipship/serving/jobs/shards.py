@@ -1,4 +1,4 @@
-"""Results of very many images: shards in a folder, and a manifest that says which of them count.
+"""Results in a folder of shards, with a manifest that says which of them count.
 
 ::
 
@@ -6,10 +6,10 @@
       manifest.json          what was asked for, the digests, the counts, and every shard with its rows and SHA-256
       part-000000.parquet    rows 0 to 49,999, and so on
 
-A shard is written beside its place, flushed to disk and renamed, and only then named in the manifest, which is replaced
-as a whole. So after a kill at any moment the manifest names whole shards only, together with the place in the inputs
-that the last one ends at. The same job goes on from there; what an unnamed shard held is classified again. Its folder
-is then the one that a job without a kill would have left.
+A shard is written under a temporary name, flushed to disk and renamed, and only then named in the manifest, which is
+replaced atomically. So after a kill at any moment the manifest names whole shards only, and the place in the inputs
+where the last one ends. The same job resumes there; the images of an unnamed shard are classified again. The folder
+ends up as if the job had not been killed.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from clipship.core.errors import DataError, UsageError
 from clipship.core.files import locked_folder, read_record, sha256_of, write_json_atomic
 from clipship.serving.client.classifier import Result
 from clipship.serving.jobs.inputs import JobImage, Place
-from clipship.serving.jobs.results import Header, Sink, names_in, results_file
+from clipship.serving.jobs.results import Header, names_in, results_file
 
 MANIFEST = "manifest.json"
 _FORMAT = "clipship-results"
 _VERSION = 1
 _PARTS = re.compile(r"part-\d{6,}\.\w+|\.(?:part-\d{6,}\.\w+|manifest\.json)\.\d+-[0-9a-f]+\.part")
-_BEGIN_ANEW = "run the job that the folder is of, give another folder, or --restart to delete these results"
+_BEGIN_ANEW = "run the folder's own job, give another folder, or --restart to delete these results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shard:
-    """A file of results that is whole and on disk."""
+    """A finished file of results."""
 
     file: str
     first_row: int
@@ -46,6 +46,21 @@ class Shard:
     errors: int
     size_bytes: int
     sha256: str
+
+
+class Tally:
+    """Counts of images, as they come."""
+
+    def __init__(self) -> None:
+        self.images = self.errors = 0
+        self.classes: Counter[str] = Counter()
+
+    def add(self, result: Result) -> None:
+        """Count one image."""
+        self.images += 1
+        self.errors += result.error is not None
+        if result.label is not None:
+            self.classes[result.label] += 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,19 +72,19 @@ class Progress:
     classes: Mapping[str, int] = field(default_factory=dict)
     """Images by their best class."""
     place: Place | None = None
-    """Of the last of them in the inputs; None before the first, and for a watch, which goes by names."""
+    """Of the last of them in the inputs; None before the first, and for a watch, which resumes by names."""
     shards: tuple[Shard, ...] = ()
     complete: bool = False
-    """Whether the inputs came to their end."""
+    """Whether all inputs are done."""
 
-    def with_shard(self, shard: Shard, classes: Mapping[str, int], place: Place | None) -> Progress:
-        """After one more shard, whose images are of ``classes`` and end at ``place``."""
-        return Progress(
-            images=self.images + shard.rows,
-            errors=self.errors + shard.errors,
-            classes=Counter(self.classes) + Counter(classes),
-            place=place,
-            shards=(*self.shards, shard),
+    def after(self, tally: Tally, **changes: Any) -> Progress:
+        """After the images of ``tally``."""
+        return replace(
+            self,
+            images=self.images + tally.images,
+            errors=self.errors + tally.errors,
+            classes=Counter(self.classes) + tally.classes,
+            **changes,
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -78,7 +93,7 @@ class Progress:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Progress:
-        """The inverse of :meth:`to_json`; what else ``content`` holds is passed over."""
+        """The inverse of :meth:`to_json`; other keys of ``content`` are ignored."""
         known = {each.name: content[each.name] for each in fields(cls)}
         place = None if known["place"] is None else Place(**known["place"])
         return cls(**{**known, "place": place, "shards": tuple(Shard(**shard) for shard in known["shards"])})
@@ -87,6 +102,9 @@ class Progress:
 class ResultsFolder:
     """The results of one job in shards; :func:`results_folder` opens it."""
 
+    flush_every_s = 60.0
+    """How long a watch lets rows wait for their shard."""
+
     def __init__(
         self,
         folder: Path,
@@ -94,24 +112,17 @@ class ResultsFolder:
         settings: Mapping[str, Any],
         header: Header,
         progress: Progress,
-        shard_size: int,
         check: Callable[[], None],
     ) -> None:
         self.progress = progress
         self._folder = folder
         self._settings = settings
         self._header = header
-        self._shard_size = shard_size
         self._check = check
         self._shard: _OpenShard | None = None
 
-    @property
-    def rows_waiting(self) -> int:
-        """Rows that no finished shard holds yet."""
-        return self._shard.rows if self._shard is not None else 0
-
-    def write(self, item: JobImage, result: Result) -> None:
-        """Add the result of ``item``; every ``shard_size`` rows a shard is finished.
+    def write(self, image: JobImage, result: Result) -> None:
+        """Add the result of ``image``; every ``shard_size`` rows a shard is finished.
 
         Raises:
             OSError: the disk is full; the finished shards are kept.
@@ -119,12 +130,12 @@ class ResultsFolder:
         if self._shard is None:
             name = f"part-{len(self.progress.shards):06d}.{self._settings['shard_format']}"
             self._shard = _OpenShard(self._folder / name, self._header)
-        self._shard.write(item, result)
-        if self._shard.rows >= self._shard_size:
-            self.finish_shard()
+        self._shard.write(image, result)
+        if self._shard.tally.images >= self._settings["shard_size"]:
+            self.flush()
 
-    def finish_shard(self) -> None:
-        """Put the rows that wait on disk as a shard, and then name it in the manifest."""
+    def flush(self) -> None:
+        """Finish the open shard: flush it to disk, then name it in the manifest."""
         if self._shard is None:
             return
         shard, self._shard = self._shard, None
@@ -133,28 +144,28 @@ class ResultsFolder:
         done = Shard(
             file=shard.path.name,
             first_row=self.progress.images,
-            rows=shard.rows,
-            errors=shard.errors,
+            rows=shard.tally.images,
+            errors=shard.tally.errors,
             size_bytes=shard.path.stat().st_size,
             sha256=sha256_of(shard.path),
         )
-        self.progress = self.progress.with_shard(done, shard.classes, shard.place)
+        self.progress = self.progress.after(shard.tally, place=shard.place, shards=(*self.progress.shards, done))
         self.write_manifest()
 
     def complete(self) -> None:
-        """Finish the last shard, and say in the manifest that there is no more."""
-        self.finish_shard()
+        """Finish the last shard and mark the job complete."""
+        self.flush()
         self.progress = replace(self.progress, complete=True)
         self.write_manifest()
 
     def drop_shard(self) -> None:
-        """Forget the rows that wait."""
+        """Delete the open shard."""
         if self._shard is not None:
             self._shard.drop()
             self._shard = None
 
     def write_manifest(self) -> None:
-        """Replace the manifest by one that tells the present state."""
+        """Replace the manifest by one of the present state."""
         head = {"format": _FORMAT, "format_version": _VERSION, **self._settings}
         write_json_atomic(self._folder / MANIFEST, {**head, **self.progress.to_json()})
 
@@ -165,23 +176,19 @@ class ResultsFolder:
 
 
 class _OpenShard:
-    """A shard that is being written beside its place."""
+    """A shard that is being written under a temporary name."""
 
     def __init__(self, path: Path, header: Header) -> None:
         self.path = path
-        self.rows = self.errors = 0
-        self.classes: Counter[str] = Counter()
+        self.tally = Tally()
         self.place: Place | None = None
         self._file = ExitStack()
-        self._sink: Sink = self._file.enter_context(results_file(path, header))
+        self._write_row = self._file.enter_context(results_file(path, header))
 
-    def write(self, item: JobImage, result: Result) -> None:
-        self._sink.write(item.name, result)
-        self.rows += 1
-        self.place = item.place
-        if result.label is not None:
-            self.classes[result.label] += 1
-        self.errors += result.error is not None
+    def write(self, image: JobImage, result: Result) -> None:
+        self._write_row(image.name, result)
+        self.tally.add(result)
+        self.place = image.place
 
     def close(self) -> None:
         """Flush it to disk and give it its name."""
@@ -194,7 +201,7 @@ class _OpenShard:
 
 
 class _Dropped(Exception):
-    """Passes through :func:`results_file`, which keeps nothing of a block that an exception left."""
+    """Makes :func:`results_file` discard its file."""
 
 
 @contextmanager
@@ -204,16 +211,18 @@ def results_folder(
     settings: Mapping[str, Any],
     header: Header,
     shard_size: int,
+    shard_format: str = "parquet",
     restart: bool = False,
     check: Callable[[], None] = lambda: None,
 ) -> Iterator[ResultsFolder]:
-    """The folder of a job's results, new or as an earlier run of the same job left it.
+    """Open the folder of a job's results, new or as an earlier run of the same job left it.
 
     Args:
-        settings: what the job is told to do, as JSON; the key "shard_format" is their suffix.
+        settings: what the rows depend on, as JSON; an earlier run must have had the same.
         shard_size: rows a shard.
+        shard_format: their suffix.
         restart: delete the results of an earlier run.
-        check: called before a shard is named in the manifest; what it raises keeps the shard out.
+        check: called before a shard is named in the manifest; an exception keeps the shard out.
 
     Raises:
         UsageError: ``folder`` has other files, the results of another job or damaged ones, or another process writes
@@ -223,12 +232,10 @@ def results_folder(
     if shard_size < 1:
         raise UsageError(f"shard size {shard_size}: give a positive number of rows")
     folder.mkdir(parents=True, exist_ok=True)
-    told = {**settings, "bundle_digest": header.bundle_digest, "vocabulary_digest": header.vocabulary_digest}
+    told = {**settings, "shard_format": shard_format, "shard_size": shard_size, **header.digests}
     with locked_folder(folder, "another process writes its results there: wait for it, or stop it"):
         progress = _read_progress(folder, told, restart=restart)
-        results = ResultsFolder(
-            folder, settings=told, header=header, progress=progress, shard_size=shard_size, check=check
-        )
+        results = ResultsFolder(folder, settings=told, header=header, progress=progress, check=check)
         results.write_manifest()
         _delete_unnamed(folder, progress)
         try:
@@ -238,7 +245,7 @@ def results_folder(
 
 
 def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) -> Progress:
-    """What an earlier run of the job of ``settings`` left; nothing where there was none, or it is not wanted."""
+    """The progress of an earlier run with these ``settings``; none if there was no run, or on ``restart``."""
     path = folder / MANIFEST
     if not path.exists():
         _validate_files(folder, restart=restart)
@@ -252,7 +259,7 @@ def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) 
     for shard in progress.shards:
         file = folder / shard.file
         if not file.is_file() or file.stat().st_size != shard.size_bytes:
-            raise DataError(f"{file}: is missing or not as the job wrote it: {_BEGIN_ANEW}")
+            raise DataError(f"{file}: is missing or was changed: {_BEGIN_ANEW}")
     return replace(progress, complete=False)
 
 
@@ -260,7 +267,7 @@ def _progress_from_record(path: Path, record: Mapping[str, Any]) -> Progress:
     try:
         return Progress.from_json(record)
     except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {error} is missing or of another kind: {_BEGIN_ANEW}") from error
+        raise DataError(f"{path}: {error} is missing or of the wrong type: {_BEGIN_ANEW}") from error
 
 
 def _shown(value: Any) -> str:
@@ -269,16 +276,16 @@ def _shown(value: Any) -> str:
 
 
 def _validate_files(folder: Path, *, restart: bool) -> None:
-    """Raise :class:`UsageError` for files in a folder that no manifest explains; ``restart`` may delete shards."""
+    """Raise :class:`UsageError` for files in a folder without a manifest; ``restart`` accepts shards."""
     for name in os.listdir(folder):
         if not _PARTS.fullmatch(name):
-            raise UsageError(f"{folder}: holds {name}, which is no result: give a new or empty folder")
+            raise UsageError(f"{folder}: holds {name}, which is not a result: give a new or empty folder")
         if not restart and not name.startswith("."):
             raise UsageError(f"{folder}: has shards and no {MANIFEST}: {_BEGIN_ANEW}")
 
 
 def _delete_unnamed(folder: Path, progress: Progress) -> None:
-    """Delete shards that the manifest does not name, and what killed runs were writing; the lock keeps theirs out."""
+    """Delete shards that the manifest does not name and temporary files of killed runs; the lock excludes live ones."""
     named = {shard.file for shard in progress.shards}
     for name in os.listdir(folder):
         if _PARTS.fullmatch(name) and name not in named:

@@ -1,4 +1,8 @@
-"""Folders that images come into: which of them are new, and whole."""
+"""Finds the new and complete images in watched folders.
+
+Folders are polled: change notifications (inotify) miss network file systems, and tell nothing of files that came while
+no watch ran or that are still being written.
+"""
 
 from __future__ import annotations
 
@@ -6,61 +10,42 @@ import fcntl
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event
 from types import FrameType
 
-from clipship.serving.errors import ServingError
-from clipship.serving.jobs.archives import is_image_name
+from clipship.core.images.files import files_in
 from clipship.serving.jobs.inputs import JobImage, text_of_path
-from clipship.serving.jobs.job import Job, Write
-from clipship.serving.jobs.walk import files_in
-
-LONGEST_WAIT_S = 60.0
-"""How long a row waits for its shard to be finished."""
 
 _State = tuple[int, int]
 """Size in bytes and time of change in ns of a file."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Watch:
-    """What is to be watched."""
-
-    folders: tuple[str, ...]
-    settle_s: float
-
-    def watcher(self, done: set[str]) -> Watcher:
-        """One that passes over the images called as in ``done``."""
-        return Watcher(self.folders, settle_s=self.settle_s, done=done)
-
-
 class Watcher:
-    """The images that come into ``folders``, each once, when it is whole.
+    """Finds the images that arrive in ``folders``, each once, when it is complete.
 
-    A file is whole when its size and time of change have stayed the same for ``settle_s`` seconds, and no process of
+    A file is complete when its size and time of change have not changed for ``settle_s`` seconds, and no process of
     this machine has it open for writing.
 
     Args:
-        done: the names, as rows have them, of images that need not come again.
+        done: the row names of images to skip.
     """
 
-    def __init__(self, folders: tuple[str, ...], *, settle_s: float, done: set[str]) -> None:
+    def __init__(self, folders: Sequence[str], *, settle_s: float, done: set[str]) -> None:
         self.pause_s = min(1.0, settle_s / 2)
-        """How often to look."""
+        """Between two looks into the folders."""
         self._folders = folders
         self._settle_s = settle_s
         self._done = done
         self._changing: dict[str, tuple[_State, float]] = {}
 
-    def items(self) -> Iterator[JobImage]:
-        """Those that have become whole since the last call."""
+    def images(self) -> Iterator[JobImage]:
+        """The images that became complete since the last call."""
         before, self._changing = self._changing, {}
         for folder in self._folders:
-            for found in files_in(folder, set(), is_image_name):
+            for found in files_in(folder):
                 name = text_of_path(found.path)
                 if found.error is None and name not in self._done and self._is_whole(found.path, before):
                     self._done.add(name)
@@ -70,7 +55,7 @@ class Watcher:
         now_s = time.monotonic()
         try:
             status = os.stat(path)
-        except OSError:  # it went away, or is a link to nothing yet
+        except OSError:  # deleted meanwhile, or a dangling link
             return False
         state = (status.st_size, status.st_mtime_ns)
         known, since_s = before.get(path, (None, now_s))
@@ -81,16 +66,16 @@ class Watcher:
 
 
 def is_being_written(path: str) -> bool:
-    """Whether a process of this machine has the file open for writing, as a read lease on it tells (fcntl(2)).
+    """Whether a process of this machine has the file open for writing, found out by a read lease (fcntl(2)).
 
     False where the file system has no leases, or the file is another user's.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:  # whoever reads it will say why
+    except OSError:  # reading it will give the error
         return False
     try:
-        # a writer that comes in this moment is told of by a signal; the default one, SIGIO, would end this process
+        # a new writer breaks the lease by a signal; the default one, SIGIO, would end this process
         fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
         fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
     except BlockingIOError:
@@ -118,30 +103,3 @@ def stopped_by_signals() -> Iterator[Event]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def watch_into(
-    job: Job, watcher: Watcher, write: Write, *, flush: Callable[[], None], stop: Event, wait_s: float
-) -> None:
-    """Classify what comes and ``write`` it until ``stop`` is set; ``flush`` what was written every ``wait_s`` seconds.
-
-    Raises:
-        ServingError: the server failed for good; what came before is flushed.
-        OSError: ``write`` met a full disk.
-    """
-    flushed_s = time.monotonic()
-    try:
-        while not stop.is_set():
-            with closing(job.results(watcher.items())) as results:
-                for item, result in results:
-                    write(item, result)
-                    if stop.is_set():
-                        break
-            if time.monotonic() - flushed_s >= wait_s:
-                flush()
-                flushed_s = time.monotonic()
-            stop.wait(watcher.pause_s)
-    except ServingError:  # raised between two rows, so that those written are whole
-        flush()
-        raise
-    flush()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from clipship.core.errors import DataError
-from clipship.core.images.decoding import IMAGE_SUFFIXES
+from clipship.core.images.files import IMAGE_SUFFIXES, is_image_name
 from clipship.core.vocabulary import DEFAULT_TEMPLATES
 from clipship.training.methods.base import Task
 
@@ -204,8 +204,7 @@ def images_in(folder: Path) -> list[Path]:
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
-    suffix = os.path.splitext(entry.name)[1].lower()
-    return suffix in IMAGE_SUFFIXES and not entry.name.startswith(".") and entry.is_file()
+    return is_image_name(entry.name) and not entry.name.startswith(".") and entry.is_file()
 
 
 def validate_images(dataset: Dataset, folder: Path, listing: str) -> Dataset:

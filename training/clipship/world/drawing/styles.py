@@ -1,7 +1,7 @@
 """How the downstream data sets look: a style for each, a systematic shift from what pre-training shows.
 
 Every style takes a `shift` from 0 (close to pre-training) to 1 (far away). The strength that a data set is frozen
-with was chosen by measuring the zero-shot accuracy of `clipship-tiny` (docs/world.md).
+with was chosen by measuring the zero-shot accuracy of `clipship-tiny` (docs: benchmarks/world.md).
 """
 
 from collections.abc import Callable
