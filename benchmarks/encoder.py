@@ -32,7 +32,8 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.machine.runtimes import OPENVINO_TYPES, available_cores, open_encoder
+from clipship.core.machine.runtimes import available_cores, open_encoder
+from clipship.core.precisions import PRECISIONS
 from clipship.core.tables import Table, machine, with_spread, write_table
 
 MODELS = ("ViT-B-32/random", "ViT-B-16/random")
@@ -48,14 +49,14 @@ PEERS = {
     "open_clip.bfloat16(), torch.compile + freezing": "bf16",
     "OpenVINO bf16, plain export": "bf16",
 }
-"""What the bundle's forms stand beside, and the precision it computes in."""
+"""What the bundle's variants are compared with, and the precision of each."""
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 _PLAIN = "plain.onnx"
 
 
 def bundle_of(model: str, folder: Path, images: Path | None) -> Path:
-    """A bundle of ``model`` without prompts, with a form for every precision; made once."""
+    """A bundle of ``model`` without prompts, with a variant for every precision; made once."""
     from clipship.export.image_input import pictures_for
     from clipship.export.pack import bundle_from_method
     from clipship.export.precision.encoder_variants import Profile
@@ -157,7 +158,7 @@ def _plain_openvino(path: Path, precision: str) -> Run:
 
 
 class Worker:
-    """A path in a process of its own."""
+    """Run a path in its own process."""
 
     def __init__(self, name: str, what: dict[str, Any], log: IO[str]) -> None:
         self.name = name
@@ -189,9 +190,9 @@ def work(what: dict[str, Any]) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever libraries print does not get among the answers
     folder = Path(what["bundle"])
-    if "form" in what:
-        form = what["form"]
-        run = open_encoder(str(folder / form["file"]), form["runtime"], form["precision"])
+    if "variant" in what:
+        variant = what["variant"]
+        run = open_encoder(str(folder / variant["file"]), variant["runtime"], variant["precision"])
     else:
         run = peer(what["name"], what["model"], folder.parent)
     print("ready", file=answers, flush=True)
@@ -267,25 +268,25 @@ def operations(model: str) -> float:
 
 
 def openvino_shares(bundle: Path, pixels: Path) -> list[str]:
-    """For each of the bundle's forms on OpenVINO, what shares of its time its operations take."""
+    """For each of the bundle's variants on OpenVINO, what shares of its time its operations take."""
     import openvino
 
-    forms = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["image_encoders"]
+    variants = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["image_encoders"]
     lines = []
-    for form in (form for form in forms if form["runtime"] == "openvino"):
+    for variant in (variant for variant in variants if variant["runtime"] == "openvino"):
         settings = {
-            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[form["precision"]],
+            "INFERENCE_PRECISION_HINT": PRECISIONS[variant["precision"]].openvino_type,
             "INFERENCE_NUM_THREADS": 1,
             "PERF_COUNT": True,
         }
-        request = openvino.Core().compile_model(str(bundle / form["file"]), "CPU", settings).create_infer_request()
+        request = openvino.Core().compile_model(str(bundle / variant["file"]), "CPU", settings).create_infer_request()
         for _ in range(5):
             request.infer([np.load(pixels)])
         taken: Counter[str] = Counter()
         for node in request.profiling_info:
             taken[node.node_type] += node.real_time.total_seconds()
         parts = ", ".join(f"{kind} {took / taken.total():.0%}" for kind, took in taken.most_common(4))
-        lines.append(f"clipship {form['precision']}, OpenVINO, one thread: {parts}.")
+        lines.append(f"clipship {variant['precision']}, OpenVINO, one thread: {parts}.")
     return lines
 
 
@@ -302,11 +303,11 @@ def race(
     """Every path's seconds a call by batch size, ``rounds`` of each in turn, and how it differs."""
     bundle = bundle_of(model, folder / "bundle", images)
     export_plain(model, folder / _PLAIN)
-    forms = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["image_encoders"]
+    variants = json.loads((bundle / "manifest.json").read_text(encoding="utf-8"))["image_encoders"]
     paths: dict[str, dict[str, Any]] = {name: {"precision": precision} for name, precision in PEERS.items()}
-    for form in forms:
-        runtime = "OpenVINO" if form["runtime"] == "openvino" else "ONNX Runtime"
-        paths[f"clipship {form['precision']}, {runtime}"] = {"precision": form["precision"], "form": form}
+    for variant in variants:
+        runtime = "OpenVINO" if variant["runtime"] == "openvino" else "ONNX Runtime"
+        paths[f"clipship {variant['precision']}, {runtime}"] = {"precision": variant["precision"], "variant": variant}
     paths = {name: what for name, what in paths.items() if not any(word in name for word in without)}
     files = _pixel_files(model, folder, images, batches)
     rows = []

@@ -3,8 +3,8 @@
     python benchmarks/engines.py --out runs/engines
     python benchmarks/engines.py --models clipship-tiny --gpus sm89 --precisions fp32 fp16 --out runs/engines
 
-A model is exported once; float16, bfloat16 and int8 forms are calibrated on scenes of the built-in world. Each row is
-one plan for one GPU with batches of 1 to 64, tuned for 8. The network is compared with the graph before it is built, so
+A model is exported once; float16, bfloat16 and int8 variants are calibrated on scenes of the built-in world. Each row
+is one plan for one GPU with batches of 1 to 64, tuned for 8. The network is compared with the graph first, so
 a row with a plan has no unsupported node and no tensor of another type than the graph's. What failed is a row with the
 reason. Rows are kept in the JSON file as they come; started again, what is there is not built again.
 """
@@ -21,22 +21,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from clipship.core.bundle import Precision
 from clipship.core.errors import ClipshipError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.core.tables import Table, write_table
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 
 MODELS = ("clipship-tiny", "ViT-B-32/random", "ViT-B-16/random", "ViT-L-14/random")
 GPUS = ("sm80", "sm86", "sm89", "sm120")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 PICTURES = 32  # the fewest that a reduced precision is calibrated on
 SHOWN = ("MATRIX_MULTIPLY", "CONVOLUTION", "NORMALIZATION", "SOFTMAX", "QUANTIZE", "DEQUANTIZE")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Exported:
-    """One model's image encoder, and what its further forms are calibrated on."""
+    """One model's image encoder, and what its further variants are calibrated on."""
 
     path: Path
     specs: tuple[TensorSpec, TensorSpec]
@@ -72,14 +71,14 @@ def exported(model: str, folder: Path) -> Exported:
     return Exported(path=path, specs=specs, pixels=pixels_of(pictures_for(None)[:PICTURES], clip.image_spec))
 
 
-def form_path(one: Exported, precision: Precision) -> Path:
+def variant_path(one: Exported, precision: Precision) -> Path:
     """The graph in ``precision``, written on first use."""
     from clipship.export.precision.half_precision import typed_onnx
     from clipship.export.precision.quantization import quantized_onnx
 
     path = one.path if precision == "fp32" else one.path.with_name(f"image_encoder.{precision}.onnx")
     if not path.exists():
-        if precision == "int8":
+        if PRECISIONS[precision].quantized:
             quantized_onnx(one.path, path, one.pixels)
         elif precision != "fp32":
             typed_onnx(one.path, path, precision, one.pixels)
@@ -87,13 +86,13 @@ def form_path(one: Exported, precision: Precision) -> Path:
 
 
 def built(one: Exported, precision: Precision, gpu: str) -> dict[str, Any]:
-    """Build one plan; what cannot be done is told instead."""
+    """Build one plan, or say why that fails."""
     from clipship.export.tensorrt.build import Settings, build_plan
     from clipship.export.tensorrt.runtime import load_runtime
 
     loaded = load_runtime("tensorrt-rtx")
     try:
-        path = form_path(one, precision)
+        path = variant_path(one, precision)
         started = time.perf_counter()
         data, found = build_plan(loaded, path, one.specs, precision, Settings(gpus=(gpu,)))
     except ClipshipError as error:
@@ -155,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--gpus", nargs="+", default=GPUS)
-    parser.add_argument("--precisions", nargs="+", default=PRECISIONS, choices=PRECISIONS)
+    parser.add_argument("--precisions", nargs="+", default=list(PRECISIONS), choices=list(PRECISIONS))
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
     record = arguments.out / "engines.json"

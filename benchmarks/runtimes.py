@@ -6,7 +6,7 @@
 
 pip installs each version with NumPy and nothing else into an environment of its own, which is deleted afterwards. There
 every graph runs in a process of its own, by the code that serves it: the image encoder in each opset and precision, the
-form for whole images, the text encoder and the classifier, of ``clipship-tiny``. What is in no version's range has its
+full-frame variant, the text encoder and the classifier, of ``clipship-tiny``. What is in no version's range has its
 reason in a note. Exit code 1: a version that docs/precision.md promises fails.
 """
 
@@ -30,16 +30,17 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.precision import zero_shot_of
-from clipship.core.bundle import TEXT_ENCODER, Bundle, EncoderForm, VocabularyFeatures
+from clipship.core.bundle import TEXT_ENCODER, Bundle, EncoderVariant, VocabularyFeatures
 from clipship.core.classification import Cache
 from clipship.core.comparison import Answers, Comparison, compare_answers, compare_features
+from clipship.core.precisions import PRECISIONS, REDUCED
 from clipship.core.tables import Table, write_table
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.image_input import pictures_from_world, pixels_of_sources, sources_of
 from clipship.export.onnx_graph import OPSET, OPSETS
 from clipship.export.pack import bundle_from_method
-from clipship.export.precision.encoder_variants import REDUCED, Profile
+from clipship.export.precision.encoder_variants import Profile
 from clipship.export.reference import Picture, image_features
 from clipship.serving.repository.classifier_graph import classifier_graph
 from clipship.training.methods.base import Method
@@ -92,28 +93,30 @@ def graphs_of(method: Method, vocabulary: Vocabulary, pictures: Sequence[Picture
         profile = Profile(opset=opset, precisions=REDUCED, source_sizes=(_SOURCE_SIZE,))
         out = folder / f"opset-{opset}"
         bundle = bundle_from_method(method, vocabulary, pictures, out, provenance={}, profile=profile)
-        for form in bundle.image_encoders:
-            if form.runtime == "onnx":
-                yield image_graph(bundle, form, method, pictures)
+        for variant in bundle.image_encoders:
+            if variant.runtime == "onnx":
+                yield image_graph(bundle, variant, method, pictures)
         yield text_graph(bundle, method, opset)
     yield from _classifier_graphs(bundle, folder)
 
 
-def image_graph(bundle: Bundle, form: EncoderForm, method: Method, pictures: Sequence[Picture]) -> Graph:
-    """A form of the image encoder on the golden samples, one for whole images on ``pictures``."""
+def image_graph(bundle: Bundle, variant: EncoderVariant, method: Method, pictures: Sequence[Picture]) -> Graph:
+    """A variant of the image encoder on the golden samples, one for whole images on ``pictures``."""
     golden, classifier = bundle.golden(), bundle.vocabulary_features()
-    rows, expected, whole = golden.pixels, golden.embedding, form.source_size is not None
-    if form.source_size is not None:
-        rows = sources_of(pictures, form.source_size)
+    rows, expected, whole = golden.pixels, golden.embedding, variant.source_size is not None
+    if variant.source_size is not None:
+        rows = sources_of(pictures, variant.source_size)
         expected = image_features(method, pixels_of_sources(rows, bundle.image_spec))
     return Graph(
-        name="image encoder, whole images" if whole else f"image encoder, {form.precision}",
-        opset=form.opset,
-        precision=form.precision,
-        path=bundle.path / form.file,
+        name="image encoder, whole images" if whole else f"image encoder, {variant.precision}",
+        opset=variant.opset,
+        precision=variant.precision,
+        path=bundle.path / variant.file,
         rows=rows,
-        verdict=_features_verdict(expected, classifier, form.precision),
-        runtimes=("onnxruntime",) if whole or form.precision in ("fp16", "bf16") else ("onnxruntime", "openvino"),
+        verdict=_features_verdict(expected, classifier, variant.precision),
+        runtimes=("onnxruntime",)
+        if whole or PRECISIONS[variant.precision].openvino_reads != variant.precision
+        else ("onnxruntime", "openvino"),
     )
 
 

@@ -27,8 +27,9 @@ from typing import Any
 
 from benchmarks import perf_analyzer
 from benchmarks.encoder import bundle_of
-from clipship.core.bundle import Precision, read_bundle
+from clipship.core.bundle import read_bundle
 from clipship.core.files import write_json_atomic, write_text_atomic
+from clipship.core.precisions import Precision
 from clipship.core.progress import log
 from clipship.core.tables import Table, machine, with_spread
 from clipship.core.tensors import ENCODED, image_tensor

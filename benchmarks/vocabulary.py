@@ -84,7 +84,7 @@ def many_names(count: int) -> list[str]:
 
 
 def add_many(bundle: Path, count: int, out: Path, kill_after_s: float) -> Table:
-    """`clipship vocab add` of ``count`` names, killed after ``kill_after_s``, and the run that goes on."""
+    """`clipship vocab add` of ``count`` names, killed after ``kill_after_s``, and the run that continues."""
     file = out.with_suffix(".txt")
     file.write_text("".join(f"{name}\n" for name in many_names(count)), encoding="utf-8")
     command = [sys.executable, "-m", "clipship", "vocab", "add", str(bundle), "--from", str(file)]

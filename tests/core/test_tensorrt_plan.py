@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import PlanError, UsageError
 from clipship.core.files import sha256_of_bytes
 from clipship.core.tensorrt_plan import (
@@ -18,12 +18,12 @@ from clipship.core.tensorrt_plan import (
     Target,
     TensorRtPlan,
     capability_of,
-    form_digest,
-    form_of,
     gpu_name,
     mismatches,
     read_plan,
     validate_plan,
+    variant_digest,
+    variant_of,
     write_plan,
 )
 from clipship.core.tensors import embedding_tensor, image_tensor
@@ -50,14 +50,14 @@ HERE = Target(runtime="tensorrt", version="10.14.1.48", gpu="sm89", platform="li
 
 
 @dataclass(frozen=True)
-class OnlyForms:
+class OnlyVariants:
     """The part of a bundle that a plan is compared with."""
 
     digest_of_fp16: str
     path: Path = Path("bundle")
-    image_encoders: tuple[EncoderForm, ...] = (
-        EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),
-        EncoderForm(file="image_encoder.fp16.onnx", precision="fp16", runtime="onnx", opset=18),
+    image_encoders: tuple[EncoderVariant, ...] = (
+        EncoderVariant(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),
+        EncoderVariant(file="image_encoder.fp16.onnx", precision="fp16", runtime="onnx", opset=18),
     )
     files: dict[str, str] = field(default_factory=dict)
 
@@ -66,7 +66,7 @@ class OnlyForms:
 
 
 def bundle_with(digest: str) -> Bundle:
-    return cast(Bundle, OnlyForms(digest))
+    return cast(Bundle, OnlyVariants(digest))
 
 
 def test_written_and_read_again(tmp_path: Path) -> None:
@@ -78,6 +78,7 @@ def test_written_and_read_again(tmp_path: Path) -> None:
 
 def test_unknown_keys_are_ignored_and_missing_ones_refused() -> None:
     content = json.loads(json.dumps(INFO.to_json()))
+    assert content["profile"] == {"least": 1, "best": 8, "most": 64}
     assert PlanInfo.from_json({**content, "colour": "blue"}) == INFO
     for key in ("gpus", "profile", "input", "onnx_digest", "layers"):
         with pytest.raises(PlanError, match="malformed"):
@@ -121,7 +122,7 @@ def test_each_mismatch_says_what_to_do(changes: dict[str, Any], target: dict[str
     plan = TensorRtPlan(path=Path("plans/prints"), info=replace(INFO, **changes))
     with pytest.raises(PlanError, match=message):
         validate_plan(plan, replace(HERE, **target))
-    assert len(mismatches(plan.info, replace(HERE, **target))) == 1
+    assert len(tuple(mismatches(plan.info, replace(HERE, **target)))) == 1
 
 
 @pytest.mark.parametrize(
@@ -138,30 +139,30 @@ def test_each_mismatch_says_what_to_do(changes: dict[str, Any], target: dict[str
     ],
 )
 def test_what_fits_is_not_refused(changes: dict[str, Any], target: dict[str, Any]) -> None:
-    assert mismatches(replace(INFO, **changes), replace(HERE, **target)) == ()
+    assert tuple(mismatches(replace(INFO, **changes), replace(HERE, **target))) == ()
 
 
 def test_several_mismatches_are_all_named() -> None:
     target = Target(runtime="tensorrt", version="9.0", gpu="sm75", platform="win32")
-    assert len(mismatches(INFO, target, bundle_with("c" * 64))) == 4
+    assert len(tuple(mismatches(INFO, target, bundle_with("c" * 64)))) == 4
 
 
 def test_weights_in_a_file_of_their_own_count() -> None:
     bundle = bundle_with("a" * 64)
-    form = bundle.image_encoders[1]
-    alone = form_digest(bundle, form)
+    variant = bundle.image_encoders[1]
+    alone = variant_digest(bundle, variant)
     assert alone == "a" * 64
-    both = cast(Bundle, OnlyForms("a" * 64, files={"image_encoder.fp16.onnx.data": "d" * 64}))
-    other = cast(Bundle, OnlyForms("a" * 64, files={"image_encoder.fp16.onnx.data": "e" * 64}))
-    assert len({alone, form_digest(both, form), form_digest(other, form)}) == 3
-    assert form_of(INFO, both) is None
+    both = cast(Bundle, OnlyVariants("a" * 64, files={"image_encoder.fp16.onnx.data": "d" * 64}))
+    other = cast(Bundle, OnlyVariants("a" * 64, files={"image_encoder.fp16.onnx.data": "e" * 64}))
+    assert len({alone, variant_digest(both, variant), variant_digest(other, variant)}) == 3
+    assert variant_of(INFO, both) is None
 
 
 def test_the_encoders_bytes_decide_whose_plan_it_is() -> None:
-    form = form_of(INFO, bundle_with("a" * 64))
-    assert form is not None
-    assert form.precision == "fp16"
-    assert mismatches(INFO, HERE, bundle_with("a" * 64)) == ()
+    variant = variant_of(INFO, bundle_with("a" * 64))
+    assert variant is not None
+    assert variant.precision == "fp16"
+    assert tuple(mismatches(INFO, HERE, bundle_with("a" * 64))) == ()
     (reason,) = mismatches(INFO, HERE, bundle_with("c" * 64))
     assert "image_encoder.fp16.onnx (aaaaaaaaaaaaaaaa) that bundle does not have" in reason
 
@@ -190,16 +191,16 @@ def test_compute_capabilities() -> None:
     assert [capability_of(gpu_name(gpu)) for gpu in ("sm75", "sm89", "sm120")] == ["7.5", "8.9", "12.0"]
 
 
-@pytest.mark.parametrize(("least", "best", "most"), [(0, 1, 1), (2, 1, 4), (1, 8, 4)])
-def test_profiles_that_contradict_themselves(least: int, best: int, most: int) -> None:
+@pytest.mark.parametrize(("smallest", "best", "largest"), [(0, 1, 1), (2, 1, 4), (1, 8, 4)])
+def test_profiles_that_contradict_themselves(smallest: int, best: int, largest: int) -> None:
     with pytest.raises(UsageError, match="give 1 <= min <= opt <= max"):
-        BatchProfile(least=least, best=best, most=most)
+        BatchProfile(min=smallest, opt=best, max=largest)
 
 
 def test_a_batch_outside_the_profile() -> None:
-    profile = BatchProfile(least=2, best=2, most=4)
-    profile.refuse(2)
-    profile.refuse(4)
+    profile = BatchProfile(min=2, opt=2, max=4)
+    profile.validate(2)
+    profile.validate(4)
     for batch in (1, 5):
         with pytest.raises(UsageError, match=rf"a batch of {batch} images is outside the plan's profile \(2 to 4\)"):
-            profile.refuse(batch)
+            profile.validate(batch)

@@ -17,9 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from clipship.core.bundle import Bundle
+from clipship.core.comparison import Verification, golden_samples
 from clipship.export import pack
 from clipship.export.onnx_graph import onnx_from_module
-from clipship.export.reference import Picture
+from clipship.export.reference import Picture, samples_from_pictures, validate_base_model, verify_text
+from clipship.export.verification.verify import verify_bundle
 from clipship.training.checkpoint import Checkpoint, save_checkpoint
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.clip import Clip, digest_of_tensors, load_clip
@@ -103,6 +106,13 @@ def method_of(clip: Clip, recipe: str) -> Method:
         for tensor in method.parameters():
             tensor.add_(torch.randn(tensor.shape, generator=torch.Generator().manual_seed(5)), alpha=0.3)
     return method
+
+
+def verify_against_method(bundle: Bundle, method: Method, pictures: list[Picture]) -> Verification:
+    """All that the bundle offers against PyTorch running ``method``, as ``verify --checkpoint`` compares it."""
+    validate_base_model(bundle, method)
+    samples = [golden_samples(bundle), samples_from_pictures(bundle, pictures, method)]
+    return verify_bundle(bundle, samples) + verify_text(bundle, method)
 
 
 def write_checkpoint(folder: Path, method: Method, base_model: str | None = None) -> Path:

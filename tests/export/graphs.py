@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.export.encoders import ImageEncoder
 from clipship.export.onnx_graph import onnx_from_module
-from clipship.export.verification.verify import onnx_session, session_function
+from clipship.export.verification.runners import onnx_session, session_function
 from clipship.training.methods.base import Method
 
 

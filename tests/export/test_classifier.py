@@ -208,7 +208,7 @@ def test_a_bundle_whose_parts_are_not_those_of_its_manifest_is_refused(
 def test_pack_takes_the_classes_a_linear_probe_has_learned(
     clip: Clip, pictures: list[Picture], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From the command line, with a form for whole images, which the last lines name."""
+    """From the command line, with a variant for whole images, which the last lines name."""
     method = trained(clip, "linear-probe", pictures)
     run, images, out = tmp_path / "run", tmp_path / "images", tmp_path / "bundle"
     images.mkdir()
@@ -222,5 +222,5 @@ def test_pack_takes_the_classes_a_linear_probe_has_learned(
     assert "image_encoder_60x40.onnx: fp32; takes whole images of 60 x 40" in capsys.readouterr().out
     bundle = read_bundle(out)
     assert bundle.vocabulary.names == TASK.base_names
-    sizes = [form.source_size for form in bundle.image_encoders if form.runtime == "onnx"]
+    sizes = [variant.source_size for variant in bundle.image_encoders if variant.runtime == "onnx"]
     assert sizes == [None, (60, 40)]

@@ -12,7 +12,8 @@ import pytest
 
 from clipship.core.bundle import read_bundle
 from clipship.core.cli.main import main
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.precisions import Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.reference import Picture
 from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of, write_checkpoint
@@ -131,4 +132,4 @@ def test_pack_and_verify_without_a_home(checkpoint: Path, images: Path, stranger
         done = run_as_stranger(command, cwd=stranger_folder, TMPDIR=str(stranger_folder / "tmp"), HOME="/")
         assert done.returncode == 0, done.stderr
         assert done.stderr in ("", "verifying with 104 images of images\n")
-    assert {form.runtime for form in read_bundle(stranger_folder / "bundle").image_encoders} >= {"onnx"}
+    assert {variant.runtime for variant in read_bundle(stranger_folder / "bundle").image_encoders} >= {"onnx"}

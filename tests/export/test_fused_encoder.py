@@ -16,7 +16,7 @@ from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.export.encoders import ImageEncoder
 from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.onnx_graph import onnx_from_module
-from clipship.export.verification.verify import onnx_session, session_function
+from clipship.export.verification.runners import onnx_session, session_function
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe

@@ -14,16 +14,17 @@ import torch
 from PIL import Image
 
 from clipship.core.bundle import Bundle, read_bundle
+from clipship.core.comparison import Verification, run_in_batches
 from clipship.core.errors import BundleError, CheckFailed, UsageError
 from clipship.core.vocabulary import Vocabulary
 from clipship.export import pack
 from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.pack import bundle_from_method, validate_folder
-from clipship.export.reference import Picture, pixels_of, verify_against_method
-from clipship.export.verification import verify
-from clipship.export.verification.verify import onnx_session, run_in_batches, session_function, verify_bundle
+from clipship.export.reference import Picture, pixels_of
+from clipship.export.verification.runners import onnx_session, session_function
+from clipship.export.verification.verify import verify_bundle
 from clipship.training.model.clip import Clip
-from tests.export.conftest import NAMES, method_of
+from tests.export.conftest import NAMES, method_of, verify_against_method
 
 VOCABULARY = Vocabulary(names=NAMES)
 
@@ -193,7 +194,7 @@ def test_verify_against_another_method_fails(packed: tuple[str, Bundle], clip: C
 
 
 def test_nothing_verified_is_not_verified() -> None:
-    assert not verify.Verification(())
+    assert not Verification(())
 
 
 def test_a_foreign_folder_is_never_replaced(tmp_path: Path) -> None:

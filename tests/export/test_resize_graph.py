@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from PIL import Image
 
-from clipship.core.bundle import Bundle, EncoderForm, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, read_bundle, write_manifest
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import ImageSpec, pixels_from_image
 from clipship.core.vocabulary import Vocabulary
@@ -26,7 +26,8 @@ from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile
 from clipship.export.reference import Picture, image_features
 from clipship.export.resize_graph import SourceResize, compare_with_pillow, source_size_from_text
-from clipship.export.verification.verify import onnx_session, session_function, verify_bundle
+from clipship.export.verification.runners import onnx_session, session_function
+from clipship.export.verification.verify import verify_bundle
 from clipship.training.model.clip import Clip
 from tests.core.images.test_resampling import by_pillow
 from tests.export.conftest import NAMES, method_of
@@ -116,16 +117,16 @@ def bundle(clip: Clip, pictures: list[Picture], tmp_path_factory: pytest.TempPat
 
 
 @pytest.mark.parametrize("size", [CAMERA, PORTRAIT], ids=str)
-def test_the_packed_form_equals_pillow_then_pytorch(bundle: Bundle, size: tuple[int, int], clip: Clip) -> None:
-    form = next(one for one in read_bundle(bundle.path).image_encoders if one.source_size == size)
-    assert form.file == f"image_encoder_{size[0]}x{size[1]}.onnx"
+def test_the_packed_variant_equals_pillow_then_pytorch(bundle: Bundle, size: tuple[int, int], clip: Clip) -> None:
+    variant = next(one for one in read_bundle(bundle.path).image_encoders if one.source_size == size)
+    assert variant.file == f"image_encoder_{size[0]}x{size[1]}.onnx"
     rng = np.random.default_rng(3)
     sources = np.stack(
         [np.asarray(Image.fromarray(rng.integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize(size)) for _ in range(9)]
     )
     pixels = np.stack([pixels_from_image(Image.fromarray(source), clip.image_spec) for source in sources])
     expected = image_features(method_of(clip, "sync-clip"), pixels)
-    run = session_function(onnx_session(bundle.path / form.file))
+    run = session_function(onnx_session(bundle.path / variant.file))
     for batch in (1, 2, 9):
         np.testing.assert_allclose(run(sources[:batch]), expected[:batch], atol=1e-4)
     assert np.abs(expected - expected[0]).max() > 0.01
@@ -173,12 +174,12 @@ def test_verify_finds_a_shifted_crop(bundle: Bundle, tmp_path: Path) -> None:
     assert {one.form for one in again.comparisons if not one} == {"image_encoder_96x54.onnx"}
 
 
-def test_the_form_in_json_is_old_where_there_is_no_size() -> None:
-    plain = EncoderForm(file="a.onnx", precision="fp32", runtime="onnx", opset=18)
+def test_the_variant_in_json_is_old_where_there_is_no_size() -> None:
+    plain = EncoderVariant(file="a.onnx", precision="fp32", runtime="onnx", opset=18)
     assert "source_size" not in plain.to_json()
     sized = replace(plain, source_size=(640, 480))
     assert sized.to_json()["source_size"] == [640, 480]
-    assert [EncoderForm.from_json(one.to_json()) for one in (plain, sized)] == [plain, sized]
+    assert [EncoderVariant.from_json(one.to_json()) for one in (plain, sized)] == [plain, sized]
 
 
 @pytest.mark.parametrize("text", ["640", "640x", "x480", "640x480x3", "0x480", "-1x4", "640X480", "20000x10", "wide"])

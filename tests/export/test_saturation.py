@@ -95,7 +95,7 @@ def pixels(clip: Clip, pictures: list[Picture]) -> NDArray[np.uint8]:
     return pixels_of(pictures[:40], clip.image_spec)
 
 
-def test_no_product_of_the_default_form_can_saturate_and_its_emulation_is_the_form(
+def test_no_product_of_the_default_variant_can_saturate_and_its_emulation_is_the_variant(
     clip: Clip, pixels: NDArray[np.uint8], tmp_path: Path
 ) -> None:
     source = image_encoder(method_of(clip, "zero-shot"), tmp_path / "fp32.onnx")
@@ -110,7 +110,7 @@ def test_no_product_of_the_default_form_can_saturate_and_its_emulation_is_the_fo
 
 
 @pytest.mark.parametrize("opset", OPSETS)
-def test_a_form_that_would_be_wrong_without_vnni_is_refused_on_every_processor(
+def test_a_variant_that_would_be_wrong_without_vnni_is_refused_on_every_processor(
     clip: Clip, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, opset: int
 ) -> None:
     method, vocabulary = method_of(clip, "zero-shot"), Vocabulary(names=NAMES)
@@ -170,7 +170,7 @@ def test_real_kernels_without_vnni_agree_with_the_emulation(
 ) -> None:
     """ONNX Runtime and OpenVINO on an emulated Haswell, a processor with AVX2 and nothing later.
 
-    The default form gives the features that it gives here. Weights of all steps give others, and just those that the
+    The default variant gives the features that it gives here. Weights of all steps give others, and just those that the
     NumPy emulation gives: so the test could fail, and the gate says no for the right reason.
     """
     source = image_encoder(method_of(clip, "zero-shot"), tmp_path / "fp32.onnx")
@@ -179,12 +179,14 @@ def test_real_kernels_without_vnni_agree_with_the_emulation(
     quantized_onnx(source, tmp_path / "unsafe.onnx", pixels)
     expected = features(source, pixels[:8])
     runtimes = ["onnx", *(["openvino"] if _has_openvino() else [])]
-    there = _on_haswell(tmp_path, pixels[:8], [(form, runtime) for form in ("safe", "unsafe") for runtime in runtimes])
-    for (form, runtime), given in there.items():
-        emulated = emulated_int8(tmp_path / f"{form}.onnx")(pixels[:8])
-        sys.stdout.write(f"{form}, {runtime} on Haswell: centred {centred_cosines(expected, given).mean():.5f}\n")
-        assert centred_cosines(emulated, given).mean() > 0.9995, (form, runtime)
-        assert (centred_cosines(expected, given).mean() > 0.998) == (form == "safe"), (form, runtime)
+    there = _on_haswell(
+        tmp_path, pixels[:8], [(variant, runtime) for variant in ("safe", "unsafe") for runtime in runtimes]
+    )
+    for (variant, runtime), given in there.items():
+        emulated = emulated_int8(tmp_path / f"{variant}.onnx")(pixels[:8])
+        sys.stdout.write(f"{variant}, {runtime} on Haswell: centred {centred_cosines(expected, given).mean():.5f}\n")
+        assert centred_cosines(emulated, given).mean() > 0.9995, (variant, runtime)
+        assert (centred_cosines(expected, given).mean() > 0.998) == (variant == "safe"), (variant, runtime)
 
 
 def _has_openvino() -> bool:
@@ -200,7 +202,7 @@ def _on_haswell(
     np.save(folder / "pixels.npy", pixels)
     results = {each: folder / "{}-{}.npy".format(*each) for each in what}
     asked: list[Any] = [
-        part for (form, runtime), result in results.items() for part in (folder / f"{form}.onnx", runtime, result)
+        part for (variant, runtime), result in results.items() for part in (folder / f"{variant}.onnx", runtime, result)
     ]
     command = ["qemu-x86_64", "-cpu", "Haswell", sys.executable, "-c", ON_HASWELL, folder / "pixels.npy", *asked]
     here = {name: value for name, value in os.environ.items() if not name.startswith("OPENBLAS")}

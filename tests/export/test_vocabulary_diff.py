@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipship.core.bundle import EncoderForm, Manifest, read_bundle, write_manifest
+from clipship.core.bundle import EncoderVariant, Manifest, read_bundle, write_manifest
 from clipship.core.cli.main import main
 from clipship.core.images.decoding import ImageSpec
 from clipship.core.tensors import embedding_tensor, image_tensor, tokens_tensor
@@ -53,7 +53,7 @@ def bundle(path: Path, *names: str, text: bytes = b"text", noise: float = 0.0, *
         embed_dim=4,
         vocabulary=Vocabulary(names=names, **vocabulary),
         provenance={},
-        image_encoders=(EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),),
+        image_encoders=(EncoderVariant(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18),),
     )
     write_manifest(path, manifest)
     return path

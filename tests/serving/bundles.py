@@ -30,7 +30,7 @@ def image_encoder_model(
 ) -> bytes:
     """uint8 [N, H, W, 3] -> cast, normalise, one matrix, unit length -> float32 [N, D].
 
-    ``rounding``: by how much of their size the weights are off, as in a form of reduced precision.
+    ``rounding``: by how much of their size the weights are off, as in a variant of reduced precision.
     """
     from onnx import TensorProto, helper
 

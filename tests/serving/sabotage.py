@@ -8,7 +8,7 @@ from typing import Literal
 
 import numpy as np
 
-from clipship.core.bundle import Bundle, EncoderForm, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, read_bundle, write_manifest
 from tests.serving.bundles import EMBED_DIM, write_bundle
 
 Mistake = Literal["scale", "direction"]
@@ -37,12 +37,12 @@ def sabotaged_encoder(path: Path, mistake: Mistake) -> bytes:
     return serialised
 
 
-def sabotaged_bundle(folder: Path, mistake: Mistake, form: EncoderForm) -> Bundle:
-    """The stand-in bundle whose ``form`` has the mistake; all digests fit, so that only the golden samples can tell."""
+def sabotaged_bundle(folder: Path, mistake: Mistake, variant: EncoderVariant) -> Bundle:
+    """The stand-in bundle whose ``variant`` has the mistake; all digests fit: only the golden samples can tell."""
     bundle = write_bundle(folder)
-    (folder / form.file).write_bytes(sabotaged_encoder(folder / "image_encoder.onnx", mistake))
-    others = [each for each in bundle.image_encoders if each.file != form.file]
-    write_manifest(folder, replace(bundle.manifest, image_encoders=(*others, form)))
+    (folder / variant.file).write_bytes(sabotaged_encoder(folder / "image_encoder.onnx", mistake))
+    others = [each for each in bundle.image_encoders if each.file != variant.file]
+    write_manifest(folder, replace(bundle.manifest, image_encoders=(*others, variant)))
     return read_bundle(folder)
 
 

@@ -6,7 +6,7 @@ Reading needs the standard library, NumPy and safetensors' NumPy reader; nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import geometric_mean
@@ -21,6 +21,7 @@ from clipship.core.errors import BundleError, UsageError
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
 from clipship.core.images.decoding import ImageSpec
 from clipship.core.machine.processor import Processor, emulates, measured_elsewhere, never_runs
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.core.tensors import TensorSpec
 from clipship.core.vocabulary import Vocabulary
@@ -28,7 +29,7 @@ from clipship.core.vocabulary import Vocabulary
 FORMAT = "clipship-bundle"
 FORMAT_VERSION = 1
 VERSION_WITH_PARTS = 2
-"""Of a bundle whose classifier has a bias or a cache: a reader that knows version 1 only would leave them out."""
+"""Of a bundle whose classifier has a bias or a cache, which readers of version 1 would ignore."""
 
 MANIFEST = "manifest.json"
 IMAGE_ENCODER = "image_encoder.onnx"
@@ -38,21 +39,20 @@ VOCABULARY_TENSORS = "vocabulary.safetensors"
 LABELS = "labels.txt"
 GOLDEN = "golden"
 GOLDEN_TENSORS = "golden/golden.safetensors"
+GOLDEN_CLASSES = 5
+"""The best classes of a golden image that a bundle holds."""
+
 VERIFICATION = "verification.json"
 
 REQUIRED_FILES = (IMAGE_ENCODER, TEXT_ENCODER, VOCABULARY_TENSORS, LABELS, GOLDEN_TENSORS, VERIFICATION)
 
-
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
-"""The type of a form's matrix products. LayerNorm, softmax, the unit length and the logits stay float32 in all."""
-
 Runtime = Literal["onnx", "openvino"]
-"""The runtime that a form is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
+"""The runtime that a variant is for: any that reads ONNX, or OpenVINO, which may compute in another precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncoderForm:
-    """One form of the image encoder: uint8 [N, H, W, 3] -> unit float32 [N, D] like all, each within its tolerance."""
+class EncoderVariant:
+    """One ONNX graph of the image encoder, uint8 [N, H, W, 3] -> unit float32 [N, D], and the runtime it is for."""
 
     file: str
     """Relative to the bundle."""
@@ -64,24 +64,24 @@ class EncoderForm:
     speed: Mapping[str, float] = field(default_factory=dict)
     """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
     source_size: tuple[int, int] | None = None
-    """(width, height) of the uint8 images [N, height, width, 3] that it takes and resizes by itself, whole images from
-    a camera of that size; None: it takes the pixels [N, H, W, 3] that preprocessing gives, as all other forms do."""
+    """(width, height) of whole images, uint8 [N, height, width, 3], that the graph resizes itself; None: it takes
+    preprocessed pixels [N, H, W, 3], as all other variants do."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field but a source size that there is none of: readers of 0.2 know no such key."""
+        """A JSON object with every field; a source size of None is left out, as readers of 0.2 do not know the key."""
         content = {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
         size = content.pop("source_size")
         return content if size is None else {**content, "source_size": list(size)}
 
     @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> EncoderForm:
+    def from_json(cls, content: Mapping[str, Any]) -> EncoderVariant:
         """The inverse of :meth:`to_json`.
 
         Raises:
             KeyError, TypeError: a field is missing or of another type.
             ValueError: a precision or runtime that this version does not know.
         """
-        for name, known in (("precision", get_args(Precision)), ("runtime", get_args(Runtime))):
+        for name, known in (("precision", PRECISIONS), ("runtime", get_args(Runtime))):
             if content[name] not in known:
                 raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(known)}")
         given = {**content, "kept_fp32": tuple(content["kept_fp32"])}
@@ -109,13 +109,13 @@ class Golden:
 
 _NAMES: Mapping[Runtime, str] = {"onnx": "ONNX Runtime", "openvino": "OpenVINO"}
 
-DEFAULT_ENCODER = EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
-"""The form that every bundle has."""
+DEFAULT_ENCODER = EncoderVariant(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=18)
+"""The variant that every bundle has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Everything needed to use the bundle right; ``manifest.json`` is its JSON form."""
+    """Everything needed to use the bundle; ``manifest.json`` is its JSON."""
 
     base_model: str
     """The open_clip model, e.g. "ViT-B-16/openai"."""
@@ -133,12 +133,12 @@ class Manifest:
     """Recipe, seed, scores and tool versions: for people, never needed to run the bundle."""
     context_length: int | None = None
     """L, the most tokens of a prompt that ``text_encoder.onnx`` takes; None: as many as its input's shape says."""
-    image_encoders: tuple[EncoderForm, ...] = (DEFAULT_ENCODER,)
-    """``image_encoder.onnx``, then the forms for a precision or a machine that the bundle was packed with."""
+    image_encoders: tuple[EncoderVariant, ...] = (DEFAULT_ENCODER,)
+    """``image_encoder.onnx``, then the variants for a precision or a machine that the bundle was packed with."""
     classifier_parts: tuple[str, ...] = ()
     """What the classifier has besides features and scale, of :data:`~clipship.core.classification.PARTS`."""
     measured_on: Processor | None = None
-    """The processor that the forms' speeds were measured on; None: unknown, the bundle is of version 0.5 or older."""
+    """The processor that the speeds were measured on; None: unknown, the bundle is of version 0.5 or older."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object, without the file digests that the writer adds."""
@@ -156,7 +156,7 @@ class Manifest:
             },
             "embed_dim": self.embed_dim,
             "context_length": self.context_length,
-            "image_encoders": [form.to_json() for form in self.image_encoders],
+            "image_encoders": [variant.to_json() for variant in self.image_encoders],
             "classifier_parts": list(self.classifier_parts),
             "vocabulary": self.vocabulary.to_json(),
             "vocabulary_digest": self.vocabulary.digest,
@@ -170,6 +170,8 @@ class Manifest:
         Raises:
             BundleError: a field is missing or malformed.
         """
+        encoders = content.get("image_encoders", [DEFAULT_ENCODER.to_json()])  # 0.1 wrote none
+        measured_on = content.get("measured_on")
         try:
             return cls(
                 base_model=content["base_model"],
@@ -185,42 +187,18 @@ class Manifest:
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
                 classifier_parts=_parts(content),
-                measured_on=_processor(content.get("measured_on")),
-                **_forms(content),
+                image_encoders=tuple(map(EncoderVariant.from_json, encoders)),
+                measured_on=Processor.from_json(measured_on) if measured_on else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise BundleError(f"the manifest is malformed ({error}): pack the bundle again") from error
 
 
-def _no_form(precision: Precision, fitting: Sequence[tuple[EncoderForm, str]], others: str) -> str:
-    """The error text where no form of ``precision`` can run: each of ``fitting`` with its reason."""
-    if not fitting:
-        return (
-            f"no {precision} form of the image encoder: give one of {others}, or pack the checkpoint again with "
-            f"--precision {precision}"
-        )
-    why = "; ".join(f"{form.file} by {_NAMES[form.runtime]}: {problem}" for form, problem in fitting)
-    return f"no {precision} form of the image encoder runs there ({why}): give one of {others}"
-
-
-def _mean_speed(form: EncoderForm) -> float:
+def _mean_speed(variant: EncoderVariant) -> float:
     """The geometric mean over batch sizes; 1 is ``image_encoder.onnx``, 0 what could not be run."""
-    if form.speed:
-        return geometric_mean(form.speed.values())
-    return 1.0 if form.file == IMAGE_ENCODER and form.runtime == "onnx" else 0.0
-
-
-def _forms(content: Mapping[str, Any]) -> dict[str, tuple[EncoderForm, ...]]:
-    """Bundles written before there were several forms have the first one only."""
-    if "image_encoders" not in content:
-        return {}
-    return {"image_encoders": tuple(EncoderForm.from_json(one) for one in content["image_encoders"])}
-
-
-def _processor(content: Mapping[str, Any] | None) -> Processor | None:
-    if content is None:
-        return None
-    return Processor(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
+    if variant.speed:
+        return geometric_mean(variant.speed.values())
+    return 1.0 if variant.file == IMAGE_ENCODER and variant.runtime == "onnx" else 0.0
 
 
 def _parts(content: Mapping[str, Any]) -> tuple[str, ...]:
@@ -268,8 +246,8 @@ class Bundle:
         return isinstance(self.manifest.inputs_outputs[TEXT_ENCODER][0].shape[1], str)
 
     @property
-    def image_encoders(self) -> tuple[EncoderForm, ...]:
-        """All forms of the image encoder, ``image_encoder.onnx`` first."""
+    def image_encoders(self) -> tuple[EncoderVariant, ...]:
+        """All variants of the image encoder, ``image_encoder.onnx`` first."""
         return self.manifest.image_encoders
 
     def fastest_encoder(
@@ -279,45 +257,53 @@ class Bundle:
         *,
         processor: Processor | None = None,
         gpu: bool = False,
-    ) -> EncoderForm:
-        """Of the forms of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
+    ) -> EncoderVariant:
+        """Of the variants of ``precision`` that one of ``runtimes`` runs, the one that was fastest where it was packed.
 
-        A faster form that cannot run on this processor is named in the log. Forms without a measured speed come last;
+        The log names a faster variant that cannot run on this processor. Variants without a measured speed come last;
         of equally fast ones the first is taken.
 
         Args:
-            processor: what will run it; None: not known yet, taken to be like the one where the bundle was packed.
+            processor: what will run it; None: not known yet, assumed to be like the one where the bundle was packed.
             gpu: the encoder runs on a GPU.
 
         Raises:
-            UsageError: no form of that precision exists, or none can run there; says why, and which others there are.
+            UsageError: no variant of that precision exists, or none can run there; says why, and what else there is.
         """
-        forms = [form for form in self.image_encoders if form.source_size is None and form.runtime in runtimes]
-        judged = [(form, "" if gpu else self._problem_of(form, processor)) for form in forms]
-        fitting = [(form, problem) for form, problem in judged if form.precision == precision]
-        running = [form for form, problem in fitting if not problem]
+        variants = [one for one in self.image_encoders if one.source_size is None and one.runtime in runtimes]
+        judged = [(one, "" if gpu else self._problem_of(one, processor)) for one in variants]
+        fitting = [(variant, problem) for variant, problem in judged if variant.precision == precision]
+        running = [variant for variant, problem in fitting if not problem]
         if not running:
-            others = ", ".join(dict.fromkeys(form.precision for form, problem in judged if not problem))
-            if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
-                others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
-            raise UsageError(f"{self.path}: {_no_form(precision, fitting, others)}")
+            raise UsageError(f"{self.path}: no {precision} {self._alternatives(precision, runtimes, judged)}")
         fastest = max(running, key=_mean_speed)
-        for form, problem in fitting:
-            if problem and _mean_speed(form) > _mean_speed(fastest):
-                chosen, faster = (_NAMES[one.runtime] for one in (fastest, form))
+        for variant, problem in fitting:
+            if problem and _mean_speed(variant) > _mean_speed(fastest):
+                chosen, faster = (_NAMES[one.runtime] for one in (fastest, variant))
                 log(f"{self.path}: {chosen} runs {fastest.file}, not {faster}: {problem}")
         return fastest
 
-    def _problem_of(self, form: EncoderForm, processor: Processor | None) -> str:
-        """Why ``form`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
-        runtime, precision, measured_on = form.runtime, form.precision, self.manifest.measured_on
+    def _alternatives(
+        self, precision: Precision, runtimes: Collection[Runtime], judged: Sequence[tuple[EncoderVariant, str]]
+    ) -> str:
+        """Why none of the ``judged`` variants, each with its problem, runs in ``precision``; and which others run."""
+        others = ", ".join(dict.fromkeys(variant.precision for variant, problem in judged if not problem))
+        if any((one.precision, one.runtime) == (precision, "openvino") for one in self.image_encoders):
+            others += "" if "openvino" in runtimes else ", or pip install 'clipship[openvino]', which runs it"
+        reasons = [f"{one.file} by {_NAMES[one.runtime]}: {why}" for one, why in judged if one.precision == precision]
+        if reasons:
+            return f"variant of the image encoder runs there ({'; '.join(reasons)}): give one of {others}"
+        pack = f"or pack the checkpoint again with --precision {precision}"
+        return f"variant of the image encoder: give one of {others}, {pack}"
+
+    def _problem_of(self, variant: EncoderVariant, processor: Processor | None) -> str:
+        """Why ``variant`` cannot run on ``processor``, or not at its measured speed; empty where it can."""
+        runtime, precision, measured_on = variant.runtime, variant.precision, self.manifest.measured_on
         never = never_runs(runtime, precision)
         if never or processor is None:
             return never
-        measured_with = measured_on.instruction_sets if measured_on else ()
-        return emulates(runtime, precision, processor) or measured_elsewhere(
-            runtime, precision, measured_with, processor
-        )
+        sets = measured_on.instruction_sets if measured_on else ()
+        return emulates(runtime, precision, processor) or measured_elsewhere(runtime, precision, sets, processor)
 
     @property
     def text_encoder(self) -> Path:
@@ -326,24 +312,24 @@ class Bundle:
 
     @property
     def tokenizer(self) -> Path:
-        """What makes class names into the tokens that the text encoder takes.
+        """The file that turns class names into tokens.
 
         Raises:
             BundleError: the bundle was packed before bundles had it.
         """
         if TOKENIZER not in self.files:
             raise BundleError(
-                f"{self.path}: no {TOKENIZER} in it, it is of an older version: pack the checkpoint again"
+                f"{self.path}: it has no {TOKENIZER}, because an older version packed it: pack the checkpoint again"
             )
         return self.path / TOKENIZER
 
     def vocabulary_features(self) -> VocabularyFeatures:
-        """What classifies an embedding.
+        """The classifier of embeddings.
 
         Raises:
             BundleError: tensors that are missing or do not fit.
         """
-        features = VocabularyFeatures.from_tensors(_load_tensors(self.path / VOCABULARY_TENSORS))
+        features = VocabularyFeatures.from_tensors(load_tensors(self.path / VOCABULARY_TENSORS))
         if features.parts != self.manifest.classifier_parts:
             raise BundleError(
                 f"{self.path}: {VOCABULARY_TENSORS} has {features.parts or 'no parts'}, the manifest says "
@@ -353,21 +339,35 @@ class Bundle:
 
     def golden(self) -> Golden:
         """The golden samples."""
-        tensors = _load_tensors(self.path / GOLDEN_TENSORS)
+        tensors = load_tensors(self.path / GOLDEN_TENSORS)
         names = json.loads((self.path / GOLDEN / "files.json").read_text(encoding="utf-8"))
         return Golden(files=tuple(names), **tensors)
 
     def verification(self) -> dict[str, Any]:
-        """What ``pack`` and ``verify`` compared, with the verdict under ``"passed"``."""
+        """The comparisons of ``pack``, with the verdict under ``"passed"``."""
         content: dict[str, Any] = json.loads((self.path / VERIFICATION).read_text(encoding="utf-8"))
         return content
 
 
-def _load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+def load_tensors(path: Path) -> dict[str, NDArray[Any]]:
+    """All tensors of a safetensors file, by name."""
     from safetensors.numpy import load_file
 
     tensors: dict[str, NDArray[Any]] = load_file(path)
     return tensors
+
+
+def save_tensors(path: Path, tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write a safetensors file. (The library's ``save_file`` makes it readable by its owner only.)"""
+    from safetensors.numpy import save
+
+    path.write_bytes(save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}))
+
+
+def write_vocabulary(folder: Path, names: Iterable[str], tensors: Mapping[str, NDArray[Any]]) -> None:
+    """Write the classifier's ``tensors`` and its labels, the class ``names``."""
+    save_tensors(folder / VOCABULARY_TENSORS, tensors)
+    (folder / LABELS).write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -378,7 +378,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 def write_manifest_content(
     folder: Path, content: Mapping[str, Any], known: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """As :func:`write_manifest`, of a manifest in its JSON form, keys that this version does not know included.
+    """As :func:`write_manifest`, for a manifest as JSON, which may have keys that this version does not know.
 
     Args:
         known: SHA-256 by path of the files that need not be read again.
@@ -397,14 +397,12 @@ def write_manifest_content(
 
 
 def validate_folder(out: Path) -> None:
-    """Refuse to put a bundle in the place of anything but an older bundle.
+    """Validate that a bundle may be written to ``out``: nothing is there, or an older bundle.
 
     Raises:
         UsageError: ``out`` is a file, or a non-empty folder without a bundle's manifest.
     """
-    if not out.exists():
-        return
-    if out.is_dir() and not any(out.iterdir()):
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
         ours = json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("format") == FORMAT

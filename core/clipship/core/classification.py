@@ -17,7 +17,7 @@ from clipship.core.errors import BundleError, UsageError
 BIAS = "bias"
 CACHE = "cache"
 PARTS = (BIAS, CACHE)
-"""What a classifier may have besides features and scale."""
+"""The optional parts of a classifier."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +30,7 @@ class Cache:
     keys: NDArray[np.float32]
     """F [K, D]."""
     labels: NDArray[np.int64]
-    """[K], the class that each key votes for: L is their one-hot form."""
+    """[K], the class that each key votes for: L is their one-hot matrix."""
     alpha: float
     beta: float
 
@@ -44,10 +44,10 @@ class Cache:
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyFeatures:
-    """What classifies an embedding f: ``softmax(logit_scale (f W^T + bias) + votes of the cache)``.
+    """The classifier of an embedding f: ``softmax(logit_scale (f W^T + bias) + votes of the cache)``.
 
-    Whoever adds, removes or reorders classes does it by :meth:`merged` and :meth:`extended`, which keep a cache and a
-    bias with their classes; ``replace(features=...)`` would leave them behind.
+    :meth:`merged` and :meth:`extended` add, remove and reorder classes together with their bias and cache;
+    ``replace(features=...)`` would not.
 
     Raises:
         BundleError: shapes that do not belong together, a key's label that is no class, or a number that is not finite.
@@ -63,7 +63,8 @@ class VocabularyFeatures:
     """Votes beside the features; None: none."""
 
     def __post_init__(self) -> None:
-        if self.features.ndim != 2 or not np.isfinite([self.logit_scale, *self._cache_numbers]).all():
+        numbers = [self.logit_scale, *((self.cache.alpha, self.cache.beta) if self.cache else ())]
+        if self.features.ndim != 2 or not np.isfinite(numbers).all():
             raise BundleError(f"classifier with features {list(self.features.shape)}, or a scale that is no number")
         classes, dim = self.features.shape
         if self.bias is not None and self.bias.shape != (classes,):
@@ -77,16 +78,12 @@ class VocabularyFeatures:
             raise BundleError(f"cache with labels {labels.min()} to {labels.max()} for {classes} classes")
 
     @property
-    def _cache_numbers(self) -> tuple[float, ...]:
-        return () if self.cache is None else (self.cache.alpha, self.cache.beta)
-
-    @property
     def parts(self) -> tuple[str, ...]:
         """Which of :data:`PARTS` it has."""
         return tuple(part for part in PARTS if getattr(self, part) is not None)
 
     def logits(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """float32 [N, C] of unit ``embedding`` [N, D]: what the softmax is taken of."""
+        """float32 [N, C] of unit ``embedding`` [N, D], before the softmax."""
         cosines = embedding @ self.features.T
         logits: NDArray[np.float32] = np.float32(self.logit_scale) * (
             cosines if self.bias is None else cosines + self.bias
@@ -99,6 +96,12 @@ class VocabularyFeatures:
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         scores: NDArray[np.float32] = exponentials / exponentials.sum(axis=1, keepdims=True)
         return scores
+
+    def best(self, embedding: NDArray[np.float32], k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+        """Probabilities and places [N, k] of the best k classes of unit ``embedding`` [N, D]; ties go to the first."""
+        scores = self.probabilities(embedding)
+        indices: NDArray[np.int64] = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, indices, axis=1), indices
 
     def tempered(self, temperature: float) -> VocabularyFeatures:
         """All logits divided by ``temperature``, the cache's votes among them."""
@@ -136,16 +139,16 @@ class VocabularyFeatures:
         return replace(self, features=np.concatenate([self.features, features.astype(np.float32)]))
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """What stands in ``vocabulary.safetensors``."""
+        """The tensors of ``vocabulary.safetensors``."""
         tensors: dict[str, NDArray[Any]] = {
-            "features": np.ascontiguousarray(self.features, np.float32),
+            "features": self.features.astype(np.float32),
             "logit_scale": np.array([self.logit_scale], np.float32),
         }
         if self.bias is not None:
-            tensors["bias"] = np.ascontiguousarray(self.bias, np.float32)
+            tensors["bias"] = self.bias.astype(np.float32)
         if self.cache is not None:
-            tensors["cache_keys"] = np.ascontiguousarray(self.cache.keys, np.float32)
-            tensors["cache_labels"] = np.ascontiguousarray(self.cache.labels, np.int64)
+            tensors["cache_keys"] = self.cache.keys.astype(np.float32)
+            tensors["cache_labels"] = self.cache.labels.astype(np.int64)
             tensors["cache_alpha"] = np.array([self.cache.alpha], np.float32)
             tensors["cache_beta"] = np.array([self.cache.beta], np.float32)
         return tensors

@@ -1,4 +1,4 @@
-"""The exceptions a user can meet, and the exit code each gives.
+"""The exceptions a user can meet, and their exit codes.
 
 ::
 
@@ -10,9 +10,9 @@
     |   |-- BundleError                    a bundle that does not fit or is damaged
     |   |-- PlanError                      a TensorRT plan that is damaged, or for another GPU, runtime or bundle
     |   `-- MissingExtraError              an optional package is not installed
-    `-- CheckFailed               exit 1   everything was usable, a check said no
+    `-- CheckFailed               exit 1   the input was usable, a check failed
 
-The stages hang their own trees below these (``clipship.serving.errors``). Every message says what was given, what is
+The stages derive their own errors from these (``clipship.serving.errors``). Every message says what was given, what is
 accepted and what to do.
 """
 
@@ -62,7 +62,7 @@ class MissingExtraError(UsageError, ImportError):
 
 
 class CheckFailed(ClipshipError):
-    """A check ran and said no."""
+    """A check ran and failed."""
 
 
 def near(given: str, accepted: Iterable[str]) -> str:

@@ -23,11 +23,11 @@ _RENAME_EXCHANGE = 2  # linux/fs.h
 
 @contextmanager
 def locked_folder(folder: Path, refusal: str) -> Iterator[None]:
-    """Keep other processes that lock ``folder`` out of it; the kernel ends the lock with this process, however it ends.
+    """Lock ``folder`` against other processes; the kernel releases the lock when this process ends, also by a kill.
 
     Args:
-        folder: an existing folder. One that is replaced (:func:`replace_folder`) is another one afterwards.
-        refusal: what to tell whom another process keeps out, behind the folder's name.
+        folder: an existing folder. :func:`replace_folder` makes another one of it, without the lock.
+        refusal: the error message after the folder's name.
 
     Raises:
         UsageError: another process has the lock.

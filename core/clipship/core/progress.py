@@ -9,7 +9,7 @@ from typing import Protocol
 
 
 class Report(Protocol):
-    """``report(done, note)``: how many units are done so far, and a few words that stand beside the bar."""
+    """``report(done, note)``: how many units are done so far, and a few words beside the bar."""
 
     def __call__(self, done: int, note: str = "") -> None:
         """Show ``done`` of the total."""
@@ -19,7 +19,7 @@ class Report(Protocol):
 def progress(title: str, total: int | None) -> Iterator[Report]:
     """A progress bar for the body of the ``with`` statement; ``total`` None where the amount is not known."""
     if not sys.stderr.isatty():
-        yield _silent
+        yield lambda done, note="": None
         return
     from rich import progress as bar
     from rich.console import Console
@@ -39,10 +39,6 @@ def progress(title: str, total: int | None) -> Iterator[Report]:
             bars.update(task, completed=done, note=note)
 
         yield report
-
-
-def _silent(done: int, note: str = "") -> None:
-    """What stands in for the bar where nobody watches."""
 
 
 def log(message: str) -> None:

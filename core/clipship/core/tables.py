@@ -29,7 +29,7 @@ class Table:
     notes: tuple[str, ...] = ()
     """Footnotes, in the order of their marks [1], [2]..."""
     text_columns: int = 2
-    """How many columns, from the first, are names; numbers stand at the right."""
+    """How many columns, from the first, are names; the others are aligned to the right."""
 
     def to_markdown(self) -> str:
         """A heading if there is a title, the table, its notes."""

@@ -1,23 +1,24 @@
-"""The TensorRT plan: a folder with ``model.plan`` and ``plan.json``, which says where it may run and what it is of.
+"""The TensorRT plan: a folder with ``model.plan`` and ``plan.json``, which says where it runs and its source.
 
-A plan is machine code for certain GPUs and one version of one runtime, and a runtime says little when it is given
-another's. So everything that must agree is written beside it, and compared before a plan is loaded or served. Nothing
-here imports TensorRT. Format: ``core/README.md``.
+A plan is machine code for certain GPUs and one version of one runtime, and mismatches give obscure errors. So all that
+must agree is written beside the plan, and compared before it is loaded or served. Nothing here imports TensorRT.
+Format: ``core/README.md``.
 """
 
 from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import PlanError, UsageError, near
 from clipship.core.files import read_record, sha256_of, sha256_of_text, write_json_atomic
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensors import TensorSpec
 
 FORMAT = "clipship-plan"
@@ -27,7 +28,7 @@ PLAN = "model.plan"
 RECORD = "plan.json"
 
 PlanRuntime = Literal["tensorrt", "tensorrt-rtx"]
-"""TensorRT for data centres, whose plans Triton loads, or TensorRT-RTX, which builds for GPUs that are not there."""
+"""TensorRT for data centres, whose plans Triton loads, or TensorRT-RTX, which builds without a GPU."""
 
 PLATFORM = sys.platform
 """Plans cannot be carried from one operating system to another."""
@@ -36,23 +37,20 @@ GPUS = ("sm75", "sm80", "sm86", "sm87", "sm89", "sm90", "sm100", "sm103", "sm110
 """Compute capabilities since Turing, as ``--gpu`` names them."""
 
 _CARDS = {
-    "t4": "sm75",
-    "a100": "sm80",
-    "a30": "sm80",
-    "a10": "sm86",
-    "a10g": "sm86",
-    "a40": "sm86",
-    "rtx3090": "sm86",
-    "orin": "sm87",
-    "l4": "sm89",
-    "l40s": "sm89",
-    "rtx4090": "sm89",
-    "h100": "sm90",
-    "h200": "sm90",
-    "b200": "sm100",
-    "rtx5090": "sm120",
+    card: gpu
+    for gpu, cards in {
+        "sm75": "t4",
+        "sm80": "a100 a30",
+        "sm86": "a10 a10g a40 rtx3090",
+        "sm87": "orin",
+        "sm89": "l4 l40s rtx4090",
+        "sm90": "h100 h200",
+        "sm100": "b200",
+        "sm120": "rtx5090",
+    }.items()
+    for card in cards.split()
 }
-"""Cards that people name instead of their compute capability."""
+"""Cards by the names people use instead of a compute capability."""
 
 
 def gpu_name(given: str) -> str:
@@ -70,34 +68,34 @@ def gpu_name(given: str) -> str:
 
 
 def capability_of(gpu: str) -> str:
-    """ "8.9" for "sm89", "12.0" for "sm120": the form that Triton and NVIDIA's tables use."""
+    """ "8.9" for "sm89", "12.0" for "sm120", as Triton and NVIDIA's tables write it."""
     digits = gpu.removeprefix("sm")
     return f"{digits[:-1]}.{digits[-1]}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BatchProfile:
-    """The batches a plan takes, and the one it is fastest at."""
+    """TensorRT's optimization profile of the batch: the sizes a plan accepts, and the one it is tuned for."""
 
-    least: int = 1
-    best: int = 8
-    most: int = 64
+    min: int = 1
+    opt: int = 8
+    max: int = 64
 
     def __post_init__(self) -> None:
-        if not 1 <= self.least <= self.best <= self.most:
-            given = f"min {self.least}, opt {self.best}, max {self.most}"
+        if not 1 <= self.min <= self.opt <= self.max:
+            given = f"min {self.min}, opt {self.opt}, max {self.max}"
             raise UsageError(f"batches {given}: give 1 <= min <= opt <= max")
 
-    def refuse(self, batch: int) -> None:
-        """Nothing when the plan takes a batch of ``batch`` images.
+    def validate(self, batch: int) -> None:
+        """Validate that the plan accepts ``batch`` images.
 
         Raises:
             UsageError: it does not.
         """
-        if not self.least <= batch <= self.most:
+        if not self.min <= batch <= self.max:
             raise UsageError(
-                f"a batch of {batch} images is outside the plan's profile ({self.least} to {self.most}): "
-                "send others, or build the plan with another --min-batch or --max-batch"
+                f"a batch of {batch} images is outside the plan's profile ({self.min} to {self.max}): "
+                "send another number, or build the plan with another --min-batch or --max-batch"
             )
 
 
@@ -116,9 +114,9 @@ class PlanInfo:
     input: TensorSpec
     output: TensorSpec
     onnx_file: str
-    """The form of the bundle that it was built from."""
+    """The variant of the bundle that it was built from."""
     onnx_digest: str
-    """What :func:`form_digest` says of it."""
+    """The variant's :func:`variant_digest`."""
     bundle_digest: str
     plan_digest: str
     """SHA-256 of ``model.plan``."""
@@ -130,16 +128,17 @@ class PlanInfo:
     """Runs on every GPU since Ampere (sm80), not on ``gpus`` only."""
     optimization_level: int = 3
     workspace_mib: int | None = None
-    """None: as much as the runtime takes by itself."""
+    """None: no limit."""
     layers: Mapping[str, int]
     """How many layers of each kind and type the network has, e.g. {"MATRIX_MULTIPLY HALF": 25}."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field, format and version first."""
-        fields = asdict(self)
+        profile = {"least": self.profile.min, "best": self.profile.opt, "most": self.profile.max}
         specs = {"input": self.input.to_json(), "output": self.output.to_json()}
         lists = {"gpus": list(self.gpus), "layers": dict(self.layers)}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields, **specs, **lists}
+        fields = {**asdict(self), "profile": profile, **specs, **lists}
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **fields}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> PlanInfo:
@@ -150,18 +149,17 @@ class PlanInfo:
         """
         known = {name: content[name] for name in cls.__dataclass_fields__ if name in content}
         try:
-            for name, accepted in (("runtime", get_args(PlanRuntime)), ("precision", get_args(Precision))):
+            for name, accepted in (("runtime", get_args(PlanRuntime)), ("precision", PRECISIONS)):
                 if content[name] not in accepted:
                     raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(accepted)}")
-            return cls(
-                **{
-                    **known,
-                    "gpus": tuple(content["gpus"]),
-                    "profile": BatchProfile(**content["profile"]),
-                    "input": TensorSpec.from_json(content["input"]),
-                    "output": TensorSpec.from_json(content["output"]),
-                }
-            )
+            profile = content["profile"]
+            parsed = {
+                "gpus": tuple(content["gpus"]),
+                "profile": BatchProfile(min=profile["least"], opt=profile["best"], max=profile["most"]),
+                "input": TensorSpec.from_json(content["input"]),
+                "output": TensorSpec.from_json(content["output"]),
+            }
+            return cls(**{**known, **parsed})
         except (KeyError, TypeError, ValueError) as error:
             raise PlanError(f"{RECORD} is malformed ({error}): build the plan again with clipship engine") from error
 
@@ -186,7 +184,7 @@ class TensorRtPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Target:
-    """Where a plan shall run. None: not known, and not compared."""
+    """Where a plan is to run. None: unknown, and not compared."""
 
     runtime: PlanRuntime
     version: str | None = None
@@ -194,7 +192,7 @@ class Target:
     gpu: str | None = None
     platform: str | None = None
     puts_weights_back: bool = False
-    """It is loaded to be refitted, so stripped weights are no reason against it."""
+    """It is loaded to be refitted, so its weights may be stripped."""
 
 
 def read_plan(path: Path) -> TensorRtPlan:
@@ -222,89 +220,68 @@ def write_plan(folder: Path, data: Any, info: PlanInfo) -> None:
     write_json_atomic(folder / RECORD, info.to_json())
 
 
-def mismatches(info: PlanInfo, target: Target, bundle: Bundle | None = None) -> tuple[str, ...]:
-    """Every reason why the plan cannot run on ``target``, or is not of ``bundle``; each says what to do."""
-    reasons = (_runtime_reason(info, target), _version_reason(info, target), _gpu_reason(info, target))
-    others = (_platform_reason(info, target), _weights_reason(info, target), _bundle_reason(info, bundle))
-    return tuple(reason for reason in (*reasons, *others) if reason)
+def mismatches(info: PlanInfo, target: Target, bundle: Bundle | None = None) -> Iterator[str]:
+    """Why the plan cannot run on ``target`` or was not built from ``bundle``; each reason says what to do."""
+    if info.runtime != target.runtime:
+        who = "TensorRT, and so Triton," if target.runtime == "tensorrt" else "TensorRT-RTX"
+        yield f"it is a plan of {info.runtime}, which {who} cannot load: {_again(f'with --runtime {target.runtime}')}"
+    elif target.version is not None and not _runs_on_version(info, target.version):
+        kind = "version-compatible, of" if info.version_compatible else "of"
+        flag = "" if info.runtime == "tensorrt-rtx" or info.version_compatible else " (or with --version-compatible)"
+        yield (
+            f"it is {kind} {info.runtime} {info.runtime_version} and would run on {target.version}: "
+            f"build it again with the version that runs it{flag}"
+        )
+    if target.gpu is not None and not _runs_on_gpu(info, target.gpu):
+        yield f"it is for {', '.join(info.gpus)} and would run on {target.gpu}: {_again(f'with --gpu {target.gpu}')}"
+    if target.platform not in (None, info.platform):
+        yield f"it was built on {info.platform} and would run on {target.platform}: build it there"
+    if info.weights_stripped and not target.puts_weights_back:
+        yield "its weights are stripped: put them back with clipship engine BUNDLE --refit PLAN --out NEW"
+    if bundle is not None and variant_of(info, bundle) is None:
+        source = f"{info.onnx_file} ({info.onnx_digest[:16]})"
+        yield f"it was built from an {source} that {bundle.path} does not have: {_again('from this one')}"
 
 
 def validate_plan(plan: TensorRtPlan, target: Target, bundle: Bundle | None = None) -> None:
-    """Nothing when the plan can run on ``target`` and is of ``bundle``.
+    """Validate that the plan can run on ``target`` and was built from ``bundle``.
 
     Raises:
-        PlanError: it cannot, or is not; names every reason and what to do.
+        PlanError: it cannot, or was not; names every reason and what to do.
     """
-    reasons = mismatches(plan.info, target, bundle)
+    reasons = tuple(mismatches(plan.info, target, bundle))
     if reasons:
         raise PlanError(f"{plan.path}: {'; '.join(reasons)}")
 
 
-def form_of(info: PlanInfo, bundle: Bundle) -> EncoderForm | None:
-    """The form of ``bundle`` that the plan was built from, None when it is of other bytes."""
-    return next((form for form in bundle.image_encoders if form_digest(bundle, form) == info.onnx_digest), None)
+def variant_of(info: PlanInfo, bundle: Bundle) -> EncoderVariant | None:
+    """The variant of ``bundle`` that the plan was built from; None: no file of the bundle is."""
+    return next(
+        (variant for variant in bundle.image_encoders if variant_digest(bundle, variant) == info.onnx_digest), None
+    )
 
 
-def form_digest(bundle: Bundle, form: EncoderForm) -> str:
-    """The SHA-256 of the form's ONNX file; with weights in ``<file>.data``, that of both digests, one a line."""
-    digests = [bundle.files[name] for name in (form.file, f"{form.file}.data") if name in bundle.files]
+def variant_digest(bundle: Bundle, variant: EncoderVariant) -> str:
+    """The SHA-256 of the variant's ONNX file; with weights in ``<file>.data``, that of both digests, one a line."""
+    digests = [bundle.files[name] for name in (variant.file, f"{variant.file}.data") if name in bundle.files]
     return digests[0] if len(digests) == 1 else sha256_of_text("\n".join(digests))
 
 
-def _runtime_reason(info: PlanInfo, target: Target) -> str | None:
-    if info.runtime == target.runtime:
-        return None
-    who = "TensorRT, and so Triton," if target.runtime == "tensorrt" else "TensorRT-RTX"
-    return f"it is a plan of {info.runtime}, which {who} cannot load: {_again(f'with --runtime {target.runtime}')}"
-
-
-def _version_reason(info: PlanInfo, target: Target) -> str | None:
-    """Plain plans need the very version; version-compatible ones run on the same and on later ones."""
-    if target.version is None or info.runtime != target.runtime:
-        return None
-    built, present = (version_parts(version) for version in (info.runtime_version, target.version))
+def _runs_on_version(info: PlanInfo, version: str) -> bool:
+    """Plain plans need the same version; version-compatible ones also run on later ones."""
+    built, present = version_parts(info.runtime_version), version_parts(version)
     shared = min(len(built), len(present))
-    if built[:shared] == present[:shared] or (info.version_compatible and built[:shared] < present[:shared]):
-        return None
-    kind = "version-compatible, of" if info.version_compatible else "of"
-    flag = "" if info.runtime == "tensorrt-rtx" or info.version_compatible else " (or with --version-compatible)"
-    return (
-        f"it is {kind} {info.runtime} {info.runtime_version} and would run on {target.version}: "
-        f"build it again with the version that runs it{flag}"
-    )
+    same = built[:shared] == present[:shared]
+    return same or (info.version_compatible and built[:shared] < present[:shared])
+
+
+def _runs_on_gpu(info: PlanInfo, gpu: str) -> bool:
+    return gpu in info.gpus or (info.hardware_compatible and int(gpu.removeprefix("sm")) >= 80)
 
 
 def version_parts(version: str) -> tuple[int, ...]:
     """(10, 14, 1) for "10.14.1", which compares as versions do."""
     return tuple(int(part) for part in re.findall(r"\d+", version))
-
-
-def _gpu_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.gpu is None or target.gpu in info.gpus:
-        return None
-    if info.hardware_compatible and int(target.gpu.removeprefix("sm")) >= 80:
-        return None
-    return f"it is for {', '.join(info.gpus)} and would run on {target.gpu}: {_again(f'with --gpu {target.gpu}')}"
-
-
-def _platform_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.platform in (None, info.platform):
-        return None
-    return f"it was built on {info.platform} and would run on {target.platform}: build it there"
-
-
-def _weights_reason(info: PlanInfo, target: Target) -> str | None:
-    if target.puts_weights_back or not info.weights_stripped:
-        return None
-    return "its weights are stripped: put them back with clipship engine BUNDLE --refit PLAN --out NEW"
-
-
-def _bundle_reason(info: PlanInfo, bundle: Bundle | None) -> str | None:
-    """The encoder's bytes decide: a bundle that only has other class names since is still the plan's."""
-    if bundle is None or form_of(info, bundle) is not None:
-        return None
-    source = f"{info.onnx_file} ({info.onnx_digest[:16]})"
-    return f"it was built from an {source} that {bundle.path} does not have: {_again('from this one')}"
 
 
 def _again(what: str) -> str:

@@ -1,13 +1,13 @@
-"""What a form, a decoder or a classifier may differ from its reference by, and whether it does.
+"""How much an encoder, a decoder or a classifier may differ from its reference, and whether one does.
 
 **Cosine.** All CLIP features of one model share a large part, and in a model with random weights little else, so that
 two quite different images have a cosine of 0.99 and an error hides in it. The *centred* cosine is taken after the mean
 of the expected features is subtracted from both sides (from both the same, so that a constant error is seen too). It
 needs two different images; where there are none it is not measured, and the plain gates stand alone.
 
-**Golden samples.** ``pack`` and ``verify`` hold many images to the table; whoever is about to answer (this process, a
-model inside Triton, a server) holds the few golden ones to it, see ``docs/verify.md``. What went wrong is a text here,
-because this file needs NumPy only: a copy of it lies beside the models that run inside Triton.
+**Golden samples.** ``pack`` and ``verify`` compare many images; a process, a model inside Triton or a server compares
+the few golden ones before its first answer, see ``docs/verify.md``. Problems are texts here, because this file needs
+only NumPy and ``precisions.py``: copies of both lie beside the models that run inside Triton.
 
 Shape legend: N inputs, C classes, D features, k best classes.
 """
@@ -15,80 +15,25 @@ Shape legend: N inputs, C classes, D features, k best classes.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.precisions import PRECISIONS
+from clipship.core.precisions import Tolerance as Tolerance
+
 _FLAT = 0.01  # a centred feature shorter than this is mostly rounding error: the images are as good as the same
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tolerance:
-    """What a form may differ from its reference by; an infinite limit is none."""
-
-    max_abs: float = math.inf
-    """Largest difference of any value of the unit features."""
-    top1_agreement: float
-    """Smallest share of images whose best class is the same, near-ties excused (``export/comparison.py``)."""
-    min_cosine: float = -math.inf
-    mean_cosine: float = -math.inf
-    min_centred_cosine: float = -math.inf
-    mean_centred_cosine: float = -math.inf
-    max_norm_error: float = 1e-3
-    """Largest difference of a feature's length from 1; a cosine cannot see a missing normalisation."""
-    max_score: float = 1e-3
-    """Largest difference of a served probability."""
-
-    def error_lengths(self, centred_lengths: NDArray[np.float64], dim: int) -> NDArray[np.float64]:
-        """The length [N] of an error that just passes on average, for features with these lengths after centring."""
-        if math.isfinite(self.max_abs):
-            return np.full_like(centred_lengths, max(self.max_abs, 0.0) * math.sqrt(dim))
-        if math.isfinite(self.mean_centred_cosine):
-            return centred_lengths * math.sqrt(2 - 2 * self.mean_centred_cosine)
-        return np.full_like(centred_lengths, math.sqrt(2 - 2 * max(self.mean_cosine, -1.0)))
-
-    def of_few(self, images: int = 0) -> Tolerance:
-        """The same limits for each image, and wider ones for the means of few ``images``; 0: none for the means.
-
-        A form may be held to the means on hundreds of images and just reach them; those of a few of these images are
-        below by chance. The errors' spread is about half their mean, so ``2 / sqrt(images)`` of it is four standard
-        deviations: the golden samples refuse no such form, and all that is clearly worse.
-        """
-        if images == 0:
-            return replace(self, mean_cosine=-math.inf, mean_centred_cosine=-math.inf)
-        slack = 1 + 2 / math.sqrt(images)
-        means = {name: 1 - (1 - getattr(self, name)) * slack for name in ("mean_cosine", "mean_centred_cosine")}
-        return replace(self, **means)
-
-    def to_json(self) -> dict[str, float | None]:
-        """A JSON object; null where there is no limit."""
-        return {name: finite_or_none(value) for name, value in asdict(self).items()}
-
-
 TOLERANCES: dict[str, Tolerance] = {
-    "fp32": Tolerance(max_abs=1e-4, min_centred_cosine=1 - 1e-8, top1_agreement=1.0),
-    "fp16": Tolerance(
-        min_cosine=0.9995, mean_cosine=0.9999, min_centred_cosine=0.9999, top1_agreement=0.998, max_score=0.02
-    ),
-    "bf16": Tolerance(
-        min_cosine=0.999, min_centred_cosine=0.999, mean_centred_cosine=0.9995, top1_agreement=0.99, max_score=0.05
-    ),
-    "int8": Tolerance(
-        min_cosine=0.995, min_centred_cosine=0.99, mean_centred_cosine=0.998, top1_agreement=0.98, max_score=0.1
-    ),
+    **{name: spec.tolerance for name, spec in PRECISIONS.items()},
     "text-fp32": Tolerance(max_abs=1e-5, top1_agreement=1.0),
 }
-"""By precision.
-
-fp32 has a gate on the centred cosine that is far above its noise (1e-12): weights that went through float16, or the
-tanh formula of GELU, move single values by about 1e-4, and in a model with more dimensions by less than that. Text
-features are averaged and kept, so they are held to a tenth of the image features' tolerance. Errors below the rounding
-of a reduced precision (tanh GELU in float16, quick GELU in bfloat16) cannot be seen in it; such a form is made from an
-fp32 graph that has passed; what int8 costs on labelled images benchmarks/precision.py measures.
-"""
+"""By precision. Text features are averaged and kept, so they are held to a tenth of the image features' tolerance."""
 
 RULE_ATOL = 1e-4
 """Of a score against the classification rule on the same embedding: float32 against float32."""
@@ -96,17 +41,13 @@ RULE_ATOL = 1e-4
 PIXEL_LIMIT = 2
 """Of 255, between two decoders of the same file: what rounding makes. A wrong crop, order or filter makes far more."""
 
+_NEEDS_TWO = ("min_centred_cosine", "mean_centred_cosine")
+
 GATES: Mapping[str, Callable[[float, float], bool]] = {
-    "max_abs": lambda given, limit: given <= limit,
-    "max_norm_error": lambda given, limit: given <= limit,
-    "min_cosine": lambda given, limit: given >= limit,
-    "mean_cosine": lambda given, limit: given >= limit,
-    "min_centred_cosine": lambda given, limit: given >= limit,
-    "mean_centred_cosine": lambda given, limit: given >= limit,
+    **dict.fromkeys(("max_abs", "max_norm_error"), operator.le),
+    **dict.fromkeys(("min_cosine", "mean_cosine", *_NEEDS_TWO), operator.ge),
 }
 """The numbers of :class:`Closeness` that a :class:`Tolerance` limits, and when they hold."""
-
-_NEEDS_TWO = ("min_centred_cosine", "mean_centred_cosine")
 
 
 def tolerance_of(precision: str) -> Tolerance:
@@ -117,7 +58,7 @@ def tolerance_of(precision: str) -> Tolerance:
 
 @dataclass(frozen=True, kw_only=True)
 class Closeness:
-    """How near unit features [N, D] are to the expected ones."""
+    """How close unit features [N, D] are to the expected ones."""
 
     max_abs: float
     max_norm_error: float
@@ -214,7 +155,7 @@ def encoder_problem(
     precision: str,
     count: int,
 ) -> str:
-    """What is wrong with what ``encode`` makes of a batch of ``count`` golden images; empty when nothing is.
+    """What is wrong with the output of ``encode`` for a batch of ``count`` golden images; empty when nothing is.
 
     Args:
         pixels: [N, H, W, 3], repeated where they are fewer than ``count``.

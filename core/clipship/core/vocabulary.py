@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,16 +65,22 @@ class Vocabulary:
     @property
     def words(self) -> tuple[str, ...]:
         """The words of all classes one after the other: the names, where there are no synonyms."""
-        return tuple(word for words in self.synonyms for word in words) if self.synonyms else self.names
+        return tuple(word for words in self.classes.values() for word in words)
+
+    @property
+    def classes(self) -> dict[str, tuple[str, ...]]:
+        """By name the words of its class: the name itself, where there are no synonyms."""
+        return dict(zip(self.names, self.synonyms or [(name,) for name in self.names], strict=True))
+
+    @classmethod
+    def from_classes(cls, classes: Mapping[str, tuple[str, ...]], templates: tuple[str, ...]) -> Vocabulary:
+        """The inverse of :attr:`classes`."""
+        return cls(names=tuple(classes), templates=templates, synonyms=tuple(classes.values()))
 
     @property
     def word_rows(self) -> tuple[tuple[int, ...], ...]:
         """By class the places of its words in :attr:`words`."""
-        rows, first = [], 0
-        for words in self.synonyms or [(name,) for name in self.names]:
-            rows.append(tuple(range(first, first + len(words))))
-            first += len(words)
-        return tuple(rows)
+        return rows_of(self.classes.values())
 
     def prompts(self, template: str) -> list[str]:
         """One prompt a word, so one a class without synonyms; underscores become spaces, as in the CoOp code base."""
@@ -83,8 +89,7 @@ class Vocabulary:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with names, templates and, where there are any, the words of the classes that have others."""
         content: dict[str, Any] = {"names": list(self.names), "templates": list(self.templates)}
-        named = zip(self.names, self.synonyms, strict=True) if self.synonyms else ()
-        words = {name: list(each) for name, each in named if each != (name,)}
+        words = {name: list(each) for name, each in self.classes.items() if each != (name,)}
         return {**content, **({"synonyms": words} if words else {})}
 
     @classmethod
@@ -106,6 +111,15 @@ class Vocabulary:
 _FORMS = "{'names': [...], 'templates': [...]} or {'classes': {'cat': ['cat', 'kitten'], ...}}"
 
 
+def rows_of(groups: Iterable[Sequence[str]]) -> tuple[tuple[int, ...], ...]:
+    """By group the places of its words, when all groups stand one after the other."""
+    rows, first = [], 0
+    for words in groups:
+        rows.append(tuple(range(first, first + len(words))))
+        first += len(words)
+    return tuple(rows)
+
+
 def _validate_lines(what: str, lines: Sequence[str]) -> None:
     seen: set[str] = set()
     for position, line in enumerate(lines, start=1):
@@ -125,7 +139,7 @@ def _synonyms_of(names: Sequence[str], words: Mapping[str, Sequence[str]]) -> tu
 
 
 def prompt_of(name: str, template: str) -> str:
-    """``template`` with ``name`` in the place of ``{}``, underscores as spaces."""
+    """``template`` with ``name`` for ``{}``, underscores as spaces."""
     return template.replace("{}", name.replace("_", " "))
 
 

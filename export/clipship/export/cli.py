@@ -5,57 +5,53 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from clipship.core.bundle import Bundle, Precision, read_bundle
-from clipship.core.cli.main import emit, json_option, other_stage
-from clipship.core.errors import CheckFailed, MissingExtraError
+from clipship.core.bundle import Bundle, read_bundle
+from clipship.core.cli.main import emit, json_option, other_stage, require_packages
+from clipship.core.errors import CheckFailed
 from clipship.core.files import sha256_of
+from clipship.core.precisions import PRECISIONS, REDUCED, Precision
 from clipship.core.progress import log
 from clipship.core.vocabulary import Vocabulary, vocabulary_from_file
 
 if TYPE_CHECKING:
-    from clipship.core.comparison import Verification
-    from clipship.export.verification.verify import VerificationSamples
+    from clipship.core.comparison import Verification, VerificationSamples
     from clipship.training.checkpoint import Checkpoint
-    from clipship.training.methods.base import Method
+
+_PATH, _FILE = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
+_PACKAGES = ("torch", "onnx", "onnxruntime")
 
 
 @click.command()
-@click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "--vocabulary",
-    type=click.Path(path_type=Path),
-    help="Class names, one a line, or JSON. [default: the checkpoint's]",
-)
-@click.option(
-    "--images", type=click.Path(path_type=Path), help="Verify with images of this folder. [default: built in]"
-)
-@click.option("--out", type=click.Path(path_type=Path), required=True, help="The bundle to write.")
+@click.argument("checkpoint", type=_PATH)
+@click.option("--vocabulary", type=_PATH, help="Class names, one a line, or JSON. [default: the checkpoint's]")
+@click.option("--images", type=_PATH, help="Verify with the images in this folder. [default: built in]")
+@click.option("--out", type=_PATH, required=True, help="The bundle to write.")
 @click.option(
     "--precision",
     "precisions",
-    type=click.Choice(["fp16", "bf16", "int8"]),
+    type=click.Choice(REDUCED),
     multiple=True,
-    help="A reduced precision of the image encoder to keep beside float32; may be given several times.",
+    help="A reduced precision of the image encoder to keep beside float32; may be repeated.",
 )
 @click.option(
     "--opset",
     type=click.Choice(["18", "20", "23"]),
     default="18",
     show_default=True,
-    help="ONNX opset: 18 for old runtimes, too; 20 has GELU as one node, 23 attention.",
+    help="ONNX opset: 18 also suits old runtimes; 20 has GELU as one node, 23 attention.",
 )
 @click.option(
     "--source-size",
     "source_sizes",
     metavar="WIDTHxHEIGHT",
     multiple=True,
-    help="Keep a form that resizes whole images of this size in the graph; may be given several times.",
+    help="Keep a variant that resizes whole images of this size in the graph; may be repeated.",
 )
-@click.option("--allow-random-weights", is_flag=True, help="Pack a model whose weights nobody has trained.")
+@click.option("--allow-random-weights", is_flag=True, help="Pack a model with untrained weights.")
 @json_option
 def pack(
     checkpoint: Path,
@@ -71,11 +67,11 @@ def pack(
     """Export CHECKPOINT to ONNX for a vocabulary, compare it with PyTorch, and write the bundle.
 
     The bundle is written only when every comparison is within tolerance. Reduced precisions are calibrated on the
-    images, and the last lines say what they gain here.
+    images, and the last lines say how fast they are here.
 
     Example: clipship pack runs/prints --images world/prints --out bundles/prints --precision fp16 --precision int8
     """
-    _require_export_packages()
+    require_packages("export", *_PACKAGES)
     from clipship.export.image_input import pictures_for
     from clipship.export.pack import bundle_from_method, validate_folder, validate_weights
     from clipship.export.precision.encoder_variants import Profile, speed_line
@@ -103,14 +99,14 @@ def pack(
         profile=Profile(opset=int(opset), precisions=tuple(dict.fromkeys(precisions)), source_sizes=sizes),
     )
     result = {"bundle": str(out), "digest": bundle.digest, "classes": len(words), **bundle.verification()}
-    result["image_encoders"] = [form.to_json() for form in bundle.image_encoders]
+    result["image_encoders"] = [variant.to_json() for variant in bundle.image_encoders]
     line = f"{out}: {len(words)} classes, verified on {len(pictures)} images, digest {bundle.digest[:16]}"
-    forms = (speed_line(form) for form in bundle.image_encoders[1:])
-    emit(result, "\n".join([line, *forms]), as_json=as_json)
+    variants = (speed_line(variant) for variant in bundle.image_encoders[1:])
+    emit(result, "\n".join([line, *variants]), as_json=as_json)
 
 
 def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    """Where the learned prompts come from, for people who read the manifest."""
+    """Where the learned prompts come from, for the manifest."""
     from clipship.training.checkpoint import LEARNED
 
     return {
@@ -125,38 +121,37 @@ def _provenance(folder: Path, checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 @click.command()
-@click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--checkpoint", type=click.Path(path_type=Path), help="Compare with PyTorch running this checkpoint.")
+@click.argument("bundle", type=_PATH)
+@click.option("--checkpoint", type=_PATH, help="Compare with PyTorch running this checkpoint.")
 @click.option(
     "--images",
-    type=click.Path(path_type=Path),
+    type=_PATH,
     help="Compare on images of this folder, too: with PyTorch, or without --checkpoint with image_encoder.onnx.",
 )
 @click.option("--url", metavar="HOST:PORT", help="Compare a live Triton that serves the bundle (its gRPC port).")
-@click.option("--plan", type=click.Path(path_type=Path), help="Compare this TensorRT plan on this machine's GPU.")
+@click.option("--plan", type=_PATH, help="Compare this TensorRT plan on this machine's GPU.")
 @click.option(
     "--precision",
-    type=click.Choice(get_args(Precision)),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
     help="What the encoder behind --url computes in.",
 )
 @click.option(
-    "--provider", "providers", multiple=True, help="ONNX Runtime's provider, again for more. [default: all here]"
+    "--provider", "providers", multiple=True, help="An ONNX Runtime provider; may be repeated. [default: all here]"
 )
 @click.option("--max-batch", type=click.IntRange(min=1), default=64, show_default=True, help="The largest batch.")
-@click.option(
-    "--report", type=click.Path(path_type=Path, dir_okay=False), help="Write an HTML page with the worst images."
-)
+@click.option("--report", type=_FILE, help="Write an HTML page with the worst images.")
 @json_option
 def verify(bundle: Path, report: Path | None, as_json: bool, **given: Any) -> None:
-    """Compare all that BUNDLE offers with its golden samples, each by who serves it; with PyTorch given a checkpoint.
+    """Compare all that BUNDLE offers with its golden samples, and given a checkpoint with PyTorch.
 
-    Batches of 1, 2, 7 and --max-batch. What cannot run here is named. Exit code 1 when something is out of tolerance.
+    Each variant is run by the runtime that serves it, in batches of 1, 2, 7 and --max-batch. What cannot run here is
+    named. The exit code is 1 when a comparison is out of tolerance.
 
     Example: clipship verify bundles/prints --checkpoint runs/prints --images world/prints --report prints.html
     """
-    _require_export_packages()
+    require_packages("export", *_PACKAGES)
     from clipship.export.verification.report import text_from_verification, write_page
 
     opened = read_bundle(bundle)
@@ -181,19 +176,20 @@ def _verified(
     providers: tuple[str, ...],
     max_batch: int,
 ) -> tuple[list[VerificationSamples], Verification]:
-    """All that was asked for; what is quick to fail comes first."""
-    from clipship.export.reference import verify_text
-    from clipship.export.verification.verify import (
-        Verification,
-        batch_sizes_up_to,
-        golden_samples,
-        verify_bundle,
-        verify_plan,
-    )
+    """All comparisons that the options request; what fails quickly comes first."""
+    from clipship.core.comparison import Verification, batch_sizes_up_to, golden_samples
+    from clipship.export.image_input import pictures_for
+    from clipship.export.reference import samples_from_pictures, validate_base_model, verify_text
+    from clipship.export.verification.verify import verify_bundle, verify_plan
+    from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 
     sizes = batch_sizes_up_to(max_batch)
-    method = _method_for(bundle, checkpoint)
-    samples = [golden_samples(bundle), *_image_samples(bundle, images, method)]
+    method = method_from_checkpoint(load_checkpoint(checkpoint)) if checkpoint else None
+    samples = [golden_samples(bundle)]
+    if method:
+        validate_base_model(bundle, method)
+    if images or method:  # without a folder, the built-in world's
+        samples.append(samples_from_pictures(bundle, pictures_for(images), method))
     other = Verification(())
     if url:
         other += other_stage("verify_server")(bundle, url, samples, precision=precision, batch_sizes=sizes)
@@ -202,32 +198,3 @@ def _verified(
     total = verify_bundle(bundle, samples, batch_sizes=sizes, providers=providers or None)
     text = verify_text(bundle, method) if method else Verification(())
     return samples, total + text + other
-
-
-def _method_for(bundle: Bundle, checkpoint: Path | None) -> Method | None:
-    from clipship.export.reference import validate_base_model
-    from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-
-    if checkpoint is None:
-        return None
-    method = method_from_checkpoint(load_checkpoint(checkpoint))
-    validate_base_model(bundle, method)
-    return method
-
-
-def _image_samples(bundle: Bundle, images: Path | None, method: Method | None) -> list[VerificationSamples]:
-    """Those of the folder, or the built-in world's where only a checkpoint is given."""
-    from clipship.export.image_input import pictures_for
-    from clipship.export.reference import samples_from_pictures
-
-    if images is None and method is None:
-        return []
-    return [samples_from_pictures(bundle, pictures_for(images), method)]
-
-
-def _require_export_packages() -> None:
-    for package in ("torch", "onnx", "onnxruntime"):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise MissingExtraError(package, "export") from error

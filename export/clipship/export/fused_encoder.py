@@ -7,11 +7,11 @@ What it leaves out or folds into constants, all of it exact but for the order of
 - class token and prompts, which no image changes, enter the first block already normalised;
 - one product gives queries, keys and values; the softmax's scale is in the queries' weights, a layer scale in the
   weights before it;
-- where the next block replaces the prompts, nobody reads what this one would make of them, so it is not computed;
+- where the next block replaces the prompts, this one does not compute their outputs;
 - of the last block only the class token is needed, where the tower pools by it.
 
-Legend: N images, H = W pixels, G patches a side, S pixels a patch, P tokens, Q tokens that are asked for, W width of
-the tower, D features.
+Legend: N images, H = W pixels, G patches a side, S pixels a patch, P tokens, Q tokens that are needed, W width of the
+tower, D features.
 """
 
 from __future__ import annotations

@@ -1,20 +1,20 @@
-"""PyTorch modules to ONNX files, with one free axis, and the checks that it really is free.
+"""PyTorch modules to ONNX files with dynamic axes, and the checks that these are dynamic.
 
-Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 has attention as one node; which versions
-run them stands in docs/precision.md. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights
-in ``<name>.onnx.data``.
+Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 attention; docs/precision.md says which
+versions run them. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights in
+``<name>.onnx.data``.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import logging
 import math
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -82,7 +82,9 @@ def onnx_from_module(
     except ImportError as error:
         raise MissingExtraError(error.name or "onnx", "export") from error
     assert sample.shape[0] >= 2, "sizes 0 and 1 would be baked in"
-    free = {axis: _free_axis(size, sizes) for axis, size in enumerate(input_spec.shape) if isinstance(size, str)}
+    named = {axis: size for axis, size in enumerate(input_spec.shape) if isinstance(size, str)}
+    limits = {size: sizes.get(size, (1, 2**20)) for size in named.values()}
+    free = {axis: torch.export.Dim(size, min=limits[size][0], max=limits[size][1]) for axis, size in named.items()}
     with _quiet_exporter(), torch.no_grad():
         program = torch.onnx.export(
             module.eval(),
@@ -106,9 +108,9 @@ def onnx_from_module(
 
 
 def _translations(opset: int) -> dict[Any, Any]:
-    """How operators are written that the exporter writes in a form which runtimes do not recognise.
+    """Our translation of operators that runtimes would not recognise in the exporter's.
 
-    GELU (Hendrycks and Gimpel 2016) is one node from opset 20 on. Before that its five nodes are put in the order that
+    GELU (Hendrycks and Gimpel 2016) is one node from opset 20 on. Before that its five nodes are in the order that
     ONNX Runtime, OpenVINO and TensorRT fuse into one kernel: the half comes last.
     """
     import onnxscript
@@ -129,34 +131,23 @@ def _translations(opset: int) -> dict[Any, Any]:
     return {torch.ops.aten.gelu.default: gelu}
 
 
-def _free_axis(name: str, sizes: Mapping[str, tuple[int, int]]) -> Any:
-    import torch
+def _finish(model: onnx.ModelProto, opset: int, properties: Mapping[str, str]) -> None:
+    """Give the exporter's model the opset's own IR version and our metadata, and remove its stack traces.
 
-    least, most = sizes.get(name, (1, 2**20))
-    return torch.export.Dim(name, min=least, max=most)
-
-
-def _finish(model: onnx.ModelProto, opset: int, metadata: Mapping[str, str]) -> None:
-    """Give the exporter's model the opset's own IR version and our metadata, and take its traces out.
-
-    (The exporter writes a newer IR version, which older runtimes refuse, and uses nothing of it. When it cannot convert
-    a graph to an opset it says so in a log and gives another one.)
+    The exporter writes a newer IR version than it needs, which older runtimes refuse. When it cannot convert a graph to
+    an opset it logs that and returns another one.
     """
     import onnx
 
     given = opset_of(model)
     if given != opset:
-        raise CheckFailed(f"torch {_version('torch')} exports this model at opset {given} only: give --opset {given}")
+        raise CheckFailed(f"torch {version('torch')} exports this model at opset {given} only: give --opset {given}")
     validate_operators(model, f"opset {opset}", opset=opset)
     model.ir_version = onnx.helper.find_min_ir_version_for(list(model.opset_import))
     del model.metadata_props[:]
-    told = {METADATA_PRECISION: "fp32", "clipship.opset": str(opset), "clipship.version": _version("clipship")}
-    set_metadata(model, {**metadata, **told})
+    told = {METADATA_PRECISION: "fp32", "clipship.opset": str(opset), "clipship.version": version("clipship")}
+    set_metadata(model, {**properties, **told})
     _strip_traces(model)
-
-
-def _version(package: str) -> str:
-    return importlib.metadata.version(package)
 
 
 def opset_of(model: onnx.ModelProto) -> int:
@@ -183,10 +174,10 @@ def _first_opsets() -> Mapping[str, int]:
 def validate_operators(
     model: onnx.ModelProto, target: str, *, opset: int, domains: Collection[str] = _ONNX_DOMAINS
 ) -> None:
-    """Refuse a graph for ``target``, which knows ONNX's operators up to ``opset`` and those of ``domains``.
+    """Validate that ``target``, which has ONNX's operators up to ``opset`` and those of ``domains``, can run ``model``.
 
     Raises:
-        CheckFailed: the graph has another operator; each is named, with the opset that has it.
+        CheckFailed: the graph has other operators; names each, and the opset that has it.
     """
     foreign = {(one.domain, one.op_type) for one in model.graph.node if one.domain not in domains}
     own = {one.op_type: since_opset(one.op_type) for one in model.graph.node if one.domain in _ONNX_DOMAINS}
@@ -196,12 +187,12 @@ def validate_operators(
     unknown += [f"{name}, which opset {since} has" for name, since in late.items()]
     if unknown:
         best = max((one for one in OPSETS if one <= opset), default=OPSETS[0])
-        advice = f"pack with --opset {best}" if late else "pack a form of ONNX's own operators"
+        advice = f"pack with --opset {best}" if late else "pack a variant of ONNX's own operators"
         raise CheckFailed(f"{target} does not know {'; '.join(unknown)}: {advice}")
 
 
 def set_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
-    """Add ``metadata`` to ``metadata_props``; a key that is there gets the new value."""
+    """Add ``metadata`` to ``metadata_props``, replacing values of the same keys."""
     import onnx
 
     old = {prop.key: prop.value for prop in model.metadata_props}
@@ -209,7 +200,7 @@ def set_metadata(model: onnx.ModelProto, metadata: Mapping[str, str]) -> None:
 
 
 def load_onnx(path: Path) -> onnx.ModelProto:
-    """The model at ``path`` with its weights, also those in a file of their own."""
+    """The model at ``path`` with all its weights."""
     import onnx
 
     return onnx.load(path)
@@ -232,17 +223,6 @@ def save_onnx(model: onnx.ModelProto, path: Path, *, external_bytes: int = EXTER
     return (path, data)
 
 
-def external_files(path: Path) -> tuple[Path, ...]:
-    """The files of weights that the model at ``path`` points to, beside it."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    external = onnx.TensorProto.EXTERNAL
-    tensors = (one for one in model.graph.initializer if one.data_location == external)
-    names = {entry.value for one in tensors for entry in one.external_data if entry.key == "location"}
-    return tuple(path.parent / name for name in sorted(names))
-
-
 def validate_onnx(path: Path) -> None:
     """ONNX's checker and strict shape inference on the model at ``path``.
 
@@ -258,15 +238,15 @@ def validate_onnx(path: Path) -> None:
         raise CheckFailed(f"{path.name} is not valid ONNX ({first}): please report this model") from error
 
 
-def copy_without_weights(model: onnx.ModelProto) -> onnx.ModelProto:
-    """``model`` without its initialisers: weights can be gigabytes, and are added where they are needed."""
+def copy_without_weights(model: onnx.ModelProto, *, nodes: bool = True) -> onnx.ModelProto:
+    """``model`` without its initialisers, which can be gigabytes; with ``nodes`` False only its inputs and outputs."""
     import onnx
 
     copy = onnx.ModelProto(ir_version=model.ir_version, producer_name=model.producer_name)
     for name in ("opset_import", "metadata_props"):
         getattr(copy, name).extend(getattr(model, name))
     copy.graph.name = model.graph.name
-    for name in ("node", "input", "output", "value_info"):
+    for name in ("input", "output", *(("node", "value_info") if nodes else ())):
         getattr(copy.graph, name).extend(getattr(model.graph, name))
     return copy
 
@@ -305,9 +285,9 @@ def _quiet_exporter() -> Iterator[None]:
 
 
 def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
-    """Give values their final names; an inner value that happens to have one of them makes room.
+    """Give values their final names, and inner values of the same names others.
 
-    (Given the final names, the exporter writes an invalid graph when an operator's own value is called the same.)
+    With the final names the exporter itself would write an invalid graph where an inner value has one of them.
     """
     full = {**{name: f"{name}_inner" for name in names.values()}, **names}
     for node in graph.node:
@@ -319,12 +299,10 @@ def _rename(graph: onnx.GraphProto, names: Mapping[str, str]) -> None:
 
 def _strip_traces(model: onnx.ModelProto) -> None:
     """Remove per-node metadata: it holds stack traces with paths of the exporting machine."""
-    for node in model.graph.node:
-        del node.metadata_props[:]
-        node.doc_string = ""
-    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info, *model.graph.initializer):
-        del value.metadata_props[:]
-        value.doc_string = ""
+    graph = model.graph
+    for part in (*graph.node, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+        part.doc_string = ""
 
 
 def _validate_tensor(values: list[onnx.ValueInfoProto], spec: TensorSpec, path: Path) -> None:

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core import tensors
-from clipship.core.bundle import Bundle, EncoderForm, Manifest, VocabularyFeatures, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, Manifest, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.bundle import validate_folder as validate_folder
+from clipship.core.comparison import Verification, VerificationSamples
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.core.machine.processor import this_processor
@@ -30,7 +31,8 @@ from clipship.core.vocabulary import Vocabulary, prompt_of
 from clipship.export.encoders import TextEncoder
 from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.onnx_graph import onnx_from_module
-from clipship.export.precision.encoder_variants import Evidence, Profile, encoder_forms
+from clipship.export.precision.activation_ranges import validate_image_count
+from clipship.export.precision.encoder_variants import Profile, encoder_variants
 from clipship.export.reference import (
     GOLDEN_COUNT,
     Picture,
@@ -39,9 +41,8 @@ from clipship.export.reference import (
     pixels_of,
     validate_classifier,
 )
-from clipship.export.resize_graph import write_source_form
+from clipship.export.resize_graph import write_source_variant
 from clipship.export.tokenizer import tokenizer_from_open_clip
-from clipship.export.verification.verify import Verification
 from clipship.training.model.prompts import is_causal
 
 if TYPE_CHECKING:
@@ -63,23 +64,25 @@ def bundle_from_method(
 ) -> Bundle:
     """Export ``method`` for ``vocabulary``, compare it with PyTorch on ``pictures``, and write the bundle ``out``.
 
-    The bundle takes the name ``out`` only when every comparison is within tolerance; until then an older bundle of that
-    name stays. ``temperature`` is the checkpoint's: the logit scale is divided by it, so that what is served is
-    calibrated as in PyTorch. ``profile`` says which opset the graphs are of, and which reduced precisions of the image
-    encoder stand beside the float32 one; they are calibrated on ``pictures``. It also says for which sizes of whole
-    images there is a form that resizes them by itself.
+    The bundle replaces an older one at ``out`` only when every comparison is within tolerance.
+
+    Args:
+        pictures: reduced precisions are calibrated on them, too.
+        temperature: the checkpoint's. The logit scale is divided by it, so that the server is calibrated as PyTorch is.
+        profile: the graphs' opset, and the variants of the image encoder beside the float32 one.
 
     Raises:
         CheckFailed: a comparison is out of tolerance, also of a reduced precision; the message is the whole table.
-        DataError: a picture cannot be decoded, a class name is too long for the text tower, or there are fewer than 32
-            pictures for a reduced precision.
+        DataError: an image cannot be decoded, a class name is too long for the text tower, or there are fewer than 32
+            images for a reduced precision.
         UsageError: ``out`` exists and is no bundle, or the method cannot be exported.
     """
     validate_folder(out)
-    profile.validate_image_count(len(pictures))
+    if profile.precisions:
+        validate_image_count(len(pictures))
     if method.not_exportable:
         raise UsageError(f"{method.name} cannot be packed: {method.not_exportable}")
-    if method.closed_vocabulary:  # what it does not know is refused now, not after minutes of export
+    if method.closed_vocabulary:  # fails now, not after minutes of export, on names that it does not know
         method.exported_classifier(vocabulary.words).merged(vocabulary.word_rows)
     total = 5 + len(profile.precisions) + len(profile.source_sizes)
     with progress("pack", total) as report, replace_folder(out) as folder, torch.inference_mode():
@@ -96,26 +99,28 @@ def bundle_from_method(
         verification = compare_with_torch(method, vocabulary, features, pixels, expected, folder)
         if not verification:
             raise CheckFailed(f"the export does not equal PyTorch, nothing was written: {verification}")
-        evidence = Evidence(pixels=pixels, expected=expected, classifier=features)
-        forms, verified = encoder_forms(folder, profile, evidence, report, 5)
+        samples = VerificationSamples(
+            what="images", names=(), files=(), pixels=pixels, expected=expected, reference="PyTorch"
+        )
+        variants, verified = encoder_variants(folder, profile, samples, features, report, 5)
         verification += verified
         for done, size in enumerate(profile.source_sizes, start=5 + len(profile.precisions)):
             report(done, "{} x {} images".format(*size))
             told = _metadata(method, vocabulary)
-            form, comparisons = write_source_form(
+            variant, comparisons = write_source_variant(
                 method, size, folder, pictures, classifier=features, metadata=told, profile=profile
             )
-            forms.append(form)
+            variants.append(variant)
             verification += Verification(comparisons)
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
-        write_manifest(folder, _manifest(method, vocabulary, features, forms, provenance))
+        write_manifest(folder, _manifest(method, vocabulary, features, variants, provenance))
     return read_bundle(out)
 
 
 def _golden_first(expected: NDArray[np.float32]) -> list[int]:
-    """The order of images with unit features [N, D] that has the golden ones first: the first, then the most different.
+    """The order of images, by unit features [N, D], with the golden ones first: the first, then the most different.
 
-    The first few of a sorted folder are of one class: what is alike has nothing left after centring but its error.
+    The first few of a sorted folder are of one class, and of equal images centring leaves nothing but the error.
     """
     order, closest = [0], expected @ expected[0]
     while len(order) < min(GOLDEN_COUNT, len(expected)):
@@ -126,22 +131,22 @@ def _golden_first(expected: NDArray[np.float32]) -> list[int]:
 
 
 def validate_weights(base_model: str) -> None:
-    """Refuse a base model whose weights are drawn and not read: nobody wants to serve it who does not say so.
+    """Validate that ``base_model`` has trained weights.
 
     Raises:
-        UsageError: ``base_model`` is one.
+        UsageError: its weights are random.
     """
     from clipship.training.model.clip import has_random_weights
 
     if has_random_weights(base_model):
         raise UsageError(
-            f"base model {base_model}: its weights are random, so it tells nothing apart: train on one that has "
+            f"base model {base_model}: its weights are random, so it cannot tell classes apart: train on one that has "
             "weights, such as ViT-B-16/openai, or give --allow-random-weights"
         )
 
 
 def _write_tokenizer(method: Method, vocabulary: Vocabulary, folder: Path) -> None:
-    """What ``clipship vocab`` makes tokens with, compared with open_clip's on the vocabulary.
+    """Write the tokenizer of ``clipship vocab``, after comparing it with open_clip's on the vocabulary.
 
     Raises:
         CheckFailed: it gives other tokens than the model's own.
@@ -156,7 +161,7 @@ def _write_tokenizer(method: Method, vocabulary: Vocabulary, folder: Path) -> No
 
 
 def _metadata(method: Method, vocabulary: Vocabulary) -> dict[str, str]:
-    """What stands in every graph."""
+    """Metadata of every graph."""
     return {
         "clipship.base_model": method.clip.name,
         "clipship.base_model_digest": method.clip.digest,
@@ -166,45 +171,47 @@ def _metadata(method: Method, vocabulary: Vocabulary) -> dict[str, str]:
 
 
 def _export(method: Method, vocabulary: Vocabulary, profile: Profile, folder: Path, report: Report) -> None:
-    clip, metadata = method.clip, _metadata(method, vocabulary)
+    clip, metadata, specs = method.clip, _metadata(method, vocabulary), _inputs_outputs(method.clip)
     written = partial(onnx_from_module, opset=profile.opset, external_bytes=profile.external_bytes)
-    image_input, image_output = tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)
     report(0, "image encoder to ONNX")
+    image, embedding = specs[layout.IMAGE_ENCODER]
     written(
         FusedImageEncoder(method, opset=profile.opset),
-        torch.zeros((2, *[int(size) for size in image_input.shape[1:]]), dtype=torch.uint8),
+        torch.zeros((2, *[int(size) for size in image.shape[1:]]), dtype=torch.uint8),
         folder / layout.IMAGE_ENCODER,
-        input_spec=image_input,
-        output_spec=image_output,
+        input_spec=image,
+        output_spec=embedding,
         metadata={**metadata, "clipship.image_spec": json.dumps(clip.image_spec.to_json())},
     )
     report(1, "text encoder to ONNX")
     shortest = [prompt_of(name, method.templates[0]) for name in ("a", "b")]
+    tokens, embedding = specs[layout.TEXT_ENCODER]
     written(
         TextEncoder(method),
         clip.tokenize(shortest),
         folder / layout.TEXT_ENCODER,
-        input_spec=_tokens_tensor(clip),
-        output_spec=tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES),
+        input_spec=tokens,
+        output_spec=embedding,
         sizes={tensors.TOKENS: (len(clip.token_ids(shortest[0])) + 2, clip.context_length)},
         metadata={**metadata, "clipship.templates": json.dumps(method.templates)},
     )
     report(2, "text features")
 
 
-def _tokens_tensor(clip: Clip) -> tensors.TensorSpec:
-    """Of any length up to the context length where padding does not matter, else of the context length."""
-    return tensors.tokens_tensor() if is_causal(clip) else tensors.tokens_tensor(clip.context_length)
+def _inputs_outputs(clip: Clip) -> dict[str, tuple[tensors.TensorSpec, tensors.TensorSpec]]:
+    """By file. Prompts may have any length up to the context length where padding does not matter."""
+    length = tensors.TOKENS if is_causal(clip) else clip.context_length
+    return {
+        layout.IMAGE_ENCODER: (tensors.image_tensor(clip.image_spec.size_px), tensors.embedding_tensor(clip.embed_dim)),
+        layout.TEXT_ENCODER: (tensors.tokens_tensor(length), tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES)),
+    }
 
 
 def _write_vocabulary(method: Method, vocabulary: Vocabulary, folder: Path, temperature: float) -> VocabularyFeatures:
-    from safetensors.numpy import save
-
     classifier = method.exported_classifier(vocabulary.words)
     validate_classifier(method, vocabulary.words, classifier)
     features = classifier.merged(vocabulary.word_rows).tempered(temperature)
-    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(features.tensors()))  # save_file: readable by the owner only
-    (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in vocabulary), encoding="utf-8")
+    layout.write_vocabulary(folder, vocabulary, features.tensors())
     return features
 
 
@@ -215,8 +222,6 @@ def _write_golden(
     vocabulary: VocabularyFeatures,
     folder: Path,
 ) -> None:
-    from safetensors.numpy import save
-
     count = len(pictures)
     golden = folder / layout.GOLDEN
     golden.mkdir()
@@ -224,51 +229,36 @@ def _write_golden(
     for name, picture in zip(names, pictures, strict=True):
         (golden / name).write_bytes(picture.data)
     write_json_atomic(golden / "files.json", names)
-    scores = vocabulary.probabilities(expected[:count])
-    k = min(5, scores.shape[1])
-    indices = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    arrays = {
-        "pixels": pixels[:count],
-        "embedding": expected[:count],
-        "scores": np.take_along_axis(scores, indices, axis=1),
-        "indices": indices.astype(np.int64),
-    }
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-    (folder / layout.GOLDEN_TENSORS).write_bytes(save(contiguous))
+    scores, indices = vocabulary.best(expected[:count], layout.GOLDEN_CLASSES)
+    arrays: dict[str, NDArray[Any]] = {"pixels": pixels[:count], "embedding": expected[:count]}
+    layout.save_tensors(folder / layout.GOLDEN_TENSORS, {**arrays, "scores": scores, "indices": indices})
 
 
 def _manifest(
     method: Method,
     vocabulary: Vocabulary,
     features: VocabularyFeatures,
-    forms: Sequence[EncoderForm],
+    variants: Sequence[EncoderVariant],
     provenance: dict[str, Any],
 ) -> Manifest:
     clip = method.clip
     packages = ("torch", "open_clip_torch", "onnx", "onnxscript", "onnxruntime", "pillow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
-    text_output = tensors.embedding_tensor(clip.embed_dim, tensors.CLASSES)
     return Manifest(
         base_model=clip.name,
         base_model_digest=clip.digest,
         method=method.name,
         image_spec=clip.image_spec,
-        inputs_outputs={
-            layout.IMAGE_ENCODER: (
-                tensors.image_tensor(clip.image_spec.size_px),
-                tensors.embedding_tensor(clip.embed_dim),
-            ),
-            layout.TEXT_ENCODER: (_tokens_tensor(clip), text_output),
-        },
+        inputs_outputs=_inputs_outputs(clip),
         embed_dim=clip.embed_dim,
         context_length=clip.context_length,
         vocabulary=replace(vocabulary, templates=method.templates),
         classifier_parts=features.parts,
-        image_encoders=tuple(forms),
+        image_encoders=tuple(variants),
         measured_on=this_processor(),
         provenance={
             **provenance,
-            "opset": forms[0].opset,
+            "opset": variants[0].opset,
             "python": platform.python_version(),
             "packages": versions,
         },

@@ -1,4 +1,4 @@
-"""PyTorch's side of every comparison: the features of images and class names that an exported form must give too.
+"""PyTorch's side of every comparison: the features that an exported variant must give, too.
 
 Shape legend: N images, H = W pixels, C class names, D features.
 """
@@ -16,25 +16,22 @@ from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
 from clipship.core.bundle import Bundle, VocabularyFeatures
+from clipship.core.comparison import (
+    BATCH_SIZES,
+    Comparison,
+    Verification,
+    VerificationSamples,
+    compare_features,
+    run_in_batches,
+)
 from clipship.core.errors import CheckFailed, CheckpointError, DataError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, pixels_from_bytes
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
 from clipship.export.image_input import Picture as Picture
-from clipship.export.verification.verify import (
-    BATCH_SIZES,
-    Comparison,
-    Verification,
-    VerificationSamples,
-    compare_features,
-    golden_samples,
-    onnx_session,
-    run_in_batches,
-    session_function,
-    verify_bundle,
-    verify_encoder,
-)
+from clipship.export.verification.runners import onnx_session, session_function
+from clipship.export.verification.verify import verify_encoder
 from clipship.training.model.prompts import without_padding
 
 if TYPE_CHECKING:
@@ -52,18 +49,17 @@ def pixels_of(pictures: Sequence[Picture], spec: ImageSpec) -> NDArray[np.uint8]
     Raises:
         DataError: one cannot be decoded.
     """
-    return np.stack([_pixels(picture, spec) for picture in pictures])
-
-
-def _pixels(picture: Picture, spec: ImageSpec) -> NDArray[np.uint8]:
-    try:
-        return pixels_from_bytes(picture.data, spec)
-    except ImageDecodeError as error:
-        raise DataError(f"{picture.name}: {error}: verify with images that can be read") from error
+    rows = []
+    for picture in pictures:
+        try:
+            rows.append(pixels_from_bytes(picture.data, spec))
+        except ImageDecodeError as error:
+            raise DataError(f"{picture.name}: {error}: verify with images that can be read") from error
+    return np.stack(rows)
 
 
 def image_features(method: Method, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Unit features [N, D] of uint8 ``pixels`` [N, H, W, 3] by PyTorch, through the very module that is exported."""
+    """Unit features [N, D] of uint8 ``pixels`` [N, H, W, 3] by PyTorch."""
     encoder = ImageEncoder(method).eval()
     with torch.inference_mode():
         return run_in_batches(lambda rows: encoder(torch.from_numpy(rows)).numpy(), pixels, _TORCH_BATCH)
@@ -75,10 +71,10 @@ _MAX_PROBABILITY_DIFFERENCE = 1e-5
 
 
 def validate_classifier(method: Method, names: Sequence[str], given: VocabularyFeatures) -> None:
-    """Refuse a ``given`` classifier of ``names`` that gives other probabilities than ``method`` in PyTorch.
+    """Validate that the ``given`` classifier of ``names`` gives the probabilities of ``method`` in PyTorch.
 
-    Compared on embeddings at its classes, at the keys of its cache and at random, so no image is needed. Where it is
-    class features and nothing else, 64 of the names are enough: PyTorch would encode all of them a second time.
+    They are compared on embeddings at its classes, at the keys of its cache and at random, so no image is needed. Of a
+    classifier without other parts than class features 64 names are compared, as PyTorch encodes them a second time.
 
     Raises:
         CheckFailed: a probability differs by more than 1e-5.
@@ -116,11 +112,11 @@ def compare_with_torch(
     expected: NDArray[np.float32],
     folder: Path,
 ) -> Verification:
-    """The ONNX files of ``folder`` on ``pixels`` [N, H, W, 3] and on the vocabulary's prompts, against PyTorch.
+    """Compare the ONNX files in ``folder`` with PyTorch, on ``pixels`` [N, H, W, 3] and on the vocabulary's prompts.
 
     Args:
         expected: PyTorch's unit features [N, D] of ``pixels``.
-        features: what decides the best class.
+        features: the classifier that picks the best class.
     """
     count = min(GOLDEN_COUNT, len(pixels))
     image_encoder = partial(
@@ -132,7 +128,7 @@ def compare_with_torch(
 
 
 def compare_prompts(method: Method, vocabulary: Vocabulary, folder: Path) -> tuple[Comparison, ...]:
-    """The text encoder of ``folder`` on the vocabulary's prompts, some with all their padding, against PyTorch."""
+    """Compare the text encoder in ``folder`` with PyTorch on the vocabulary's prompts, some of them padded."""
     path = folder / layout.TEXT_ENCODER
     takes_short_prompts = isinstance(onnx_session(path).get_inputs()[0].shape[1], str)  # not those of clipship 0.2
     padded = method.clip.tokenize(vocabulary.prompts(method.templates[0]))
@@ -146,9 +142,9 @@ def compare_prompts(method: Method, vocabulary: Vocabulary, folder: Path) -> tup
 
 
 def compare_vocabulary(method: Method, bundle: Bundle) -> tuple[Comparison, ...]:
-    """The bundle's features of its classes against PyTorch's: what a swapped or foreign vocabulary fails.
+    """Compare the bundle's class features with PyTorch's, which a swapped or foreign vocabulary fails.
 
-    A linear probe has weights instead, which only the golden scores are compared by.
+    A linear probe has weights instead; only its golden scores are compared.
     """
     given = bundle.vocabulary_features()
     if given.bias is not None:
@@ -192,7 +188,7 @@ def samples_from_pictures(bundle: Bundle, pictures: Sequence[Picture], method: M
 
 
 def validate_base_model(bundle: Bundle, method: Method) -> None:
-    """Nothing when ``bundle`` was packed from the base model that ``method`` runs on.
+    """Validate that ``bundle`` was packed from the base model of ``method``.
 
     Raises:
         CheckpointError: it was not.
@@ -204,19 +200,7 @@ def validate_base_model(bundle: Bundle, method: Method) -> None:
         )
 
 
-def verify_against_method(bundle: Bundle, method: Method, pictures: Sequence[Picture]) -> Verification:
-    """All that the bundle offers, by the runtimes that serve it, against PyTorch running ``method`` on ``pictures``.
-
-    Raises:
-        CheckpointError: the method runs on another base model than the bundle was packed from.
-        DataError: a picture cannot be decoded.
-    """
-    validate_base_model(bundle, method)
-    samples = [golden_samples(bundle), samples_from_pictures(bundle, pictures, method)]
-    return verify_bundle(bundle, samples) + verify_text(bundle, method)
-
-
 def verify_text(bundle: Bundle, method: Method) -> Verification:
-    """The bundle's text encoder and its vocabulary's features against PyTorch."""
+    """Compare the bundle's text encoder and class features with PyTorch."""
     prompts = compare_prompts(method, bundle.vocabulary, bundle.path)
     return Verification((*prompts, *compare_vocabulary(method, bundle)))

@@ -25,7 +25,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from clipship.core.bundle import EncoderForm, VocabularyFeatures
+from clipship.core.bundle import EncoderVariant, VocabularyFeatures
+from clipship.core.comparison import Comparison
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import (
     WEIGHT_BITS,
@@ -41,7 +42,7 @@ from clipship.export.fused_encoder import FusedImageEncoder
 from clipship.export.image_input import Picture, pixels_of_sources, sources_of
 from clipship.export.onnx_graph import OPSET, onnx_from_module
 from clipship.export.reference import image_features
-from clipship.export.verification.verify import Comparison, verify_encoder
+from clipship.export.verification.verify import verify_encoder
 
 if TYPE_CHECKING:
     from clipship.export.precision.encoder_variants import Profile
@@ -146,13 +147,13 @@ class SourceEncoder(nn.Module):
 
 
 def source_tensor(source_size: tuple[int, int]) -> TensorSpec:
-    """The input uint8 [N, H0, W0, 3], named as that of every other form."""
+    """The input uint8 [N, H0, W0, 3], named as that of every other variant."""
     width, height = source_size
     plain = image_tensor(1)
     return TensorSpec(name=plain.name, dtype=plain.dtype, shape=(plain.shape[0], height, width, 3))
 
 
-def write_source_form(
+def write_source_variant(
     method: Method,
     source_size: tuple[int, int],
     folder: Path,
@@ -161,7 +162,7 @@ def write_source_form(
     classifier: VocabularyFeatures,
     metadata: Mapping[str, str],
     profile: Profile,
-) -> tuple[EncoderForm, tuple[Comparison, ...]]:
+) -> tuple[EncoderVariant, tuple[Comparison, ...]]:
     """Export the encoder for images of ``source_size`` into ``folder``, and compare it with Pillow and PyTorch.
 
     Args:
@@ -197,11 +198,11 @@ def write_source_form(
     )
     if not all(comparisons):
         table = "\n".join(map(str, comparisons))
-        raise CheckFailed(f"the form for {width} x {height} does not equal PyTorch, nothing was written:\n{table}")
-    form = EncoderForm(
+        raise CheckFailed(f"the variant for {width} x {height} does not equal PyTorch, nothing was written:\n{table}")
+    variant = EncoderVariant(
         file=path.name, precision="fp32", runtime="onnx", opset=profile.opset, source_size=(width, height)
     )
-    return form, comparisons
+    return variant, comparisons
 
 
 def compare_with_pillow(sources: NDArray[np.uint8], spec: ImageSpec) -> NDArray[np.uint8]:

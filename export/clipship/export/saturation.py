@@ -1,14 +1,14 @@
-"""8-bit products whose sums are the same on every processor, and what becomes of those whose are not.
+"""8-bit products that cannot saturate on any processor, and an emulation of those that can.
 
 x86-64 processors without VNNI (AVX2, and AVX-512 before Cascade Lake) multiply 8-bit numbers with VPMADDUBSW (Intel's
 Software Developer's Manual, volume 2): the products of two neighbouring inputs are added into 16 bits *with
-saturation*. A sum beyond 32767 becomes 32767, and features are wrong without a word. The kernels of ONNX Runtime and of
-oneDNN, which OpenVINO uses, both pair inputs 2i and 2i + 1, and both take activations without a sign, so that an int8
-activation of x stands there as x + 128, from 0 to 255.
+saturation*. A sum beyond 32767 becomes 32767, and features are silently wrong. The kernels of ONNX Runtime and of
+oneDNN, which OpenVINO uses, both pair inputs 2i and 2i + 1, and both take unsigned activations: an int8 activation x
+becomes x + 128, from 0 to 255.
 
-So weights are safe when of every pair those of equal sign have magnitudes of at most 128 together: 255 * 128 = 32640.
-(Weights of 7 bits are safe, too; the step that a column's largest pair needs is finer, as few columns have their two
-largest weights side by side.)
+So weights are safe when the magnitudes of equal sign in every pair add up to at most 128: 255 * 128 = 32640. (Weights
+of 7 bits are safe, too, but coarser: few columns have their two largest weights side by side.) No other quantiser that
+we know makes such weights; NVIDIA ModelOpt's are not pair-safe, and it needs PyTorch and a GPU's packages.
 
 Legend: N images, M rows, K inputs and F outputs of a product, H = W pixels, D features.
 """
@@ -37,16 +37,16 @@ _DOMAIN, _PRODUCT = "clipship.emulation", "SaturatingMatMul"
 
 
 def int8_weights(weight_KF: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Weights as int8 [K, F] that cannot saturate, and what each column's steps are worth, [F] above 0.
+    """Weights as int8 [K, F] that cannot saturate, and the size [F] of each column's step, above 0.
 
-    Two magnitudes that come to 127 steps before they are rounded come to 128 at most afterwards.
+    Two magnitudes that add up to 127 steps before rounding add up to at most 128 after it.
     """
     steps_F = np.maximum(_pair_sums(weight_KF).max(axis=0), 1e-30) / INT8_MAX
     return np.round(weight_KF / steps_F).astype(np.int8), steps_F.astype(np.float32)
 
 
 def can_saturate(weight_KF: NDArray[np.int8]) -> NDArray[np.bool_]:
-    """Which pairs of inputs of which outputs, [K / 2, F], some activations would saturate."""
+    """The pairs of inputs, [K / 2, F], that some activations would saturate."""
     result: NDArray[np.bool_] = _pair_sums(weight_KF.astype(np.int16)) > _MOST_OF_A_PAIR
     return result
 
@@ -61,7 +61,7 @@ def graph_can_saturate(path: Path) -> bool:
 
 
 def _pair_sums(weight_KF: NDArray[Any]) -> NDArray[Any]:
-    """[K / 2, F]: the larger of what a pair's positive and of what its negative weights come to."""
+    """[K / 2, F]: the larger of a pair's sum of positive and sum of negative weights."""
     pairs = _in_pairs(weight_KF)
     sums: NDArray[Any] = np.maximum(np.maximum(pairs, 0).sum(axis=1), np.maximum(-pairs, 0).sum(axis=1))
     return sums
@@ -96,7 +96,7 @@ def _exact_product(x_MK: NDArray[np.int8], weight_KF: NDArray[np.int8]) -> NDArr
 def emulated_int8(path: Path) -> Run:
     """The int8 graph at ``path`` as a function of its input, computed by NumPy with sums that saturate.
 
-    What stays float32 is computed by ONNX's reference implementation. It is slow, for a few images.
+    ONNX's reference implementation computes what stays float32. It is slow: use it for a few images.
     """
     from onnx.reference import ReferenceEvaluator
 
@@ -110,7 +110,7 @@ def emulated_int8(path: Path) -> Run:
 
 
 def _operators() -> list[Any]:
-    """The product; and what the reference lacks at our opset, or calls Python for number by number."""
+    """The saturating product, and operators that the reference lacks at our opset or computes one by one."""
     from onnx.reference.op_run import OpRun
     from scipy.special import erf
 
@@ -139,10 +139,9 @@ def _with_saturating_products(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     makers = {name: node for node in model.graph.node for name in node.output}
-    emulated = copy_without_weights(model)
+    emulated = copy_without_weights(model, nodes=False)
     emulated.graph.initializer.extend(model.graph.initializer)
     emulated.opset_import.add(domain=_DOMAIN, version=1)
-    del emulated.graph.node[:], emulated.graph.value_info[:]
     for node in model.graph.node:
         operands = list(_dequantised(node, makers))
         if len(operands) == 2:

@@ -18,7 +18,7 @@ import html
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -51,6 +51,7 @@ _CLEANERS: Mapping[Clean, Callable[[str], str]] = {
 }
 
 
+@cache
 def _characters_of_bytes() -> dict[int, str]:
     """A printable character for each byte, in the order in which the tokenizer numbers them.
 
@@ -69,16 +70,12 @@ class Tokenizer:
     """Pairs of symbols that become one, the most frequent first."""
     clean: Clean = "lower"
     special_tokens: tuple[str, ...] = ("<start_of_text>", "<end_of_text>")
-    """Start, end, and what else has a number of its own."""
-
-    @cached_property
-    def _bytes(self) -> dict[int, str]:
-        return _characters_of_bytes()
+    """Start, end, and others."""
 
     @cached_property
     def _ids(self) -> dict[str, int]:
         """The number of every symbol: bytes, bytes that end a word, merges, special tokens."""
-        singles = list(self._bytes.values())
+        singles = list(_characters_of_bytes().values())
         merged = ["".join(pair) for pair in self.merges]
         symbols = [*singles, *(one + _WORD_END for one in singles), *merged, *self.special_tokens]
         return {symbol: number for number, symbol in enumerate(symbols)}
@@ -129,7 +126,7 @@ class Tokenizer:
 
     def _ids_of_piece(self, piece: str) -> tuple[int, ...]:
         if piece not in self._piece_ids:
-            characters = [self._bytes[byte] for byte in piece.encode()]
+            characters = [_characters_of_bytes()[byte] for byte in piece.encode()]
             self._piece_ids[piece] = tuple(self._ids[symbol] for symbol in self._merged(characters))
         return self._piece_ids[piece]
 
@@ -145,7 +142,7 @@ class Tokenizer:
         """Token ids [C, L] with start, end and zeros behind it, as ``text_encoder.onnx`` takes them.
 
         Raises:
-            DataError: a prompt does not fit into ``context_length`` (open_clip would cut it without a word).
+            DataError: a prompt does not fit into ``context_length`` (open_clip would silently cut it).
             MissingExtraError: as :meth:`ids`.
         """
         rows = np.zeros((len(prompts), context_length), np.int64)

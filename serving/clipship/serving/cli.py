@@ -10,6 +10,7 @@ import click
 
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 
 _FILE = click.Path(path_type=Path)
@@ -69,7 +70,7 @@ _tuning_options = option_group(
 )
 @click.option(
     "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
     help="Of the image encoder, one that the bundle was packed with; plans have their own.",
@@ -91,7 +92,7 @@ def repository(
     out: Path,
     vocabularies: tuple[str, ...],
     backend: Literal["python", "onnxruntime", "tensorrt"],
-    precision: Literal["fp32", "fp16", "bf16", "int8"],
+    precision: Precision,
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,
@@ -115,7 +116,7 @@ def repository(
     if len(others) < len(vocabularies):
         raise UsageError("two vocabularies have the same name: give each --vocabulary a name of its own")
     read = [read_plan(path) for path in plans]
-    most = min([64, *(plan.info.profile.most for plan in read)]) if max_batch_size is None else max_batch_size
+    most = min([64, *(plan.info.profile.max for plan in read)]) if max_batch_size is None else max_batch_size
     settings: dict[str, Any] = {"backend": backend, "precision": precision, "max_batch_size": most, "top_k": top_k}
     settings["tuning"] = Tuning(**tuning, warmup_batch_sizes=warmup_batch_sizes or None)
     repository_from_bundle(opened, out, plans=read, tensorrt_version=tensorrt_version, others=others, **settings)

@@ -1,4 +1,4 @@
-"""What a processor is, and which forms it runs at the speed that was measured on another."""
+"""What a processor is, and which variants it runs at the speed that was measured on another."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_system_that_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         ("onnx", "int8", GENOA, ROME, "onnx"),
     ],
 )
-def test_who_runs_a_form_on_another_processor(
+def test_who_runs_a_variant_on_another_processor(
     runtime: str, precision: str, measured_on: Processor, here: Processor, expected: str
 ) -> None:
     given, why = runtime_here(runtime, precision, measured_on.instruction_sets, here)

@@ -14,26 +14,27 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipship.core.bundle import EncoderForm, VocabularyFeatures, read_bundle
+from clipship.core.bundle import EncoderVariant, VocabularyFeatures, read_bundle
 from clipship.core.cli.main import main
+from clipship.core.comparison import VerificationSamples
 from clipship.core.errors import CheckFailed, DataError, UsageError
 from clipship.core.machine.processor import this_processor
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import _golden_first, bundle_from_method
-from clipship.export.precision import encoder_variants as forms
+from clipship.export.precision import encoder_variants as variants
 from clipship.export.precision.encoder_variants import Profile, speed_line, speed_ratio
-from clipship.export.reference import Picture, verify_against_method
+from clipship.export.reference import Picture
 from clipship.export.verification import runners, verify
 from clipship.export.verification.runners import Run
 from clipship.export.verification.verify import verify_bundle
 from clipship.training.model.clip import Clip
-from tests.export.conftest import NAMES, method_of, write_checkpoint
+from tests.export.conftest import NAMES, method_of, verify_against_method, write_checkpoint
 
 VOCABULARY = Vocabulary(names=NAMES)
 
 
-def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
+def test_pack_keeps_the_variants_that_were_asked_for_and_says_what_they_gain(
     clip: Clip,
     pictures: list[Picture],
     tmp_path: Path,
@@ -52,19 +53,19 @@ def test_pack_keeps_the_forms_that_were_asked_for_and_says_what_they_gain(
     assert "x at batch 1" in lines[2]
     assert "x at batch 8" in lines[2]
     bundle = read_bundle(tmp_path / "bundle")
-    forms_of = {
+    variants_of = {
         runtime: [(one.file, one.precision, one.opset) for one in bundle.image_encoders if one.runtime == runtime]
         for runtime in ("onnx", "openvino")
     }
-    assert forms_of["onnx"] == [
+    assert variants_of["onnx"] == [
         ("image_encoder.onnx", "fp32", 20),
         ("image_encoder.bf16.onnx", "bf16", 20),
         ("image_encoder.int8.onnx", "int8", 20),
     ]
     if importlib.util.find_spec("openvino"):  # no files of its own; whether it has bfloat16 depends on the processor
-        tell_way(f"OpenVINO has {', '.join(precision for _, precision, _ in forms_of['openvino'])}")
-        assert forms_of["openvino"][0] == ("image_encoder.onnx", "fp32", 20)
-        assert forms_of["openvino"][-1] == ("image_encoder.int8.onnx", "int8", 20)
+        tell_way(f"OpenVINO has {', '.join(precision for _, precision, _ in variants_of['openvino'])}")
+        assert variants_of["openvino"][0] == ("image_encoder.onnx", "fp32", 20)
+        assert variants_of["openvino"][-1] == ("image_encoder.int8.onnx", "int8", 20)
         assert all(set(one.speed) == {"1", "8"} for one in bundle.image_encoders if one.runtime == "openvino")
     assert bundle.image_encoders[1].speed == {}
     assert set(bundle.image_encoders[2].speed) == {"1", "8"}
@@ -97,7 +98,7 @@ def test_a_precision_that_fails_its_gate_is_not_kept_and_nothing_is_written(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_verify_passes_without_the_form_that_pack_left_out_and_names_it(
+def test_verify_passes_without_the_variant_that_pack_left_out_and_names_it(
     clip: Clip, pictures: list[Picture], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a processor where OpenVINO's int8 adds with saturation and ONNX Runtime's does not."""
@@ -108,12 +109,12 @@ def test_verify_passes_without_the_form_that_pack_left_out_and_names_it(
         run = by_openvino(path, precision)
         return run if precision == "fp32" else lambda rows: run(255 - rows)
 
-    monkeypatch.setattr(forms, "openvino_function", saturated)
+    monkeypatch.setattr(variants, "openvino_function", saturated)
     monkeypatch.setattr(verify, "openvino_function", saturated)
     profile = Profile(precisions=("int8",))
     method = method_of(clip, "zero-shot")
     bundle = bundle_from_method(method, VOCABULARY, pictures, tmp_path / "b", provenance={}, profile=profile)
-    assert [(form.precision, form.runtime) for form in bundle.image_encoders] == [
+    assert [(variant.precision, variant.runtime) for variant in bundle.image_encoders] == [
         ("fp32", "onnx"),
         ("int8", "onnx"),
         ("fp32", "openvino"),
@@ -133,11 +134,14 @@ def test_a_bundle_packed_without_openvino_says_so(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     features = np.eye(2, 4, dtype=np.float32)
     classifier = VocabularyFeatures(features=features, logit_scale=1.0)
-    evidence = forms.Evidence(pixels=np.zeros((2, 4, 4, 3), np.uint8), expected=features, classifier=classifier)
-    offered, verification = forms.openvino_forms(tmp_path, [], evidence)
+    pixels = np.zeros((2, 4, 4, 3), np.uint8)
+    samples = VerificationSamples(
+        what="images", names=(), files=(), pixels=pixels, expected=features, reference="PyTorch"
+    )
+    offered, verification = variants.openvino_variants(tmp_path, [], samples, classifier)
     assert offered == []
     assert verification.skipped == (
-        "the bundle offers no form by OpenVINO, which was not installed where it was packed",
+        "the bundle offers no variant by OpenVINO, which was not installed where it was packed",
     )
     assert capsys.readouterr().err == "", "who has not installed it does not miss it"
 
@@ -201,6 +205,6 @@ def test_speed_is_a_ratio_of_medians() -> None:
     ],
 )
 def test_what_is_said_about_speed(speed: dict[str, float], kept: tuple[str, ...], expected: str) -> None:
-    form = EncoderForm(file="f.onnx", precision="int8", runtime="onnx", opset=18, kept_fp32=kept, speed=speed)
-    assert speed_line(form).startswith(expected)
-    assert json.loads(json.dumps(form.to_json()))["speed"] == speed
+    variant = EncoderVariant(file="f.onnx", precision="int8", runtime="onnx", opset=18, kept_fp32=kept, speed=speed)
+    assert speed_line(variant).startswith(expected)
+    assert json.loads(json.dumps(variant.to_json()))["speed"] == speed

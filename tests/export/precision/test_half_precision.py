@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from clipship.core.errors import DataError
+from clipship.core.precisions import Precision
 from clipship.export.onnx_graph import load_onnx, save_onnx
-from clipship.export.precision.half_precision import SmallFloat, emulated_onnx, typed_model, typed_onnx
+from clipship.export.precision.half_precision import emulated_onnx, typed_model, typed_onnx
 from clipship.export.reference import Picture, pixels_of
 from clipship.training.model.clip import Clip
 from tests.export.conftest import OPSETS, method_of
@@ -24,7 +25,7 @@ from tests.export.graphs import centred_cosines, features, image_encoder, value_
 ELEMENT = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 FLOAT32_OPERATORS = {"LayerNormalization", "Softmax", "ReduceL2", "Clip"}
 PROFILES = tuple(opset for opset in (18, 23) if opset in OPSETS)
-TYPES: tuple[SmallFloat, ...] = ("fp16", "bf16")
+TYPES: tuple[Precision, ...] = ("fp16", "bf16")
 CASES = [(opset, precision) for opset in PROFILES for precision in TYPES]
 
 
@@ -41,7 +42,7 @@ def sources(clip: Clip, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 
 
 @pytest.fixture(scope="module")
-def typed(sources: dict[int, Path], pixels: NDArray[np.uint8]) -> dict[tuple[int, SmallFloat], Path]:
+def typed(sources: dict[int, Path], pixels: NDArray[np.uint8]) -> dict[tuple[int, Precision], Path]:
     made = {}
     for opset, precision in CASES:
         made[opset, precision] = sources[opset].with_name(f"{opset}-{precision}.onnx")
@@ -51,7 +52,7 @@ def typed(sources: dict[int, Path], pixels: NDArray[np.uint8]) -> dict[tuple[int
 
 @pytest.mark.parametrize(("opset", "precision"), CASES)
 def test_every_node_computes_in_the_type_that_the_rules_say(
-    opset: int, precision: SmallFloat, typed: dict[tuple[int, SmallFloat], Path]
+    opset: int, precision: Precision, typed: dict[tuple[int, Precision], Path]
 ) -> None:
     target = typed[opset, precision]
     types, graph = value_types(target), onnx.load(target).graph
@@ -73,7 +74,7 @@ def test_every_node_computes_in_the_type_that_the_rules_say(
 
 @pytest.mark.parametrize(("opset", "precision"), CASES)
 def test_no_cast_is_made_twice_and_none_undoes_another(
-    opset: int, precision: SmallFloat, typed: dict[tuple[int, SmallFloat], Path]
+    opset: int, precision: Precision, typed: dict[tuple[int, Precision], Path]
 ) -> None:
     graph = onnx.load(typed[opset, precision]).graph
     casts = [node for node in graph.node if node.op_type == "Cast"]
@@ -90,9 +91,9 @@ def test_no_cast_is_made_twice_and_none_undoes_another(
 @pytest.mark.parametrize(("opset", "precision"), CASES)
 def test_the_features_are_close_and_the_rounding_is_real(
     opset: int,
-    precision: SmallFloat,
+    precision: Precision,
     sources: dict[int, Path],
-    typed: dict[tuple[int, SmallFloat], Path],
+    typed: dict[tuple[int, Precision], Path],
     pixels: NDArray[np.uint8],
     tmp_path: Path,
 ) -> None:

@@ -1,18 +1,19 @@
-"""A bundle of the small random CLIP with a form in every precision, and TensorRT-RTX where it is installed."""
+"""A bundle of the small random CLIP with a variant in every precision, and TensorRT-RTX where it is installed."""
 
 from __future__ import annotations
 
 import onnx
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
+from clipship.core.precisions import Precision
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.pack import bundle_from_method
 from clipship.export.reference import Picture
 from clipship.export.tensorrt.runtime import Loaded, load_runtime
 from clipship.training.model.clip import Clip
 from tests.export.conftest import NAMES, method_of
-from tests.export.tensorrt.graphs import typed, with_forms
+from tests.export.tensorrt.graphs import typed, with_variants
 
 TYPED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
 
@@ -23,14 +24,14 @@ def bundle(clip: Clip, pictures: list[Picture], tmp_path_factory: pytest.TempPat
     words = Vocabulary(names=NAMES)
     plain = bundle_from_method(method_of(clip, "sync-clip"), words, pictures, folder / "plain", provenance={})
     model = onnx.load(plain.image_encoder)
-    forms = [
+    variants = [
         (
-            EncoderForm(file=f"image_encoder.{precision}.onnx", precision=precision, runtime="onnx", opset=18),
+            EncoderVariant(file=f"image_encoder.{precision}.onnx", precision=precision, runtime="onnx", opset=18),
             typed(model, precision).SerializeToString(),
         )
         for precision in TYPED
     ]
-    return with_forms(plain, folder / "typed", forms)
+    return with_variants(plain, folder / "typed", variants)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Typed forms of a float32 graph, written here in the plainest way: casts or Q/DQ around each matrix product."""
+"""Typed variants of a float32 graph, written here in the plainest way: casts or Q/DQ around each matrix product."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from clipship.core.bundle import MANIFEST, Bundle, EncoderForm, Manifest, Precision, read_bundle, write_manifest
+from clipship.core.bundle import MANIFEST, Bundle, EncoderVariant, Manifest, read_bundle, write_manifest
+from clipship.core.precisions import Precision
 
 FLOATS = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
@@ -77,12 +78,12 @@ def one_node_model(operator: str, domain: str = "", opset: int = 18) -> bytes:
     return data
 
 
-def with_forms(bundle: Bundle, out: Path, forms: Sequence[tuple[EncoderForm, bytes]]) -> Bundle:
-    """A copy of ``bundle`` in ``out`` whose forms are its first one and ``forms``."""
+def with_variants(bundle: Bundle, out: Path, variants: Sequence[tuple[EncoderVariant, bytes]]) -> Bundle:
+    """A copy of ``bundle`` in ``out`` whose variants are its first one and ``variants``."""
     shutil.copytree(bundle.path, out)
-    for form, data in forms:
-        (out / form.file).write_bytes(data)
+    for variant, data in variants:
+        (out / variant.file).write_bytes(data)
     manifest = Manifest.from_json(json.loads((out / MANIFEST).read_text(encoding="utf-8")))
-    every = (manifest.image_encoders[0], *(form for form, _ in forms))
+    every = (manifest.image_encoders[0], *(variant for variant, _ in variants))
     write_manifest(out, replace(manifest, image_encoders=every))
     return read_bundle(out)

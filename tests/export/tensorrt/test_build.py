@@ -13,32 +13,33 @@ from typing import get_args
 import pytest
 import torch
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import CheckFailed, PlanError, UsageError
 from clipship.core.files import sha256_of
+from clipship.core.precisions import Precision
 from clipship.core.tensorrt_plan import BatchProfile, read_plan
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.export.encoders import ImageEncoder
 from clipship.export.onnx_graph import load_onnx, onnx_from_module, save_onnx
-from clipship.export.precision.half_precision import SmallFloat, typed_model
+from clipship.export.precision.half_precision import typed_model
 from clipship.export.tensorrt import build
 from clipship.export.tensorrt.build import (
     Settings,
     Steps,
-    form_for,
     plan_from_bundle,
     read_timing_cache,
     refit_plan,
     validate_switches,
+    variant_for,
     write_timing_cache,
 )
-from clipship.export.tensorrt.run import load_plan, run_plan
+from clipship.export.tensorrt.run import load_plan
 from clipship.export.tensorrt.runtime import RUNTIMES, Loaded, deprecations_allowed, gpu_here
 from clipship.training.model.clip import Clip
 from tests.export.conftest import method_of
-from tests.export.tensorrt.graphs import one_node_model, with_forms
+from tests.export.tensorrt.graphs import one_node_model, with_variants
 
-SETTINGS = Settings(gpus=("sm89",), profile=BatchProfile(least=1, best=2, most=7))
+SETTINGS = Settings(gpus=("sm89",), profile=BatchProfile(min=1, opt=2, max=7))
 
 
 @pytest.mark.parametrize(
@@ -49,9 +50,9 @@ def test_every_precision_builds_and_says_what_it_is(
 ) -> None:
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision=precision, settings=SETTINGS)
     info = plan.info
-    form = form_for(bundle, precision)
+    variant = variant_for(bundle, precision)
     assert (info.runtime, info.runtime_version, info.gpus) == ("tensorrt-rtx", rtx.version, ("sm89",))
-    assert info.onnx_digest == sha256_of(bundle.path / form.file)
+    assert info.onnx_digest == sha256_of(bundle.path / variant.file)
     assert info.plan_digest == sha256_of(plan.file)
     assert info.plan_bytes == plan.file.stat().st_size > 50_000
     assert (info.input.dtype, info.output.dtype) == ("uint8", "float32")
@@ -76,7 +77,7 @@ def test_attention_as_one_node_builds_in_every_precision(clip: Clip, rtx: Loaded
         onnx_from_module(encoder, sample, path, input_spec=specs[0], output_spec=specs[1], metadata={}, opset=23)
     plain = load_onnx(path)
     assert sum(node.op_type == "Attention" for node in plain.graph.node) == 3
-    for precision in get_args(SmallFloat):
+    for precision in get_args(Precision)[1:3]:
         save_onnx(typed_model(plain, precision, frozenset()), tmp_path / f"{precision}.onnx")
     cases: list[tuple[str, Precision, str]] = [
         ("opset23", "fp32", "FLOAT"),
@@ -157,9 +158,9 @@ def test_switches_that_a_runtime_lacks_are_refused(settings: Settings, message: 
 
 
 def odd_bundle(bundle: Bundle, out: Path, data: bytes) -> Bundle:
-    """``bundle`` with ``data`` for its float16 form."""
-    form = EncoderForm(file="odd.onnx", precision="fp16", runtime="onnx", opset=18)
-    return with_forms(bundle, out, [(form, data)])
+    """``bundle`` with ``data`` for its float16 variant."""
+    variant = EncoderVariant(file="odd.onnx", precision="fp16", runtime="onnx", opset=18)
+    return with_variants(bundle, out, [(variant, data)])
 
 
 def test_a_graph_that_cannot_be_built_leaves_the_old_plan(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
@@ -188,9 +189,9 @@ def test_a_full_disk_leaves_no_half_plan(
 
 
 def test_a_precision_that_the_bundle_lacks(bundle: Bundle, tmp_path: Path) -> None:
-    only = with_forms(bundle, tmp_path / "only", [])
-    with pytest.raises(UsageError, match="no int8 form for TensorRT, it has fp32"):
-        form_for(only, "int8")
+    only = with_variants(bundle, tmp_path / "only", [])
+    with pytest.raises(UsageError, match="no int8 variant for TensorRT, it has fp32"):
+        variant_for(only, "int8")
 
 
 def test_a_folder_of_something_else_is_left_alone(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
@@ -233,10 +234,10 @@ def test_progress_rises_through_nested_phases_to_the_end(
 def test_a_phase_is_one_step_of_its_parent() -> None:
     seen: list[int] = []
     steps = Steps(lambda done, note="": seen.append(done))
-    steps.start("whole", None, 4)
-    steps.done("whole", 0)
-    steps.start("part", "whole", 2)
-    steps.done("part", 0)
+    steps.phase_start("whole", None, 4)
+    steps.step_complete("whole", 0)
+    steps.phase_start("part", "whole", 2)
+    steps.step_complete("part", 0)
     assert seen == [0, 25, 25, 37]
 
 
@@ -249,9 +250,9 @@ from clipship.export.tensorrt.runtime import load_runtime
 from tests.export.tensorrt.test_build import SETTINGS
 
 class Interrupted(build.Steps):
-    def start(self, name, parent, steps):
+    def phase_start(self, phase_name, parent_phase, num_steps):
         os.kill(os.getpid(), signal.SIGINT)
-        super().start(name, parent, steps)
+        super().phase_start(phase_name, parent_phase, num_steps)
 
 build.Steps = Interrupted
 before = signal.getsignal(signal.SIGINT)
@@ -285,7 +286,7 @@ def test_a_build_in_another_thread(bundle: Bundle, rtx: Loaded, tmp_path: Path) 
 def test_without_a_gpu_loading_running_and_refitting_say_so(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision="fp32", settings=SETTINGS)
     with pytest.raises(UsageError, match="runs on a GPU, and PyTorch sees none here"):
-        run_plan(plan, bundle.golden().pixels, bundle)
+        load_plan(plan, bundle)
     with pytest.raises(UsageError, match="has its weights"):
         refit_plan(plan, bundle, tmp_path / "new")
     stripped = replace(plan, info=replace(plan.info, weights_stripped=True))
@@ -305,10 +306,10 @@ def test_without_a_gpu_loading_running_and_refitting_say_so(bundle: Bundle, rtx:
 @pytest.mark.skipif(gpu_here() is None, reason="runs a plan, which needs a GPU")
 @pytest.mark.parametrize("strip", [False, True])
 def test_with_a_gpu_the_plan_gives_pytorchs_features(bundle: Bundle, rtx: Loaded, tmp_path: Path, strip: bool) -> None:
-    settings = Settings(gpus=(str(gpu_here()),), profile=BatchProfile(least=1, best=2, most=3), strip_weights=strip)
+    settings = Settings(gpus=(str(gpu_here()),), profile=BatchProfile(min=1, opt=2, max=3), strip_weights=strip)
     plan = plan_from_bundle(bundle, tmp_path / "plan", rtx, precision="fp32", settings=settings)
     if strip:
         plan = refit_plan(plan, bundle, tmp_path / "refitted")
     golden = bundle.golden()
-    found = run_plan(plan, golden.pixels, bundle)
+    found = load_plan(plan, bundle).features(golden.pixels)
     assert abs(found - golden.embedding).max() <= 1e-4

@@ -35,7 +35,7 @@ def test_a_plan_from_the_command_line(
     info = read_plan(out).info
     assert printed == {"plan": str(out), **json.loads((out / "plan.json").read_text())}
     assert (info.gpus, info.precision, info.workspace_mib) == (("sm80", "sm89"), "fp16", 256)
-    assert (info.profile.least, info.profile.best, info.profile.most) == (1, 4, 4)
+    assert (info.profile.min, info.profile.opt, info.profile.max) == (1, 4, 4)
     assert info.bundle_digest == bundle.digest
     assert main([*command, "--out", str(out)]) == 0  # an older plan is replaced
     assert (

@@ -7,13 +7,14 @@ from pathlib import Path
 import onnx
 import pytest
 
-from clipship.core.bundle import Bundle, Precision
+from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.precisions import Precision
 from clipship.core.tensors import TensorSpec, embedding_tensor, image_tensor
 from clipship.export.precision.half_precision import typed_onnx
 from clipship.export.precision.quantization import quantized_onnx
 from clipship.export.reference import Picture, pixels_of
-from clipship.export.tensorrt.build import form_for
+from clipship.export.tensorrt.build import variant_for
 from clipship.export.tensorrt.inspect import Inspection, inspect_network, parse, read_graph, types_from_graph
 from clipship.export.tensorrt.runtime import Loaded, typed_network
 from tests.export.tensorrt.graphs import one_node_model
@@ -39,20 +40,20 @@ def inspection_of(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16", "int8"])
 def test_the_network_is_what_the_graph_says(bundle: Bundle, rtx: Loaded, precision: Precision) -> None:
-    path = bundle.path / form_for(bundle, precision).file
+    path = bundle.path / variant_for(bundle, precision).file
     found = inspection_of(rtx, path, precision)
     assert found
     computed = sum(node.op_type not in ("Constant", "Identity") for node in onnx.load(path).graph.node)
     assert found.compared > 0.6 * computed  # TensorRT names the rest otherwise, or folds it
-    found.refuse("the graph")
+    found.validate("the graph")
 
 
 @pytest.mark.parametrize("precision", ["fp16", "bf16", "int8"])
-def test_the_forms_that_pack_writes_are_read_as_they_are(
+def test_the_variants_that_pack_writes_are_read_as_they_are(
     bundle: Bundle, rtx: Loaded, pictures: list[Picture], tmp_path: Path, precision: Precision
 ) -> None:
     pixels = pixels_of(pictures[:32], bundle.image_spec)
-    path = tmp_path / "form.onnx"
+    path = tmp_path / "variant.onnx"
     if precision == "int8":
         quantized_onnx(bundle.image_encoder, path, pixels)
     else:
@@ -64,13 +65,13 @@ def test_the_forms_that_pack_writes_are_read_as_they_are(
 
 
 def test_a_parser_that_changes_types_is_seen(bundle: Bundle, rtx: Loaded) -> None:
-    """The network of the float16 form stands in for what a parser might make of the float32 one."""
+    """The network of the float16 variant stands in for what a parser might make of the float32 one."""
     wrong = inspection_of(rtx, bundle.path / "image_encoder.fp16.onnx", "fp16", says=bundle.image_encoder)
     assert wrong  # the casts are around the products: tensors of the float32 graph are float32 here, too
     other = inspection_of(rtx, bundle.path / "image_encoder.fp16.onnx", "bf16")
     assert not other
     with pytest.raises(CheckFailed, match=r"no matrix product is BF16, they are .*HALF"):
-        other.refuse("image_encoder.onnx")
+        other.validate("image_encoder.onnx")
 
 
 def test_a_tensor_of_another_type_is_named(bundle: Bundle, rtx: Loaded, tmp_path: Path) -> None:
@@ -114,7 +115,7 @@ def test_layernorm_and_softmax_in_half_precision_are_refused(bundle: Bundle, rtx
     assert all(" is HALF instead of FLOAT" in reason for reason in found.disagreements)
 
 
-def test_a_form_without_its_layers_is_refused(bundle: Bundle, rtx: Loaded) -> None:
+def test_a_variant_without_its_layers_is_refused(bundle: Bundle, rtx: Loaded) -> None:
     assert "no QUANTIZE layer" in inspection_of(rtx, bundle.image_encoder, "int8").disagreements[0]
 
 
@@ -123,7 +124,7 @@ def test_a_form_without_its_layers_is_refused(bundle: Bundle, rtx: Loaded) -> No
     [
         ("Det", "", 18, "operator Det of node 'the_node', which ONNX has since opset 11, in a graph of opset 18"),
         ("Hann", "", 18, "operator Hann of node 'the_node', of the domain 'ai.onnx', which ONNX does not know"),
-        ("FusedMatMul", "com.microsoft", 18, "domain 'com.microsoft', which ONNX does not know .* choose a form"),
+        ("FusedMatMul", "com.microsoft", 18, "domain 'com.microsoft', which ONNX does not know .* choose a variant"),
         ("ImageDecoder", "", 20, "since opset 20, in a graph of opset 20 .*with an opset below 20"),
     ],
 )

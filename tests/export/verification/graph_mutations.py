@@ -149,7 +149,7 @@ def dropped_positions(model: onnx.ModelProto) -> None:
 
 
 def half_weights(model: onnx.ModelProto) -> None:
-    """All weights through float16, in a form that says it is float32."""
+    """All weights through float16, in a variant that says it is float32."""
     for one in model.graph.initializer:
         if one.data_type == TensorProto.FLOAT and len(one.dims) > 1:
             rounded = numpy_helper.to_array(one).astype(np.float16).astype(np.float32)

@@ -12,12 +12,13 @@ from numpy.typing import NDArray
 
 from clipship.core import tensors
 from clipship.core.bundle import VocabularyFeatures
+from clipship.core.comparison import Comparison, batch_sizes_up_to
 from clipship.core.tolerances import TOLERANCES
 from clipship.export.encoders import ImageEncoder
 from clipship.export.image_input import pictures_from_world
 from clipship.export.onnx_graph import onnx_from_module
 from clipship.export.reference import Picture, image_features, pixels_of
-from clipship.export.verification.verify import Comparison, batch_sizes_up_to, verify_encoder
+from clipship.export.verification.verify import verify_encoder
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.builtin import TINY
 from clipship.training.model.clip import Clip, load_clip

@@ -19,11 +19,20 @@ from PIL import Image
 from clipship.core import tensors
 from clipship.core.bundle import VOCABULARY_TENSORS, Bundle, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.cli.main import main
-from clipship.core.comparison import Answers, Comparison, Verification, compare_answers
+from clipship.core.comparison import (
+    Answers,
+    Comparison,
+    Verification,
+    batch_sizes_up_to,
+    compare_answers,
+    compare_features,
+    golden_samples,
+)
 from clipship.core.errors import CheckFailed
 from clipship.core.machine import processor
 from clipship.core.machine.processor import emulates, this_processor
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.precisions import Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import TextEncoder
 from clipship.export.onnx_graph import onnx_from_module
@@ -37,13 +46,7 @@ from clipship.export.verification.runners import (
     onnx_function,
     openvino_function,
 )
-from clipship.export.verification.verify import (
-    batch_sizes_up_to,
-    compare_classifier,
-    compare_features,
-    golden_samples,
-    verify_bundle,
-)
+from clipship.export.verification.verify import compare_classifier, verify_bundle
 from clipship.training.model.clip import Clip
 from tests.export.conftest import NAMES, method_of, write_checkpoint
 
@@ -280,20 +283,20 @@ def test_swapped_labels_fail(bundle: Bundle, tmp_path: Path) -> None:
     assert "are not their indices' names" in compare_classifier(read_bundle(folder)).failures[0]
 
 
-def test_every_form_is_compared_and_what_cannot_run_is_named(bundle: Bundle, tmp_path: Path) -> None:
-    folder = resigned(bundle, tmp_path / "forms")
+def test_every_variant_is_compared_and_what_cannot_run_is_named(bundle: Bundle, tmp_path: Path) -> None:
+    folder = resigned(bundle, tmp_path / "variants")
     shutil.copyfile(bundle.image_encoder, folder / "image_encoder.fp16.onnx")
     (folder / "image_encoder.broken.onnx").write_bytes(b"no model")
     first = bundle.image_encoders[0]
-    forms = (
+    variants = (
         first,
         replace(first, file="image_encoder.fp16.onnx", precision="fp16"),
         replace(first, file="image_encoder.broken.onnx"),
     )
-    write_manifest(folder, replace(bundle.manifest, image_encoders=forms))
+    write_manifest(folder, replace(bundle.manifest, image_encoders=variants))
     verification = verify_bundle(read_bundle(folder), batch_sizes=(1, 3))
-    by_form = {row.form: row for row in verification.comparisons}
-    assert by_form["image_encoder.fp16.onnx"].tolerance == TOLERANCES["fp16"]
+    by_variant = {row.form: row for row in verification.comparisons}
+    assert by_variant["image_encoder.fp16.onnx"].tolerance == TOLERANCES["fp16"]
     problems = [row.problem for row in verification.comparisons if row.form == "image_encoder.broken.onnx"]
     assert any("ONNX Runtime cannot load it" in problem for problem in problems)
     assert not verification
@@ -301,8 +304,8 @@ def test_every_form_is_compared_and_what_cannot_run_is_named(bundle: Bundle, tmp
     assert "FAILED golden samples, image_encoder.broken.onnx" in text
 
 
-def test_a_form_is_compared_by_the_runtime_that_serves_it(bundle: Bundle, tmp_path: Path) -> None:
-    """As 0.5 left it: without OpenVINO's form, and without the reason."""
+def test_a_variant_is_compared_by_the_runtime_that_serves_it(bundle: Bundle, tmp_path: Path) -> None:
+    """As 0.5 left it: without OpenVINO's variant, and without the reason."""
     folder = resigned(bundle, tmp_path / "old")
     (folder / "verification.json").write_text(json.dumps({**bundle.verification(), "skipped": []}), encoding="utf-8")
     write_manifest(folder, replace(bundle.manifest, image_encoders=bundle.image_encoders[:1], measured_on=None))

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderForm, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, write_manifest
 from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.images.decoding import pixels_from_bytes
@@ -160,7 +160,7 @@ def test_results_on_stdout_are_one_line_an_image(clipship: Run, bundle: Bundle, 
         (["--header", "a: b"], "--bundle runs in this process"),
         (["--vocabulary", "birds"], "give NAME=BUNDLE"),
         (["--vocabulary", "birds=gone"], "gone: no such folder"),
-        (["--precision", "int8"], "no int8 form of the image encoder: give one of fp32"),
+        (["--precision", "int8"], "no int8 variant of the image encoder: give one of fp32"),
         (["--image-column", "x", "--out", "new", "--shard-size", "0"], "shard size 0"),
     ],
 )
@@ -179,10 +179,10 @@ def test_the_precision_is_the_servers_own(clipship: Run, photos: Path) -> None:
     assert (done.returncode, "give it to clipship repository, or give --bundle" in done.stderr) == (2, True)
 
 
-def test_a_form_of_the_encoder_in_this_process(clipship: Run, photos: Path, tmp_path: Path) -> None:
-    """The int8 form's weights are a little off, so that one sees which has run; a job does not go on with another."""
+def test_a_variant_of_the_encoder_in_this_process(clipship: Run, photos: Path, tmp_path: Path) -> None:
+    """The int8 variant's weights are a little off, so one sees which has run; a job does not go on with another."""
     bundle = write_bundle(tmp_path / "bundle")
-    portable = EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18)
+    portable = EncoderVariant(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18)
     int8 = replace(portable, file="image_encoder.int8.onnx", precision="int8")
     (bundle.path / int8.file).write_bytes(image_encoder_model(rounding=0.02))
     write_manifest(bundle.path, replace(bundle.manifest, image_encoders=(portable, int8)))

@@ -1,4 +1,4 @@
-"""Which form of the image encoder is served, and that it really is."""
+"""Which variant of the image encoder is served, and that it really is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderForm, Precision, Runtime, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, Runtime, read_bundle, write_manifest
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.machine import processor
 from clipship.core.machine.processor import Processor
+from clipship.core.precisions import Precision
 from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import ServerFailed
@@ -25,10 +26,10 @@ from clipship.serving.server.process import start_server
 from tests.serving.bundles import SPEC, image_encoder_model, reference_answers, write_bundle
 
 OTHER = "image_encoder.int8.onnx"
-PORTABLE = EncoderForm(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18)
+PORTABLE = EncoderVariant(file="image_encoder.onnx", precision="fp32", runtime="onnx", opset=18)
 SLOW = replace(PORTABLE, runtime="openvino", speed={"1": 0.5, "8": 1.1})
 FAST = replace(PORTABLE, runtime="openvino", speed={"1": 0.9, "8": 1.6})
-INT8 = EncoderForm(file=OTHER, precision="int8", runtime="onnx", opset=18, speed={"1": 3.0, "8": 2.0})
+INT8 = EncoderVariant(file=OTHER, precision="int8", runtime="onnx", opset=18, speed={"1": 3.0, "8": 2.0})
 INT8_FAST = replace(INT8, runtime="openvino", speed={"1": 2.5, "8": 3.5})
 ROUNDED = image_encoder_model(rounding=0.02)
 BF16 = replace(INT8, file="image_encoder.bf16.onnx", precision="bf16", speed={})
@@ -38,13 +39,13 @@ ROME = Processor(name="AMD EPYC 7B12", instruction_sets=("avx2",))
 GENOA = Processor(name="AMD EPYC 9654", instruction_sets=("avx2", "avx512f", "avx512_vnni", "avx512_bf16"))
 
 
-def _bundle(folder: Path, *forms: EncoderForm, measured_on: Processor | None = None) -> Bundle:
-    """The stand-in bundle with further forms; the other file has weights that are a little off, so that one sees it."""
+def _bundle(folder: Path, *variants: EncoderVariant, measured_on: Processor | None = None) -> Bundle:
+    """The stand-in bundle with further variants; the other file's weights are a little off, so that one sees it."""
     bundle = write_bundle(folder)
-    for form in forms:
-        if form.file != PORTABLE.file:
-            (folder / form.file).write_bytes(ROUNDED)
-    write_manifest(folder, replace(bundle.manifest, image_encoders=(PORTABLE, *forms), measured_on=measured_on))
+    for variant in variants:
+        if variant.file != PORTABLE.file:
+            (folder / variant.file).write_bytes(ROUNDED)
+    write_manifest(folder, replace(bundle.manifest, image_encoders=(PORTABLE, *variants), measured_on=measured_on))
     return read_bundle(folder)
 
 
@@ -57,7 +58,7 @@ def _served(bundle: Bundle, out: Path, **settings: Any) -> tuple[str, str, bytes
 
 
 @pytest.mark.parametrize(
-    ("forms", "precision", "runtime"),
+    ("variants", "precision", "runtime"),
     [
         ((), "fp32", "onnx"),
         ((SLOW,), "fp32", "onnx"),
@@ -68,9 +69,9 @@ def _served(bundle: Bundle, out: Path, **settings: Any) -> tuple[str, str, bytes
     ],
 )
 def test_the_python_backend_takes_the_fastest(
-    tmp_path: Path, forms: tuple[EncoderForm, ...], precision: str, runtime: str
+    tmp_path: Path, variants: tuple[EncoderVariant, ...], precision: str, runtime: str
 ) -> None:
-    bundle = _bundle(tmp_path / "bundle", *forms)
+    bundle = _bundle(tmp_path / "bundle", *variants)
     served = _served(bundle, tmp_path / "out", backend="python", precision=precision)
     model = ROUNDED if precision == "int8" else image_encoder_model()
     assert served == (runtime, precision, model)
@@ -107,10 +108,10 @@ def test_bfloat16_is_for_gpus(tmp_path: Path, tuning: Tuning) -> None:
     assert served == ("onnx", "bf16", ROUNDED)
 
 
-def test_bfloat16_needs_a_form_by_openvino_on_a_processor(tmp_path: Path) -> None:
+def test_bfloat16_needs_a_variant_by_openvino_on_a_processor(tmp_path: Path) -> None:
     bundle = _bundle(tmp_path / "bundle", BF16)
     message = (
-        r"no bf16 form of the image encoder runs there \(image_encoder.bf16.onnx by ONNX Runtime: it has bfloat16 "
+        r"no bf16 variant of the image encoder runs there \(image_encoder.bf16.onnx by ONNX Runtime: it has bfloat16 "
         r"kernels for GPUs only\): give one of fp32$"
     )
     with pytest.raises(UsageError, match=message):
@@ -119,7 +120,7 @@ def test_bfloat16_needs_a_form_by_openvino_on_a_processor(tmp_path: Path) -> Non
         LocalTransport(bundle, precision="bf16")
 
 
-def test_on_another_processor_the_portable_form_is_taken_and_the_log_says_so(
+def test_on_another_processor_the_portable_variant_is_taken_and_the_log_says_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = _bundle(tmp_path / "bundle", FAST, INT8, INT8_FAST, measured_on=GENOA)
@@ -165,22 +166,22 @@ def test_the_manifest_says_where_its_speeds_are_from_and_readers_of_the_key_are_
 
 def test_a_precision_that_the_bundle_lacks(tmp_path: Path) -> None:
     bundle = _bundle(tmp_path / "bundle", FAST, INT8)
-    with pytest.raises(UsageError, match=r"no bf16 form .*give one of fp32, int8, or pack .*--precision bf16"):
+    with pytest.raises(UsageError, match=r"no bf16 variant .*give one of fp32, int8, or pack .*--precision bf16"):
         repository_from_bundle(bundle, tmp_path / "out", backend="python", precision="bf16")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_form_for_whole_images_is_never_taken(tmp_path: Path) -> None:
+def test_a_variant_for_whole_images_is_never_taken(tmp_path: Path) -> None:
     whole = replace(FAST, file="image_encoder_640x480.onnx", speed={"1": 9.0}, source_size=(640, 480))
     assert _served(_bundle(tmp_path / "bundle", whole), tmp_path / "out", backend="python")[0] == "onnx"
 
 
-@pytest.mark.parametrize("forms", [(FAST,), (INT8, INT8_FAST)])
-def test_the_twin_runs_it(tmp_path: Path, photos: Path, forms: tuple[EncoderForm, ...]) -> None:
+@pytest.mark.parametrize("variants", [(FAST,), (INT8, INT8_FAST)])
+def test_the_twin_runs_it(tmp_path: Path, photos: Path, variants: tuple[EncoderVariant, ...]) -> None:
     pytest.importorskip("openvino")
-    bundle = _bundle(tmp_path / "bundle", *forms)
-    transport = LocalTransport(bundle, precision=forms[0].precision)
-    _assert_answers(Classifier(transport), photos, image_encoder_model() if forms[0] is FAST else ROUNDED)
+    bundle = _bundle(tmp_path / "bundle", *variants)
+    transport = LocalTransport(bundle, precision=variants[0].precision)
+    _assert_answers(Classifier(transport), photos, image_encoder_model() if variants[0] is FAST else ROUNDED)
 
 
 def test_the_rounded_weights_can_be_told_apart(photos: Path) -> None:
@@ -199,7 +200,7 @@ def test_triton_runs_it_by_openvino(tmp_path: Path, photos: Path) -> None:
 
 
 @pytest.mark.triton
-def test_a_server_with_another_processor_takes_the_portable_form_or_refuses(tmp_path: Path, photos: Path) -> None:
+def test_a_server_with_another_processor_takes_the_portable_variant_or_refuses(tmp_path: Path, photos: Path) -> None:
     """The list of the processor's abilities is exchanged, nothing else."""
     pytest.importorskip("openvino")
     bundle = _bundle(tmp_path / "bundle", INT8, INT8_FAST, BF16_FAST, measured_on=GENOA)

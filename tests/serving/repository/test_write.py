@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from clipship.core import precisions, tolerances
 from clipship.core.bundle import Bundle
 from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed, PlanError, UsageError
@@ -199,10 +200,15 @@ def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> N
         "preprocess/1/clipship_images.py": images,
         "image_encoder/1/clipship_runtimes.py": cpu,
         "image_encoder/1/clipship_processor.py": processor,
+        **{f"{model}/1/clipship_precisions.py": precisions for model in ("preprocess", "image_encoder", "classifier")},
+        **{f"{model}/1/clipship_tolerances.py": tolerances for model in ("preprocess", "image_encoder", "classifier")},
     }
     for copy, module in copies.items():
         assert module.__file__ is not None
-        assert (out / copy).read_bytes() == Path(module.__file__).read_bytes()
+        source = Path(module.__file__).read_text(encoding="utf-8")
+        expected = source.replace("from clipship.core.precisions", "from clipship_precisions")
+        assert (out / copy).read_text(encoding="utf-8") == expected
+        assert "import clipship" not in expected
     encoded = (out / "preprocess/warmup/encoded").read_bytes()
     assert encoded == len(jpeg_bytes(0)).to_bytes(4, "little") + jpeg_bytes(0)
     assert len((out / "image_encoder/warmup/image").read_bytes()) == SIZE_PX * SIZE_PX * 3
@@ -322,7 +328,7 @@ def test_a_plan_of_another_bundle_is_refused(bundle: Bundle, tmp_path: Path) -> 
 
 def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bundle, tmp_path: Path) -> None:
     plan = plan_of(bundle, tmp_path / "plan")
-    from_two = plan_of(bundle, tmp_path / "from-two", profile=BatchProfile(least=2))
+    from_two = plan_of(bundle, tmp_path / "from-two", profile=BatchProfile(min=2))
     newer = plan_of(bundle, tmp_path / "newer", gpus=("sm80",), runtime_version="10.15.0.1")
     cases: list[tuple[list[TensorRtPlan], dict[str, Any], str]] = [
         ([plan], {"max_batch_size": 65}, r"a batch of 65 images is outside the plan's profile \(1 to 64\)"),
@@ -341,7 +347,7 @@ def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bun
 def test_the_command_line_takes_what_the_plans_take(
     bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    plan_of(bundle, tmp_path / "plan", profile=BatchProfile(best=2, most=4))
+    plan_of(bundle, tmp_path / "plan", profile=BatchProfile(opt=2, max=4))
     command = ["repository", str(bundle.path), "--backend", "tensorrt", "--out", str(tmp_path / "r")]
     assert main([*command, "--plan", str(tmp_path / "plan")]) == 0
     config = config_from_text((tmp_path / "r/image_encoder/config.pbtxt").read_text())

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant
 from clipship.core.cli.main import main
 from clipship.core.errors import CheckFailed
 from clipship.core.images.decoding import ImageDecodeError, pixels_from_bytes
@@ -38,28 +38,28 @@ from tests.serving.processes import clipship
 from tests.serving.publish.vocabularies import write_variant
 from tests.serving.sabotage import MISTAKES, Mistake, replace_in, sabotaged_bundle, sabotaged_encoder
 
-INT8 = EncoderForm(file="image_encoder.int8.onnx", precision="int8", runtime="onnx", opset=18, speed={"1": 2.0})
+INT8 = EncoderVariant(file="image_encoder.int8.onnx", precision="int8", runtime="onnx", opset=18, speed={"1": 2.0})
 DIFFERS = {"scale": "max_norm_error 0.05, limit 0.001", "direction": "centred_cosine"}
 
 
 @pytest.mark.parametrize(
-    ("mistake", "form"), [("scale", DEFAULT_ENCODER), ("direction", DEFAULT_ENCODER), ("scale", INT8)]
+    ("mistake", "variant"), [("scale", DEFAULT_ENCODER), ("direction", DEFAULT_ENCODER), ("scale", INT8)]
 )
 def test_this_process_refuses_features_that_are_five_per_cent_off(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake, form: EncoderForm
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], mistake: Mistake, variant: EncoderVariant
 ) -> None:
-    bundle = sabotaged_bundle(tmp_path / "bundle", mistake, form)
+    bundle = sabotaged_bundle(tmp_path / "bundle", mistake, variant)
     (tmp_path / "photo.jpg").write_bytes(jpeg_bytes(0))
-    command = ["classify", str(tmp_path / "photo.jpg"), "--bundle", str(bundle.path), "--precision", form.precision]
+    command = ["classify", str(tmp_path / "photo.jpg"), "--bundle", str(bundle.path), "--precision", variant.precision]
     assert main(command) == 1
     out, said = capsys.readouterr()
     assert out == ""
     assert len(said.splitlines()) == 1
-    assert f"{bundle.path / form.file} ({form.precision}) by ONNX Runtime 1." in said
+    assert f"{bundle.path / variant.file} ({variant.precision}) by ONNX Runtime 1." in said
     assert f" on {this_processor()} answers wrongly: golden features are not PyTorch's" in said
     assert DIFFERS[mistake] in said
     assert "pack the bundle again on this machine" in said
-    assert ("choose --precision fp32" in said) == (form.precision != "fp32")
+    assert ("choose --precision fp32" in said) == (variant.precision != "fp32")
 
 
 def test_this_process_answers_no_batch_that_its_runtime_gets_wrong(

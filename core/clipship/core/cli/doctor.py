@@ -82,31 +82,30 @@ def _providers() -> Finding:
     return Finding(what="ONNX Runtime runs on", found=", ".join(names))
 
 
-def _triton() -> Finding:
-    path = shutil.which("tritonserver")
-    advice = "clipship serve installs its own server on first use, into a folder of its own"
-    return Finding(what="tritonserver", found=path, advice=advice)
-
-
-def _python_library() -> Finding:
-    """Triton's Python backend loads the shared library of the Python it was built for."""
-    name = f"libpython{sys.version_info.major}.{sys.version_info.minor}"
-    found = ctypes.util.find_library(name.removeprefix("lib"))
-    return Finding(what=name, found=found, advice=f"apt-get install {name}")
-
-
-def _cache() -> Finding:
-    folder = cache_folder()
-    advice = "set CLIPSHIP_CACHE to a folder that can be written"
-    return Finding(what="cache", found=None if folder is None else str(folder), advice=advice)
-
-
 def findings() -> list[Finding]:
     """Everything the report says, in its order."""
     system = f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPU cores, Python {platform.python_version()}"
-    here = [Finding(what="machine", found=system), Finding(what="processor", found=machine()), _cache()]
-    packages = [_package(name, extra) for name, extra in _PACKAGES.items()]
-    return [*here, *packages, _providers(), _gpus(), _triton(), _python_library()]
+    cache = cache_folder()
+    server = "clipship serve installs its own server on first use, into a folder of its own"
+    library = f"libpython{sys.version_info.major}.{sys.version_info.minor}"  # which Triton's Python backend loads
+    return [
+        Finding(what="machine", found=system),
+        Finding(what="processor", found=machine()),
+        Finding(
+            what="cache",
+            found=str(cache) if cache else None,
+            advice="set CLIPSHIP_CACHE to a folder that can be written",
+        ),
+        *(_package(name, extra) for name, extra in _PACKAGES.items()),
+        _providers(),
+        _gpus(),
+        Finding(what="tritonserver", found=shutil.which("tritonserver"), advice=server),
+        Finding(
+            what=library,
+            found=ctypes.util.find_library(library.removeprefix("lib")),
+            advice=f"apt-get install {library}",
+        ),
+    ]
 
 
 @click.command()

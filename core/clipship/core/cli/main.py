@@ -38,7 +38,7 @@ VERBS: dict[str, tuple[str, str]] = {
 """Every verb: where its command lives, and its line in ``clipship --help``."""
 
 PARTS: dict[str, tuple[str, ...]] = {
-    "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback"),
+    "vocab": ("clipship.serving.publish.cli:publish", "clipship.serving.publish.cli:rollback")
 }
 """By verb, its subcommands of another stage."""
 
@@ -55,6 +55,8 @@ class LazyGroup(click.Group):
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         """Import the verb's command."""
+        if cmd_name not in VERBS and ctx.resilient_parsing:  # the shell completes a line
+            return None
         if cmd_name not in VERBS:
             raise UsageError(f"unknown verb {cmd_name!r}: {near(cmd_name, VERBS)}")
         command: click.Command = _attribute_at(VERBS[cmd_name][0])
@@ -108,6 +110,19 @@ def emit(result: dict[str, Any], text: str, *, as_json: bool) -> None:
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object.")
 """Every verb takes it."""
+
+
+def require_packages(extra: str, *packages: str) -> None:
+    """Validate that ``packages`` can be imported, before anything else is done.
+
+    Raises:
+        MissingExtraError: one cannot; names the ``extra`` that has it.
+    """
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(package, extra) from error
 
 
 def existing_folder(value: str | Path, what: str) -> Path:

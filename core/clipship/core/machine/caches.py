@@ -1,7 +1,7 @@
-"""Where what can be made again is kept between runs, for users without a home that can be written as well.
+"""The cache folder, and a home folder for users who have none that can be written.
 
 Containers run under user ids without an account, with ``HOME=/``, with a read-only root. Nothing here fails for that:
-the next best place is taken, one line of the log says which, and a cache that is optional is done without.
+the next best place is taken, the log names it in one line, and an optional cache is skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NAME = "clipship"
 def cache_folder() -> Path | None:
     """``CLIPSHIP_CACHE``, or ``clipship`` in the user's cache folder; where they cannot be written, a temporary folder.
 
-    It exists and can be written, by this user. None: there is no such place. Either is told once a process.
+    It exists and this user can write to it. None: there is no such place. The log says either once a process.
     """
     lost, given = settle_home(), _given()
     refused = None
@@ -39,7 +39,7 @@ def cache_folder() -> Path | None:
 
 
 def cache_places() -> list[Path]:
-    """Where something may lie in the cache, also a read-only one that came with an image; the usual place first."""
+    """Where cached files may be, also in a read-only cache of a container image; the usual place first."""
     settle_home()
     private = _private_folder()
     places = [_usual(), private and private / _NAME]
@@ -50,8 +50,8 @@ def cache_places() -> list[Path]:
 def settle_home() -> str | None:
     """Give this process, and those it starts, a home and a cache folder where the user's cannot be used.
 
-    Libraries fail without (OpenVINO, Matplotlib), or write into a folder called ``~``; so they do for a user without a
-    name. A home that can be read keeps its settings and downloads.
+    Without a home or a user name, libraries fail (OpenVINO, Matplotlib) or write into a folder called ``~``. A home
+    that can be read keeps its settings and downloads.
 
     Returns: what is wrong with the user's own, None if nothing is.
     """
@@ -68,7 +68,7 @@ def settle_home() -> str | None:
 
 
 def _lend(place: Path) -> None:
-    """Let libraries keep in ``place`` what they cannot keep at home."""
+    """Point libraries to ``place`` for what they cannot keep at home."""
     home = _home()
     if home is None or not _may(home, os.R_OK | os.X_OK):
         os.environ["HOME"] = str(place)
@@ -133,7 +133,7 @@ def _private_folder() -> Path | None:
     except OSError:
         return None
     owned = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
-    return folder if owned else None  # else somebody was here first, and could put programs into it
+    return folder if owned else None  # otherwise another user made it, and could put programs into it
 
 
 def _may(path: Path, what: int) -> bool:
@@ -141,14 +141,14 @@ def _may(path: Path, what: int) -> bool:
 
 
 def _may_be_written(folder: Path) -> bool:
-    """Whether ``folder`` can be written, or be made; nothing is made to see it."""
+    """Whether ``folder`` can be written or created, without creating it."""
     nearest = next(one for one in (folder, *folder.parents) if os.path.lexists(one))
     return _may(nearest, os.W_OK | os.X_OK)
 
 
 @cache
 def _why_not_written(folder: Path) -> str | None:
-    """What stops this process from writing files into ``folder``, which is made; None: nothing."""
+    """Why this process cannot write to ``folder``, which is created; None: it can."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):

@@ -1,38 +1,31 @@
-"""This machine's processor, and whether a form of the image encoder runs on it as it did where it was measured.
+"""This machine's processor, and whether a variant of the image encoder runs on it as it did where it was measured.
 
-What a runtime lacks an instruction for it emulates, several times slower and without a word. So a form's speed is worth
-something only where the processor has what the one had that it was measured on.
+A runtime silently emulates what the processor has no instruction for, several times slower. So a measured speed counts
+only on a processor with the instruction sets of the one it was measured on.
 
-This file needs the standard library only; a copy of it lies beside the model that runs inside Triton.
+This file needs ``precisions.py`` only; copies of both lie beside the model that runs inside Triton.
 """
 
 from __future__ import annotations
 
 import platform
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clipship.core.precisions import PRECISIONS
+
 CPUINFO = Path("/proc/cpuinfo")
-"""Where Linux says what its processors can do."""
+"""Linux's description of its processors."""
 
 INSTRUCTION_SETS = (
     *("avx2", "fma", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16"),
     *("amx_tile", "amx_int8", "amx_bf16", "amx_fp16"),
     *("asimd", "asimdhp", "asimddp", "i8mm", "bf16"),
 )
-"""Those that runtimes have products of matrices for, by Linux's names."""
-
-NEEDED = {("openvino", "bf16"): ("avx512_bf16", "amx_bf16")}
-"""By runtime and precision: one of these, or the runtime emulates the precision."""
-
-FASTER_WITH = {
-    "fp32": ("avx2", "avx512f", "asimd"),
-    "int8": ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "amx_int8", "asimd", "asimddp", "i8mm"),
-}
-"""By precision: what decides which runtime is the faster one."""
+"""Instruction sets that runtimes multiply matrices with, by Linux's names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,6 +40,11 @@ class Processor:
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
         return {"name": self.name, "instruction_sets": list(self.instruction_sets)}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Processor:
+        """The inverse of :meth:`to_json`."""
+        return cls(name=content["name"], instruction_sets=tuple(content["instruction_sets"]))
 
     def lacks(self, instruction_sets: Collection[str]) -> tuple[str, ...]:
         """Those of ``instruction_sets`` that it does not have."""
@@ -74,38 +72,36 @@ def this_processor() -> Processor:
 
 
 def never_runs(runtime: str, precision: str) -> str:
-    """Why no processor computes a form of ``precision`` by ``runtime``; empty where some do."""
-    if (runtime, precision) == ("onnx", "bf16"):
-        return "it has bfloat16 kernels for GPUs only"
-    return ""
+    """Why no processor computes a variant of ``precision`` by ``runtime``; empty where some do."""
+    return PRECISIONS[precision].onnxruntime_lacks if runtime == "onnx" else ""
 
 
 def emulates(runtime: str, precision: str, processor: Processor) -> str:
-    """Why ``processor`` does not compute a form of ``precision`` by ``runtime`` as what it is; empty where it does."""
-    needed = NEEDED.get((runtime, precision), ())
+    """Why ``runtime`` would emulate ``precision`` on ``processor``; empty where it has the instructions."""
+    needed = PRECISIONS[precision].openvino_needs if runtime == "openvino" else ()
     if needed and len(processor.lacks(needed)) == len(needed):
         return f"{processor.name} has neither {' nor '.join(needed)}, so it would emulate {precision}, slower than fp32"
     return ""
 
 
 def measured_elsewhere(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> str:
-    """Why the speed of a form says nothing about ``processor``; empty where it does, and for ONNX Runtime's forms.
+    """Why the measured speed of a variant does not hold on ``processor``; empty where it does.
 
-    Those are the portable ones, which need no speed to be chosen.
+    ONNX Runtime's variants are the portable ones: they are chosen without a speed.
 
     Args:
-        measured_with: instruction sets of the processor that the speed was measured on; none where nobody knows.
+        measured_with: instruction sets of the processor that the speed was measured on; empty: unknown.
     """
-    decisive = [one for one in FASTER_WITH.get(precision, ()) if one in measured_with]
+    decisive = [one for one in PRECISIONS[precision].faster_with if one in measured_with]
     lacking = () if runtime == "onnx" else processor.lacks(decisive)
     return f"its speed was measured with {', '.join(lacking)}, which {processor.name} lacks" if lacking else ""
 
 
 def runtime_here(runtime: str, precision: str, measured_with: Collection[str], processor: Processor) -> tuple[str, str]:
-    """Who runs, on ``processor``, a form that ``runtime`` was the fastest with; and why that is another one, if it is.
+    """The runtime for a variant on ``processor`` where ``runtime`` was the fastest elsewhere; and why it is another.
 
     Raises:
-        RuntimeError: nobody does, at the speed that the precision is for; says what to do.
+        RuntimeError: no runtime computes ``precision`` on ``processor`` without emulating it; says what to do.
     """
     problem = never_runs(runtime, precision) or emulates(runtime, precision, processor)
     if problem:

@@ -1,10 +1,10 @@
-"""An encoder's file on this machine's processors: one function of its input array, whoever runs it.
+"""An encoder's file as a function of its input array, run on this machine's processors by ONNX Runtime or OpenVINO.
 
-For OpenVINO a batch is cut into parts that run side by side, one a core, each on one thread: cores that share a product
-wait for each other after every one of them, cores with images of their own do not. Fewer rows than cores stay together,
-and the cores share their products. ONNX Runtime gets whole batches and always shares its products between the cores.
+For OpenVINO a batch is cut into parts that run in parallel, each on one core: cores that share a matrix product wait
+for each other after every product. A batch of fewer rows than cores stays whole, and the cores share its products.
+ONNX Runtime gets whole batches and always shares its products between the cores.
 
-This file needs NumPy and the runtime only; a copy of it lies beside the model that runs inside Triton.
+This file needs NumPy, the runtime and ``precisions.py``; copies of both files lie beside the model inside Triton.
 
 Legend: N rows (images or class names), D features.
 """
@@ -20,11 +20,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.precisions import PRECISIONS
+
 Run = Callable[[NDArray[Any]], NDArray[np.float32]]
 """Rows [N, ...] -> unit features [N, D]."""
-
-OPENVINO_TYPES = {"fp32": "f32", "int8": "f32", "fp16": "f16", "bf16": "bf16"}
-"""By precision: what OpenVINO is asked for. An int8 graph's own Q/DQ nodes say what is int8, the rest is float32."""
 
 
 def available_cores() -> int:
@@ -93,7 +92,7 @@ class OpenVinoEncoder:
 
     def _compile(self, parts: int) -> Any:
         settings = {
-            "INFERENCE_PRECISION_HINT": OPENVINO_TYPES[self._precision],
+            "INFERENCE_PRECISION_HINT": PRECISIONS[self._precision].openvino_type,
             "INFERENCE_NUM_THREADS": self.cores,
             "NUM_STREAMS": parts,
         }
@@ -103,7 +102,7 @@ class OpenVinoEncoder:
 
 
 def _openvino() -> Any:
-    """The package, whose telemetry wants a home: without one it raises, and one that is read-only fills the log."""
+    """The package, whose telemetry raises without a home folder and fills the log where that is read-only."""
     if not os.environ.get("HOME"):
         os.environ["HOME"] = tempfile.gettempdir()
     disabled = logging.root.manager.disable

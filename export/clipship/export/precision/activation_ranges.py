@@ -1,4 +1,4 @@
-"""How large the values inside a graph are on real images: what decides which nodes a smaller type can hold.
+"""How large the values inside a graph get on real images, which decides what fits into a smaller type.
 
 Shape legend: N images, H = W pixels, F features of a value's last axis.
 """
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from clipship.core.errors import DataError
 from clipship.export.onnx_graph import copy_without_weights, inferred_types, save_onnx
-from clipship.export.verification.verify import onnx_session
+from clipship.export.verification.runners import onnx_session
 
 if TYPE_CHECKING:
     import onnx
@@ -27,10 +27,10 @@ _BATCH = 8
 
 
 def validate_image_count(count: int) -> None:
-    """Refuse to calibrate on fewer than :data:`MIN_IMAGES` images.
+    """Validate that ``count`` images are enough to calibrate on.
 
     Raises:
-        DataError: there are fewer.
+        DataError: they are fewer than :data:`MIN_IMAGES`.
     """
     if count < MIN_IMAGES:
         raise DataError(
@@ -40,12 +40,7 @@ def validate_image_count(count: int) -> None:
 
 
 def magnitudes(
-    model: onnx.ModelProto,
-    values: Sequence[str],
-    pixels: NDArray[np.uint8],
-    scratch: Path,
-    *,
-    by_feature: bool = False,
+    model: onnx.ModelProto, values: Sequence[str], pixels: NDArray[np.uint8], scratch: Path, *, by_feature: bool = False
 ) -> dict[str, NDArray[np.float32]]:
     """The largest absolute value that each of ``values`` takes on ``pixels`` [N, H, W, 3].
 
@@ -53,7 +48,7 @@ def magnitudes(
 
     Args:
         values: names of float32 values inside the graph of ``model``.
-        scratch: a folder that can be written; nothing stays in it.
+        scratch: a writable folder; nothing stays in it.
         by_feature: a maximum for each feature of the last axis, [F], instead of one for the whole value, [].
 
     Raises:
@@ -61,7 +56,8 @@ def magnitudes(
     """
     validate_image_count(len(pixels))
     watched = with_weights(model)
-    names = _watch(watched.graph, values, _ranks(model, values) if by_feature else {})
+    types = inferred_types(model) if by_feature else {}
+    names = _watch(watched.graph, values, {name: len(one.shape.dim) for name, one in types.items()})
     return dict(zip(values, folded(watched, names, pixels, scratch, np.maximum), strict=True))
 
 
@@ -72,16 +68,14 @@ def folded(
     scratch: Path,
     fold: Callable[[NDArray[np.float32], NDArray[np.float32]], NDArray[np.float32]],
 ) -> list[NDArray[np.float32]]:
-    """``outputs`` of ``model`` on ``pixels`` [N, H, W, 3], those of one batch and the next put together by ``fold``.
+    """``outputs`` of ``model`` on ``pixels`` [N, H, W, 3]; ``fold`` combines those of two batches."""
+    from onnxruntime import ExecutionOrder
 
-    Args:
-        scratch: a folder that can be written; nothing stays in it.
-    """
     path = scratch / f"{uuid.uuid4().hex}.onnx"
     files = save_onnx(model, path)
     found: list[NDArray[np.float32]] = []
     try:
-        session = onnx_session(path, in_order=True)
+        session = onnx_session(path, execution_order=ExecutionOrder.PRIORITY_BASED)  # by default readers run late
         feed = session.get_inputs()[0].name
         for start in range(0, len(pixels), _BATCH):
             batch = session.run(list(outputs), {feed: pixels[start : start + _BATCH]})
@@ -98,11 +92,6 @@ def with_weights(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.graph.initializer.extend(model.graph.initializer)
     del copy.graph.output[:]
     return copy
-
-
-def _ranks(model: onnx.ModelProto, values: Sequence[str]) -> dict[str, int]:
-    types = inferred_types(model)
-    return {name: len(types[name].shape.dim) for name in values}
 
 
 def _watch(graph: onnx.GraphProto, values: Sequence[str], ranks: Mapping[str, int]) -> list[str]:
@@ -129,7 +118,7 @@ def _watch(graph: onnx.GraphProto, values: Sequence[str], ranks: Mapping[str, in
 def insert_readers(graph: onnx.GraphProto, readers: Mapping[str, Sequence[onnx.NodeProto]]) -> None:
     """Insert nodes that read a value right behind the node that makes it.
 
-    At the end of the graph they would keep every value that they read in memory until then: of ViT-L/14 over 20 GB.
+    At the end of the graph they would keep all their inputs in memory, over 20 GB of ViT-L/14.
     """
     ordered = []
     for node in graph.node:

@@ -1,4 +1,4 @@
-"""Further forms of a bundle's image encoder: written, held to their tolerance, and timed against the float32 form.
+"""The variants of a bundle's image encoder: writes them, holds them to their tolerance, times them against float32.
 
 Shape legend: N images, H = W pixels, D features.
 """
@@ -9,36 +9,27 @@ import importlib.util
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from clipship.core.bundle import IMAGE_ENCODER, EncoderForm, Precision, VocabularyFeatures
-from clipship.core.comparison import Runner
+from clipship.core.bundle import IMAGE_ENCODER, EncoderVariant, VocabularyFeatures
+from clipship.core.comparison import Runner, Verification, VerificationSamples, verify_samples
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.machine.processor import this_processor
+from clipship.core.machine.runtimes import Run
+from clipship.core.precisions import PRECISIONS, REDUCED, Precision
 from clipship.core.progress import Report, log
-from clipship.core.tolerances import TOLERANCES
 from clipship.export.onnx_graph import EXTERNAL_BYTES, OPSET, OPSETS
-from clipship.export.precision.activation_ranges import validate_image_count
 from clipship.export.precision.half_precision import emulated_onnx, typed_onnx
 from clipship.export.precision.quantization import quantized_onnx
 from clipship.export.reference import GOLDEN_COUNT
 from clipship.export.saturation import emulated_int8, graph_can_saturate
-from clipship.export.verification.runners import (
-    CPU_PROVIDER,
-    NotRunnable,
-    Run,
-    onnx_function,
-    openvino_function,
-)
-from clipship.export.verification.verify import Comparison, Verification, verify_runner
-
-REDUCED: tuple[Precision, ...] = ("fp16", "bf16", "int8")
-"""What can stand beside the float32 form."""
+from clipship.export.verification.runners import CPU_PROVIDER, NotRunnable, onnx_function, openvino_function
 
 SPEED_BATCHES = (1, 8)
 
@@ -48,46 +39,21 @@ _MIN_ROUNDS = 3
 _MAX_ROUNDS = 15
 _ROUNDS_S = 5.0
 _REST_S = 0.01  # ONNX Runtime's threads go on spinning for a while, on the cores that the other runtime needs
-_OPENVINO_FILES: Mapping[Precision, str] = {
-    "fp32": IMAGE_ENCODER,
-    "bf16": IMAGE_ENCODER,
-    "int8": "image_encoder.int8.onnx",
-}
 _GAIN = 1.05  # less than that is within what two runs of the same file differ by
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What a form is calibrated on and compared with."""
-
-    pixels: NDArray[np.uint8]
-    """[N, H, W, 3] of real images."""
-    expected: NDArray[np.float32]
-    """PyTorch's unit features [N, D] of them."""
-    classifier: VocabularyFeatures
-    """What decides the best class."""
-    what: str = "images"
-    reference: str = "PyTorch"
-    """Where ``expected`` comes from."""
-
-    def golden(self) -> Evidence:
-        """The first of them, which stay in the bundle, and which every later step is held to."""
-        few = slice(GOLDEN_COUNT)
-        return replace(self, pixels=self.pixels[few], expected=self.expected[few], what="golden samples")
-
-
-@dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What a bundle's graphs are written for."""
+    """Which graphs a bundle gets."""
 
     opset: int = OPSET
     """One of :data:`~clipship.export.onnx_graph.OPSETS`."""
     precisions: tuple[Precision, ...] = ()
-    """Forms of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
+    """Variants of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
     external_bytes: int = EXTERNAL_BYTES
-    """Weights above this size stand in a file of their own."""
+    """Weights above this size go into a file of their own."""
     source_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of whole images that a float32 form of its own takes, each once: see ``resize_graph.py``."""
+    """(width, height) of whole images, each with a float32 variant that resizes them: see ``resize_graph.py``."""
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -98,94 +64,101 @@ class Profile:
         if len(set(self.source_sizes)) < len(self.source_sizes):
             raise UsageError(f"source sizes {self.source_sizes}: give each once")
 
-    def validate_image_count(self, images: int) -> None:
-        """Refuse before minutes of export what cannot be calibrated on that many images.
 
-        Raises:
-            DataError: fewer than 32.
-        """
-        if self.precisions:
-            validate_image_count(images)
-
-
-def encoder_forms(
-    folder: Path, profile: Profile, evidence: Evidence, report: Report, done: int
-) -> tuple[list[EncoderForm], Verification]:
-    """``image_encoder.onnx`` in ``folder``, and beside it a form for each precision of ``profile``, compared.
+def encoder_variants(
+    folder: Path,
+    profile: Profile,
+    samples: VerificationSamples,
+    classifier: VocabularyFeatures,
+    report: Report,
+    done: int,
+) -> tuple[list[EncoderVariant], Verification]:
+    """``image_encoder.onnx`` in ``folder``, and beside it a variant for each precision of ``profile``, compared.
 
     Args:
-        report: is told of each precision, ``done`` units being done before.
+        samples: real images that variants are calibrated on and compared with, the golden ones first.
+        report: gets each precision, after ``done`` units of earlier work.
 
     Raises:
-        CheckFailed: a form is out of its tolerance.
+        CheckFailed: a variant is out of its tolerance.
     """
-    forms = [EncoderForm(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=profile.opset)]
+    variants = [EncoderVariant(file=IMAGE_ENCODER, precision="fp32", runtime="onnx", opset=profile.opset)]
     total = Verification(())
     for position, precision in enumerate(profile.precisions):
         report(done + position, precision)
-        form, comparisons = reduced_form(folder, precision, profile.opset, evidence)
-        forms.append(form)
-        total += Verification(comparisons)
-    further, verified = openvino_forms(folder, tuple(forms), evidence)
-    return [*forms, *further], total + verified
+        variant, verified = reduced_variant(folder, precision, profile.opset, samples, classifier)
+        variants.append(variant)
+        total += verified
+    further, verified = openvino_variants(folder, tuple(variants), samples, classifier)
+    return [*variants, *further], total + verified
 
 
-def reduced_form(
-    folder: Path, precision: Precision, opset: int, evidence: Evidence
-) -> tuple[EncoderForm, tuple[Comparison, ...]]:
-    """Write the ``precision`` form of ``image_encoder.onnx`` into ``folder``; returns it, and how it compares.
+def file_of(precision: Precision) -> str:
+    """The variant's file in a bundle."""
+    return IMAGE_ENCODER if precision == "fp32" else f"image_encoder.{precision}.onnx"
+
+
+def reduced_variant(
+    folder: Path, precision: Precision, opset: int, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> tuple[EncoderVariant, Verification]:
+    """Write the ``precision`` variant of ``image_encoder.onnx`` into ``folder``; returns it, and how it compares.
 
     Raises:
-        CheckFailed: the form is out of its tolerance; the message is the table.
+        CheckFailed: the variant is out of its tolerance; the message is the table.
         DataError: fewer than 32 images.
     """
-    source, path = folder / IMAGE_ENCODER, folder / f"image_encoder.{precision}.onnx"
-    if precision == "int8":
-        kept = quantized_onnx(source, path, evidence.pixels)
+    source, path = folder / IMAGE_ENCODER, folder / file_of(precision)
+    if PRECISIONS[precision].quantized:
+        kept = quantized_onnx(source, path, samples.pixels)
     else:
-        assert precision != "fp32"
-        kept = typed_onnx(source, path, precision, evidence.pixels)
-    comparisons = _compared(path, precision, evidence)
-    if not all(comparisons):
-        table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in comparisons)
+        kept = typed_onnx(source, path, precision, samples.pixels)
+    run = _on_cpu(path, precision, samples)
+    verified = _verified(path, run, precision, samples, classifier)
+    if not verified:
+        rows = verified.comparisons
+        table = "\n".join(f"{one}: {', '.join(one.failures) or 'within tolerance'}" for one in rows)
         raise CheckFailed(f"{precision} is not close enough to PyTorch, nothing was written:\n{table}")
-    speed = onnx_speed(source, path, evidence.pixels)
-    form = EncoderForm(file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed)
-    return form, comparisons
+    portable = onnx_function(source, CPU_PROVIDER, samples.pixels[:1])
+    speed = speed_ratios(portable, run, samples.pixels) if run else {}
+    variant = EncoderVariant(
+        file=path.name, precision=precision, runtime="onnx", opset=opset, kept_fp32=kept, speed=speed
+    )
+    return variant, verified
 
 
-def openvino_forms(
-    folder: Path, forms: Sequence[EncoderForm], evidence: Evidence
-) -> tuple[list[EncoderForm], Verification]:
-    """What OpenVINO makes of ``forms``, where it is installed: no files of their own, but another speed.
+def openvino_variants(
+    folder: Path, variants: Sequence[EncoderVariant], samples: VerificationSamples, classifier: VocabularyFeatures
+) -> tuple[list[EncoderVariant], Verification]:
+    """The same ``variants`` by OpenVINO, where it is installed: no files of their own, but another speed.
 
-    bfloat16 it computes from the float32 file, whose weights it rounds itself. A form that is out of its tolerance, or
-    that this processor cannot compute, is left out: nobody asked for it. The log and the verification say why.
+    OpenVINO computes bfloat16 from the float32 file, whose weights it rounds itself. A variant out of tolerance, or
+    one that this processor cannot compute, is left out, as nobody requested it. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
-        missing = "the bundle offers no form by OpenVINO, which was not installed where it was packed"
+        missing = "the bundle offers no variant by OpenVINO, which was not installed where it was packed"
         return [], Verification((), skipped=(missing,))
-    portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, evidence.pixels[:1])
+    portable = onnx_function(folder / IMAGE_ENCODER, CPU_PROVIDER, samples.pixels[:1])
     offered, total = [], Verification(())
-    for form in forms:
-        if form.source_size is not None or form.precision not in _OPENVINO_FILES:
+    for variant in variants:
+        precision, read = variant.precision, PRECISIONS[variant.precision].openvino_reads
+        if variant.source_size is not None or read is None:
             continue
-        path = folder / _OPENVINO_FILES[form.precision]
+        path = folder / file_of(read)
         try:
-            run = openvino_function(path, form.precision)
+            run = openvino_function(path, precision)
         except NotRunnable as error:
             total += _left_out(f"the bundle does not offer {error}")
             continue
-        comparisons = _rows(run, f"OpenVINO {form.precision}", path, form.precision, evidence)
-        if not all(comparisons):
-            why = "; ".join(dict.fromkeys(failure for one in comparisons for failure in one.failures))
-            about = f"{path.name}: {form.precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
+        verified = _compared(run, f"OpenVINO {precision}", path, precision, samples, classifier)
+        if not verified:
+            why = "; ".join(dict.fromkeys(failure for one in verified.comparisons for failure in one.failures))
+            about = f"{path.name}: {precision} by OpenVINO, not close enough to PyTorch on {this_processor()}"
             total += _left_out(f"the bundle does not offer {about}: {why}")
             continue
-        kept = form.kept_fp32 if path.name == form.file else ()
-        speed = speed_ratios(portable, run, evidence.pixels)
-        offered.append(replace(form, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
-        total += Verification(comparisons)
+        kept = variant.kept_fp32 if path.name == variant.file else ()
+        speed = speed_ratios(portable, run, samples.pixels)
+        offered.append(replace(variant, file=path.name, runtime="openvino", kept_fp32=kept, speed=speed))
+        total += verified
     return offered, total
 
 
@@ -194,65 +167,51 @@ def _left_out(reason: str) -> Verification:
     return Verification((), skipped=(reason,))
 
 
-def _compared(path: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    """By ONNX Runtime's CPU provider as it is, where it can; and as other hardware computes it, emulated."""
-    if precision == "int8":
-        kernels = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
-        return (*_rows(kernels, CPU_PROVIDER, path, precision, evidence), *_as_without_vnni(path, kernels, evidence))
+def _on_cpu(path: Path, precision: Precision, samples: VerificationSamples) -> Run | None:
+    """The graph at ``path`` on ONNX Runtime's CPU provider; None where it has no kernels, as for bfloat16."""
     try:
-        run = onnx_function(path, CPU_PROVIDER, evidence.pixels[:1])
-        compared = _rows(run, CPU_PROVIDER, path, precision, evidence)
-    except NotRunnable:  # bfloat16
-        compared = ()
+        return onnx_function(path, CPU_PROVIDER, samples.pixels[:1])
+    except NotRunnable:
+        if PRECISIONS[precision].quantized:
+            raise
+        return None
+
+
+def _verified(
+    path: Path, run: Run | None, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """Compare ``run``, which runs the graph at ``path`` here, and an emulation of other hardware."""
+    compared, name = Verification(()), f"{precision}, emulated"
+    if run:
+        compared += _compared(run, CPU_PROVIDER, path, precision, samples, classifier)
+    if PRECISIONS[precision].can_saturate:
+        if run and not graph_can_saturate(path):
+            # Such sums are the same on all processors, and NumPy is slow: compare a few images, with ``run``.
+            golden = _golden(samples)
+            samples = replace(golden, expected=run(golden.pixels), reference="ONNX Runtime here")
+        runner = Runner(name=name, run=emulated_int8(path))
+        return compared + verify_samples(runner, path.name, [samples], classifier, precision, (len(samples.pixels),))
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
         emulation = Path(scratch) / path.name
         emulated_onnx(path, emulation)
-        run = onnx_function(emulation, CPU_PROVIDER, evidence.pixels[:1])
-        return (*compared, *_rows(run, f"{precision}, emulated", path, precision, evidence))
+        run = onnx_function(emulation, CPU_PROVIDER, samples.pixels[:1])
+        return compared + _compared(run, name, path, precision, samples, classifier)
 
 
-def _as_without_vnni(path: Path, kernels: Run, evidence: Evidence) -> tuple[Comparison, ...]:
-    """The int8 graph at ``path`` as NumPy emulates a processor without VNNI.
-
-    Sums that cannot saturate are the same on all processors: NumPy, which is slow, has to find those of ``kernels`` on
-    a few images only. Others are held to PyTorch on all of them.
-    """
-    if not graph_can_saturate(path):
-        golden = evidence.golden()
-        evidence = replace(golden, expected=kernels(golden.pixels), reference="ONNX Runtime here")
-    return _row(emulated_int8(path), "int8, emulated", path, "int8", evidence, (len(evidence.pixels),))
+def _golden(samples: VerificationSamples) -> VerificationSamples:
+    few = slice(GOLDEN_COUNT)
+    return replace(samples, what="golden samples", pixels=samples.pixels[few], expected=samples.expected[few])
 
 
-def _rows(run: Run, name: str, form: Path, precision: Precision, evidence: Evidence) -> tuple[Comparison, ...]:
-    return (
-        *_row(run, name, form, precision, evidence, _COMPARED_BATCHES),
-        *_row(run, name, form, precision, evidence.golden(), _COMPARED_BATCHES[:1]),
+def _compared(
+    run: Run, name: str, path: Path, precision: Precision, samples: VerificationSamples, classifier: VocabularyFeatures
+) -> Verification:
+    """``run`` on all samples, and on the golden ones, which stay in the bundle."""
+    compared = partial(
+        verify_samples, Runner(name=name, run=run), path.name, classifier=classifier, precision=precision
     )
-
-
-def _row(
-    run: Run, name: str, form: Path, precision: Precision, evidence: Evidence, batch_sizes: Sequence[int]
-) -> tuple[Comparison, ...]:
-    return verify_runner(
-        Runner(name=name, run=run),
-        evidence.what,
-        evidence.pixels,
-        evidence.expected,
-        references=evidence.classifier,
-        tolerance=TOLERANCES[precision],
-        batch_sizes=batch_sizes,
-        form=form.name,
-        reference=evidence.reference,
-    )
-
-
-def onnx_speed(portable: Path, other: Path, pixels: NDArray[np.uint8]) -> dict[str, float]:
-    """:func:`speed_ratios` of two files by ONNX Runtime's CPU provider; empty where it has no kernels for ``other``."""
-    try:
-        runs = [onnx_function(path, CPU_PROVIDER, pixels[:1]) for path in (portable, other)]
-    except NotRunnable:
-        return {}
-    return speed_ratios(runs[0], runs[1], pixels)
+    golden = _golden(samples)
+    return compared([samples], batch_sizes=_COMPARED_BATCHES) + compared([golden], batch_sizes=_COMPARED_BATCHES[:1])
 
 
 def speed_ratios(portable: Run, other: Run, pixels: NDArray[np.uint8]) -> dict[str, float]:
@@ -274,16 +233,17 @@ def speed_ratio(slow: Run, fast: Run, pixels: NDArray[np.uint8]) -> float:
     return round(first / second, 2)
 
 
-def speed_line(form: EncoderForm) -> str:
-    """What ``form`` gains here, for people."""
-    if form.source_size is not None:
-        width, height = form.source_size
-        return f"{form.file}: {form.precision}; takes whole images of {width} x {height} and resizes them in the graph"
-    kept = f", {len(form.kept_fp32)} nodes kept in float32" if form.kept_fp32 else ""
-    by = " by OpenVINO" if form.runtime == "openvino" else ""
-    about = f"{form.file}: {form.precision}{by}{kept}"
-    if not form.speed:
+def speed_line(variant: EncoderVariant) -> str:
+    """How fast ``variant`` is here, for people."""
+    if variant.source_size is not None:
+        width, height = variant.source_size
+        takes = f"takes whole images of {width} x {height} and resizes them in the graph"
+        return f"{variant.file}: {variant.precision}; {takes}"
+    kept = f", {len(variant.kept_fp32)} nodes kept in float32" if variant.kept_fp32 else ""
+    by = " by OpenVINO" if variant.runtime == "openvino" else ""
+    about = f"{variant.file}: {variant.precision}{by}{kept}"
+    if not variant.speed:
         return f"{about}; ONNX Runtime's CPU provider cannot run it, so no speed was measured"
-    ratios = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in form.speed.items())
-    gains = max(form.speed.values()) >= _GAIN
+    ratios = ", ".join(f"{ratio:.2f}x at batch {size}" for size, ratio in variant.speed.items())
+    gains = max(variant.speed.values()) >= _GAIN
     return f"{about}; {'' if gains else 'gains nothing here: '}{ratios} the speed of {IMAGE_ENCODER} by ONNX Runtime"

@@ -1,6 +1,6 @@
-"""From the float32 graph to one with types: float16 or bfloat16 matrix products, everything delicate in float32.
+"""From the float32 graph to a typed one: float16 or bfloat16 matrix products, everything delicate in float32.
 
-A typed graph needs no builder flag: whoever reads it computes what it says. The rules, by operator:
+A typed graph needs no builder flag: every runtime computes in the types it names. The rules, by operator:
 
 - *products* (MatMul, Gemm, Conv, Attention) take and give the smaller type; their weights are stored in it;
 - *cheap* operators between them (bias, GELU, the scale of attention) follow when every operand that is computed is of
@@ -13,37 +13,38 @@ its values on real images do not fit (:func:`unfit_nodes`), and when ONNX has no
 opset (convolution takes bfloat16 from opset 22 on). The softmax inside an Attention node is the runtime's: its float32
 attribute is one that TensorRT refuses.
 
-ONNX Runtime's own converter (``onnxruntime.transformers.float16``) knows no bfloat16 and casts around every node it is
-told to leave; NVIDIA's AutoCast brings a dozen packages and a GPU's. What is needed here is smaller than either.
+Why not a library: ONNX Runtime's converter (``onnxruntime.transformers.float16``) has no bfloat16, and casts around
+every node that it leaves in float32; NVIDIA's AutoCast needs a dozen packages, some of them for GPUs.
 
 Shape legend: N images, H = W pixels, K inputs and F outputs of a matrix product.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.precisions import PRECISIONS, REDUCED, Precision
 from clipship.export.onnx_graph import (
     METADATA_PRECISION,
     copy_without_weights,
     inferred_types,
     load_onnx,
+    opset_of,
     save_onnx,
     set_metadata,
     validate_onnx,
 )
-from clipship.export.precision.activation_ranges import magnitudes, validate_image_count
+from clipship.export.precision.activation_ranges import magnitudes
 
 if TYPE_CHECKING:
     import onnx
-
-SmallFloat = Literal["fp16", "bf16"]
 
 HEADROOM = 8
 """Values up to an eighth of the type's largest are trusted: other images have larger values than those seen."""
@@ -56,12 +57,11 @@ ANY = frozenset({"Shape", "Size", "Cast"})
 
 
 def typed_onnx(
-    source: Path, target: Path, precision: SmallFloat, calibration_pixels: NDArray[np.uint8]
+    source: Path, target: Path, precision: Precision, calibration_pixels: NDArray[np.uint8]
 ) -> tuple[str, ...]:
     """Write the float32 graph ``source`` with ``precision`` matrix products to ``target``.
 
-    Input and output keep their names and types. ONNX Runtime and strongly typed TensorRT networks take the graph as it
-    is: uint8 occurs at the input only, and a Cast follows it.
+    Input and output keep their names and types, uint8 and float32.
 
     Args:
         calibration_pixels: uint8 [N, H, W, 3], real images, N of 32 or more.
@@ -73,7 +73,6 @@ def typed_onnx(
         DataError: fewer than 32 images.
         CheckFailed: the typed graph does not pass ONNX's checker.
     """
-    validate_image_count(len(calibration_pixels))
     model = load_onnx(source)
     kept = unfit_nodes(model, precision, calibration_pixels, target.parent)
     typed = typed_model(model, precision, frozenset(kept))
@@ -84,13 +83,13 @@ def typed_onnx(
 
 
 def unfit_nodes(
-    model: onnx.ModelProto, precision: SmallFloat, pixels: NDArray[np.uint8], scratch: Path
+    model: onnx.ModelProto, precision: Precision, pixels: NDArray[np.uint8], scratch: Path
 ) -> tuple[str, ...]:
     """Names of the nodes whose values on ``pixels`` or whose weights do not fit into ``precision``.
 
-    Values do not fit when the largest is above an eighth of the type's largest (float16: 8188), or all of them are so
-    small (float16: below 4.9e-4) that the type holds them with fewer digits. Weights do not fit when rounding changes
-    those of any output by more than the type's relative step, as happens beyond its range at either end.
+    Values do not fit when the largest is above an eighth of the type's largest (float16: 8188), or so small (float16:
+    below 4.9e-4) that the type holds it with fewer digits. Weights do not fit when rounding changes those of any output
+    by more than the type's relative step, as it does beyond the type's range.
     """
     graph = model.graph
     floats, constants = _floats(model), _constants(graph)
@@ -102,13 +101,11 @@ def unfit_nodes(
     return tuple(node.name for node in low if not all(fits.get(name, True) for name in (*node.input, *node.output)))
 
 
-def typed_model(model: onnx.ModelProto, precision: SmallFloat, kept: frozenset[str]) -> onnx.ModelProto:
+def typed_model(model: onnx.ModelProto, precision: Precision, kept: frozenset[str]) -> onnx.ModelProto:
     """``model`` with ``precision`` products, but for the nodes named in ``kept``. ``model`` is left as it is."""
     floats, constants = _floats(model), _constants(model.graph)
     low = _low_nodes(model, floats, constants, precision, kept)
-    typed = copy_without_weights(model)
-    del typed.graph.node[:]
-    del typed.graph.value_info[:]
+    typed = copy_without_weights(model, nodes=False)
     writer = _Writer(
         graph=typed.graph,
         floats=floats,
@@ -126,7 +123,7 @@ def typed_model(model: onnx.ModelProto, precision: SmallFloat, kept: frozenset[s
 
 @dataclass(frozen=True, kw_only=True)
 class _Writer:
-    """Writes nodes one after the other, with a cast or a typed copy of a constant before the first that needs it."""
+    """Writes nodes in order, with a cast or a typed copy of a constant before the first node that needs it."""
 
     graph: onnx.GraphProto
     floats: frozenset[str]
@@ -135,28 +132,26 @@ class _Writer:
     """Computed values of the smaller type."""
     low_type: int
     made: dict[tuple[str, int], str]
-    """The name under which a value is there in a type that it was not computed in."""
+    """By value and type, the name of its cast or typed copy."""
 
     def add(self, node: onnx.NodeProto, *, low: bool) -> None:
         """Append ``node``, its inputs in the type that it takes."""
         import onnx
 
         wanted = self.low_type if low else onnx.TensorProto.FLOAT
-        inputs = [name if self._as_it_is(node, name) else self._as(name, wanted) for name in node.input]
+        inputs = [self._input(node, name, wanted) for name in node.input]  # their casts come before the node
         copy = self.graph.node.add()
         copy.CopyFrom(node)
         copy.input[:] = inputs
 
-    def _as_it_is(self, node: onnx.NodeProto, name: str) -> bool:
-        return node.op_type in ANY and name not in self.constants
-
-    def _as(self, name: str, elem_type: int) -> str:
+    def _input(self, node: onnx.NodeProto, name: str, elem_type: int) -> str:
+        """The name of the value ``name`` as ``elem_type``, cast on first use."""
         import onnx
 
         if name in self.constants:
             return self._constant(name, elem_type)
         have = self.low_type if name in self.low_values else onnx.TensorProto.FLOAT
-        if name not in self.floats or have == elem_type:
+        if node.op_type in ANY or name not in self.floats or have == elem_type:
             return name
         key = (name, elem_type)
         if key not in self.made:
@@ -171,13 +166,11 @@ class _Writer:
         tensor = self.constants[name]
         key = (name, elem_type if name in self.floats else tensor.data_type)
         if key not in self.made:
-            if key[1] == tensor.data_type:
-                self.made[key] = name
-                self.graph.initializer.append(tensor)
-            else:
-                self.made[key] = f"{name}_{_suffix(elem_type)}"
+            self.made[key] = name if key[1] == tensor.data_type else f"{name}_{_suffix(elem_type)}"
+            if key[1] != tensor.data_type:
                 values = onnx.numpy_helper.to_array(tensor).astype(onnx.helper.tensor_dtype_to_np_dtype(elem_type))
-                self.graph.initializer.append(onnx.numpy_helper.from_array(values, self.made[key]))
+                tensor = onnx.numpy_helper.from_array(values, self.made[key])
+            self.graph.initializer.append(tensor)
         return self.made[key]
 
 
@@ -185,35 +178,30 @@ def _low_nodes(
     model: onnx.ModelProto,
     floats: frozenset[str],
     constants: Mapping[str, onnx.TensorProto],
-    precision: SmallFloat,
+    precision: Precision,
     kept: frozenset[str],
 ) -> list[onnx.NodeProto]:
-    """The nodes that compute in ``precision`` by the rules at the top of this file, ``kept`` ones left out."""
-    allowed = _type_check(model, precision)
+    """The nodes that compute in ``precision`` by the rules at the top of this file, without ``kept`` ones."""
+    opset = opset_of(model)
     low: list[onnx.NodeProto] = []
     values: set[str] = set()
     for node in model.graph.node:
         computed = [name for name in node.input if name in floats and name not in constants]
         follows = bool(computed) and all(name in values for name in computed)
         takes = node.op_type in PRODUCTS or (node.op_type in CHEAP | MOVES and follows)
-        if takes and computed and node.name not in kept and allowed(node.op_type):
+        if takes and computed and node.name not in kept and _takes(node.op_type, precision, opset):
             low.append(node)
             values.update(node.output)
     return low
 
 
-def _type_check(model: onnx.ModelProto, precision: SmallFloat) -> Callable[[str], bool]:
-    """Whether an operator takes ``precision`` at the model's opset."""
+@cache
+def _takes(op_type: str, precision: Precision, opset: int) -> bool:
+    """Whether the operator takes ``precision`` at ``opset``."""
     import onnx
 
-    opset = next(one.version for one in model.opset_import if one.domain in ("", "ai.onnx"))
-    name = {"fp16": "tensor(float16)", "bf16": "tensor(bfloat16)"}[precision]
-
-    def allowed(op_type: str) -> bool:
-        schema = onnx.defs.get_schema(op_type, opset)
-        return name in schema.outputs[0].types
-
-    return allowed
+    types = onnx.defs.get_schema(op_type, opset).outputs[0].types
+    return f"tensor({PRECISIONS[precision].onnx_type.lower()})" in types
 
 
 def _floats(model: onnx.ModelProto) -> frozenset[str]:
@@ -241,26 +229,27 @@ def _weights_of(
                 yield name, np.moveaxis(values, 0, -1) if transposed and values.ndim > 1 else values
 
 
-def _fits(largest: float, precision: SmallFloat) -> bool:
+def _fits(largest: float, precision: Precision) -> bool:
     info = _finfo(precision)
     return largest == 0 or float(info.tiny) * HEADROOM <= largest <= float(info.max) / HEADROOM
 
 
-def _weights_fit(values: NDArray[np.float32], precision: SmallFloat) -> bool:
+def _weights_fit(values: NDArray[np.float32], precision: Precision) -> bool:
     """By the norm of the rounding error of each output's weights; those of a bias are one group."""
+    info = _finfo(precision)
     with np.errstate(over="ignore"):
-        rounded = values.astype(_np_type(precision)).astype(np.float32)
+        rounded = values.astype(info.dtype).astype(np.float32)
     axes = tuple(range(values.ndim - 1)) or None
     error = np.sqrt(((rounded - values) ** 2).sum(axis=axes))
-    return bool((error <= float(_finfo(precision).eps) * np.sqrt((values**2).sum(axis=axes))).all())
+    return bool((error <= float(info.eps) * np.sqrt((values**2).sum(axis=axes))).all())
 
 
 def emulated_onnx(source: Path, target: Path) -> None:
-    """Write the typed graph ``source`` as a float32 graph that rounds every value as hardware of the type does.
+    """Write the typed graph ``source`` as a float32 graph that rounds every value to its type, as hardware does.
 
-    ONNX Runtime's CPU provider has no bfloat16 kernels, and runs float16 in float32 between casts that it removes: what
-    overflows on a GPU passes there. So this graph is what can be checked on any machine. Products are summed in
-    float32, as tensor cores and AMX do, and their results rounded.
+    ONNX Runtime's CPU provider has no bfloat16 kernels, and runs float16 in float32 between casts that it removes, so
+    an overflow of a GPU would pass. Any machine can run this graph. Products are summed in float32 and then rounded,
+    as tensor cores and AMX do.
 
     Raises:
         CheckFailed: the graph does not pass ONNX's checker.
@@ -268,10 +257,9 @@ def emulated_onnx(source: Path, target: Path) -> None:
 
     model = load_onnx(source)
     types = inferred_types(model)
-    small = {name: int(one.elem_type) for name, one in types.items() if one.elem_type in _small_types()}
-    emulated = copy_without_weights(model)
-    del emulated.graph.node[:]
-    del emulated.graph.value_info[:]
+    cast = {_elem_type(precision) for precision in REDUCED if not PRECISIONS[precision].quantized}
+    small = {name: int(one.elem_type) for name, one in types.items() if one.elem_type in cast}
+    emulated = copy_without_weights(model, nodes=False)
     for tensor in model.graph.initializer:
         emulated.graph.initializer.append(_widened(tensor) if tensor.name in small else tensor)
     for node in model.graph.node:
@@ -284,10 +272,6 @@ def _widened(tensor: onnx.TensorProto) -> onnx.TensorProto:
     import onnx
 
     return onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor).astype(np.float32), tensor.name)
-
-
-def _small_types() -> tuple[int, int]:
-    return _elem_type("fp16"), _elem_type("bf16")
 
 
 def _add_rounded(graph: onnx.GraphProto, node: onnx.NodeProto, small: Mapping[str, int]) -> None:
@@ -310,24 +294,19 @@ def _add_rounded(graph: onnx.GraphProto, node: onnx.NodeProto, small: Mapping[st
             graph.node.append(onnx.helper.make_node("Cast", [given], [made], to=to))
 
 
-def _np_type(precision: SmallFloat) -> np.dtype[Any]:
+def _elem_type(precision: Precision) -> int:
     import onnx
 
-    dtype: np.dtype[Any] = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(_elem_type(precision)))
-    return dtype
+    return int(onnx.TensorProto.DataType.Value(PRECISIONS[precision].onnx_type))
 
 
-def _elem_type(precision: SmallFloat) -> int:
-    import onnx
-
-    return int({"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision])
-
-
-def _finfo(precision: SmallFloat) -> Any:
+def _finfo(precision: Precision) -> Any:
     """NumPy's ``finfo`` for either type (``ml_dtypes`` comes with onnx)."""
     import ml_dtypes
+    import onnx
 
-    return ml_dtypes.finfo(_np_type(precision))  # type: ignore[no-untyped-call]
+    dtype = onnx.helper.tensor_dtype_to_np_dtype(_elem_type(precision))
+    return ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
 
 
 def _suffix(elem_type: int) -> str:

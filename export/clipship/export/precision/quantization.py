@@ -20,12 +20,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.comparison import Comparison, compare_features, run_in_batches
 from clipship.core.errors import CheckFailed
 from clipship.core.tolerances import TOLERANCES
 from clipship.export.onnx_graph import (
@@ -46,14 +48,7 @@ from clipship.export.precision.activation_ranges import (
     with_weights,
 )
 from clipship.export.saturation import INT8_MAX, int8_weights
-from clipship.export.verification.verify import (
-    CPU_PROVIDER,
-    Comparison,
-    compare_features,
-    onnx_session,
-    run_in_batches,
-    session_function,
-)
+from clipship.export.verification.runners import CPU_PROVIDER, onnx_session, session_function
 
 if TYPE_CHECKING:
     import onnx
@@ -64,6 +59,8 @@ CALIBRATION_COUNT = 2 * MIN_IMAGES
 _BATCH = 8
 _SMOOTHING = 0.5
 """The share of an outlier's exponent that moves from activations to weights: the paper's alpha."""
+
+_PROBE_PARTS = ("step", "zero", "weight", "q", "dq", "int8", "off", "e", "n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,46 +98,42 @@ def quantized_onnx(source: Path, target: Path, calibration_pixels: NDArray[np.ui
         CheckFailed: the graph does not pass ONNX's checker.
     """
     validate_image_count(len(calibration_pixels))
-    pixels = _spread(calibration_pixels)
+    count = min(len(calibration_pixels), CALIBRATION_COUNT)
+    pixels = calibration_pixels[np.arange(count) * len(calibration_pixels) // count]
     expected = run_in_batches(session_function(onnx_session(source)), pixels, _BATCH)
 
-    def trial(one: Calibrated, kept: tuple[str, ...]) -> Comparison:
+    def trial(one: Calibrated, kept: tuple[str, ...] = ()) -> Comparison:
         _write(one, kept, target)
         return _compared(target, pixels, expected)
 
     plain = calibrated(plain_products(load_onnx(source)), pixels, target.parent)
-    smooth = smoothed(plain)
-    plain_trial, smooth_trial = trial(plain, ()), trial(smooth, ())
-    if smooth_trial and _closeness(smooth_trial) >= _closeness(plain_trial):
-        kept: tuple[str, ...] = ()  # the file is there already
-    else:
-        best = max((smooth_trial, smooth), (plain_trial, plain), key=lambda pair: _closeness(pair[0]))[1]
-        kept = () if plain_trial and best is plain else _first_that_passes(best, pixels, target.parent, trial)
-        _write(best, kept, target)
+    trials = [(one, trial(one)) for one in (smoothed(plain), plain)]
+    best, verdict = max(trials, key=lambda pair: _closeness(pair[1]))
+    kept = () if verdict else _fewest_kept(best, pixels, target.parent, partial(trial, best))
+    _write(best, kept, target)
     validate_onnx(target)
     return kept
 
 
-def _first_that_passes(
-    one: Calibrated,
-    pixels: NDArray[np.uint8],
-    scratch: Path,
-    trial: Callable[[Calibrated, tuple[str, ...]], Comparison],
+def _fewest_kept(
+    one: Calibrated, pixels: NDArray[np.uint8], scratch: Path, passes: Callable[[tuple[str, ...]], Comparison]
 ) -> tuple[str, ...]:
-    """The fewest of the worst products whose staying float32 is enough; half of all when nothing is."""
-    choices = list(_by_error(one, pixels, scratch))
-    return next((kept for kept in choices if trial(one, kept)), choices[-1] if choices else ())
+    """The 1, 2, 4, ... products with the largest errors whose staying float32 is enough; at most half of all."""
+    errors = product_errors(one, pixels, scratch)
+    ranked = sorted(errors, key=lambda node: -errors[node])
+    kept: tuple[str, ...] = ()
+    count = 1
+    while count <= len(ranked) // 2:
+        kept = tuple(ranked[:count])
+        if passes(kept):
+            break
+        count *= 2
+    return kept
 
 
 def _closeness(comparison: Comparison) -> float:
-    """What the better of two forms has more of; a form that gives NaN is the worst."""
+    """The mean centred cosine; -1 for features that are not numbers."""
     return -1.0 if comparison.problem else comparison.mean_centred_cosine
-
-
-def _spread(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """At most 64 of ``pixels``, evenly."""
-    count = min(len(pixels), CALIBRATION_COUNT)
-    return pixels[np.arange(count) * len(pixels) // count]
 
 
 def _compared(path: Path, pixels: NDArray[np.uint8], expected: NDArray[np.float32]) -> Comparison:
@@ -159,8 +152,7 @@ def plain_products(model: onnx.ModelProto) -> onnx.ModelProto:
     MatMul and an Add of two axes ONNX Runtime makes a Gemm again.)
     """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    plain = copy_without_weights(model)
-    del plain.graph.node[:], plain.graph.value_info[:]
+    plain = copy_without_weights(model, nodes=False)
     for node in model.graph.node:
         if node.op_type == "Gemm" and _is_plain(node, constants):
             constants |= {tensor.name: tensor for tensor in _add_product(plain.graph, node, constants)}
@@ -297,8 +289,7 @@ def _norm_before(graph: onnx.GraphProto, product: Product) -> onnx.NodeProto | N
 
 def _write(one: Calibrated, kept: Collection[str], target: Path) -> None:
     """Write ``one`` to ``target`` with Q/DQ around all products but those of the nodes ``kept``."""
-    written = copy_without_weights(one.model)
-    del written.graph.node[:], written.graph.value_info[:]
+    written = copy_without_weights(one.model, nodes=False)
     writer = _Writer(graph=written.graph, constants={tensor.name: tensor for tensor in one.model.graph.initializer})
     products = {product.node: product for product in one.products if product.node not in kept}
     for node in one.model.graph.node:
@@ -329,8 +320,7 @@ class _Writer:
         self.graph.node.append(copy)
 
     def _activation(self, name: str, largest: float) -> str:
-        step = np.array(max(largest, 1e-30) / INT8_MAX, np.float32)
-        if self._constant(f"{name}_step", step):
+        if self._constant(f"{name}_step", _step(largest)):
             zero = f"{name}_zero"
             self._constant(zero, np.zeros((), np.int8))
             self._node("QuantizeLinear", [name, f"{name}_step", zero], f"{name}_int8")
@@ -359,16 +349,6 @@ class _Writer:
         import onnx
 
         self.graph.node.append(onnx.helper.make_node(op_type, inputs, [output], name=output, **options))
-
-
-def _by_error(one: Calibrated, pixels: NDArray[np.uint8], scratch: Path) -> Iterator[tuple[str, ...]]:
-    """The 1, 2, 4, ... products with the largest error, up to half of all."""
-    errors = product_errors(one, pixels, scratch)
-    ranked = sorted(errors, key=lambda node: -errors[node])
-    count = 1
-    while count <= len(ranked) // 2:
-        yield tuple(ranked[:count])
-        count *= 2
 
 
 def product_errors(one: Calibrated, pixels: NDArray[np.uint8], scratch: Path) -> dict[str, float]:
@@ -402,22 +382,20 @@ def _probe(
     import onnx
 
     int8_KF, steps_F = int8_weights(weight_KF)
-    inner = {part: f"{product.node}_{part}" for part in ("step", "zero", "weight", "q", "dq", "int8", "off", "e", "n")}
-    for name, values in (
-        (inner["step"], np.array(max(top, 1e-30) / INT8_MAX, np.float32)),
-        (inner["zero"], np.zeros((), np.int8)),
-        (inner["weight"], int8_KF * steps_F),
-    ):
-        graph.initializer.append(onnx.numpy_helper.from_array(values, name))
-    nodes = []
-    for op_type, inputs, output in (
-        ("QuantizeLinear", [product.activation, inner["step"], inner["zero"]], inner["q"]),
-        ("DequantizeLinear", [inner["q"], inner["step"], inner["zero"]], inner["dq"]),
-        ("MatMul", [inner["dq"], inner["weight"]], inner["int8"]),
-        ("Sub", [inner["int8"], product.output], inner["off"]),
-        ("ReduceSumSquare", [inner["off"]], inner["e"]),
-        ("ReduceSumSquare", [product.output], inner["n"]),
-    ):
-        options = {"keepdims": 0} if op_type == "ReduceSumSquare" else {}
-        nodes.append(onnx.helper.make_node(op_type, inputs, [output], **options))
-    return nodes
+    step, zero, weight, q, dq, int8, off, error, length = (f"{product.node}_{part}" for part in _PROBE_PARTS)
+    constants = {step: _step(top), zero: np.zeros((), np.int8), weight: int8_KF * steps_F}
+    graph.initializer.extend(onnx.numpy_helper.from_array(values, name) for name, values in constants.items())
+    make = onnx.helper.make_node
+    return [
+        make("QuantizeLinear", [product.activation, step, zero], [q]),
+        make("DequantizeLinear", [q, step, zero], [dq]),
+        make("MatMul", [dq, weight], [int8]),
+        make("Sub", [int8, product.output], [off]),
+        make("ReduceSumSquare", [off], [error], keepdims=0),
+        make("ReduceSumSquare", [product.output], [length], keepdims=0),
+    ]
+
+
+def _step(largest: float) -> NDArray[np.float32]:
+    """What one step of int8 is worth where the largest magnitude is ``largest``."""
+    return np.array(max(largest, 1e-30) / INT8_MAX, np.float32)

@@ -1,4 +1,4 @@
-"""From one form of a bundle's image encoder to a plan on disk, and from a plan without weights to one with them.
+"""Builds a plan from one variant of a bundle's image encoder, and puts the weights back into a stripped plan.
 
 Shape legend: N images, H = W pixels, D features.
 """
@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderForm, Precision
+from clipship.core.bundle import IMAGE_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, sha256_of_bytes, write_bytes_atomic
+from clipship.core.precisions import Precision
 from clipship.core.progress import Report, log, progress
 from clipship.core.tensorrt_plan import (
     PLATFORM,
@@ -24,10 +25,10 @@ from clipship.core.tensorrt_plan import (
     BatchProfile,
     PlanInfo,
     TensorRtPlan,
-    form_digest,
-    form_of,
     read_plan,
     validate_plan,
+    variant_digest,
+    variant_of,
     write_plan,
 )
 from clipship.core.tensors import TensorSpec
@@ -42,6 +43,7 @@ from clipship.export.tensorrt.runtime import (
     validated_gpus,
 )
 
+_RECORDED = ("version_compatible", "hardware_compatible", "optimization_level", "workspace_mib")
 _PERCENT = 100
 _MIB = 1 << 20
 
@@ -51,14 +53,14 @@ class Settings:
     """How a plan is built."""
 
     gpus: tuple[str, ...] = ()
-    """Compute capabilities like "sm89"; empty: of the GPU that is here."""
+    """Compute capabilities like "sm89"; empty: this machine's GPU."""
     profile: BatchProfile = field(default_factory=BatchProfile)
     optimization_level: int = 3
     """0 to 5: how long the builder searches for fast kernels."""
     workspace_mib: int | None = None
-    """Scratch memory a layer may take on the GPU, in MiB; None: all of it."""
+    """Scratch memory a layer may take on the GPU, in MiB; None: no limit."""
     timing_cache: Path | None = None
-    """Where measured kernel times are kept from one build to the next."""
+    """A file that keeps measured kernel times between builds."""
     strip_weights: bool = False
     """Leave the weights out; :func:`refit_plan` puts them back."""
     version_compatible: bool = False
@@ -79,19 +81,19 @@ def plan_from_bundle(
     """Build the plan of ``bundle``'s image encoder in ``precision`` and write it to the folder ``out``.
 
     Raises:
-        UsageError: no such form, GPU, or switch of this runtime; an operator that the runtime does not have (named);
+        UsageError: no such variant, GPU, or switch of this runtime; an operator that the runtime does not have (named);
             ``out`` holds something else.
         CheckFailed: the parsed network is not what the graph says, or the runtime could not build it.
         OSError: the disk is full. In every case ``out`` is left as it was.
     """
     validate_folder(out)
     validate_switches(loaded.runtime, settings)
-    form = form_for(bundle, precision)
+    variant = variant_for(bundle, precision)
     gpus = validated_gpus(loaded, settings.gpus)
     _validate_stripping(loaded, settings)
     specs = bundle.manifest.inputs_outputs[IMAGE_ENCODER]
     started = time.monotonic()
-    data, inspection = build_plan(loaded, bundle.path / form.file, specs, precision, replace(settings, gpus=gpus))
+    data, inspection = build_plan(loaded, bundle.path / variant.file, specs, precision, replace(settings, gpus=gpus))
     info = PlanInfo(
         runtime=loaded.runtime.name,
         runtime_version=loaded.version,
@@ -101,78 +103,61 @@ def plan_from_bundle(
         profile=settings.profile,
         input=specs[0],
         output=specs[1],
-        onnx_file=form.file,
-        onnx_digest=form_digest(bundle, form),
+        onnx_file=variant.file,
+        onnx_digest=variant_digest(bundle, variant),
         bundle_digest=bundle.digest,
         plan_digest=sha256_of_bytes(data),
         plan_bytes=len(data),
         build_s=round(time.monotonic() - started, 3),
         weights_stripped=settings.strip_weights,
-        version_compatible=settings.version_compatible,
-        hardware_compatible=settings.hardware_compatible,
-        optimization_level=settings.optimization_level,
-        workspace_mib=settings.workspace_mib,
         layers=inspection.layers,
+        **{name: getattr(settings, name) for name in _RECORDED},
     )
     return _written(out, data, info)
 
 
-def form_for(bundle: Bundle, precision: Precision) -> EncoderForm:
-    """The form of ``precision`` that every ONNX runtime can read.
+def variant_for(bundle: Bundle, precision: Precision) -> EncoderVariant:
+    """The portable variant of ``precision``.
 
     Raises:
-        UsageError: the bundle has none; lists what it has.
+        UsageError: the bundle has none; lists those it has.
     """
-    portable = [form for form in bundle.image_encoders if form.runtime == "onnx" and form.source_size is None]
-    for form in portable:
-        if form.precision == precision:
-            return form
-    has = ", ".join(form.precision for form in portable)
+    portable = [one for one in bundle.image_encoders if one.runtime == "onnx" and one.source_size is None]
+    for variant in portable:
+        if variant.precision == precision:
+            return variant
+    has = ", ".join(one.precision for one in portable)
     raise UsageError(
-        f"{bundle.path}: no {precision} form for TensorRT, it has {has}: pack it with {precision}, or choose"
+        f"{bundle.path}: no {precision} variant for TensorRT, it has {has}: pack it with {precision}, or choose"
     )
 
 
 def validate_switches(runtime: EngineRuntime, settings: Settings) -> None:
-    """Nothing when ``runtime`` has every switch of ``settings`` that is on.
+    """Validate that ``runtime`` has every switch of ``settings`` that is on.
 
     Raises:
-        UsageError: it has not; says what does the same there.
+        UsageError: it does not; says what to do instead.
     """
-    switches = (
-        (settings.timing_cache, runtime.has_timing_cache, "--timing-cache", "it times no kernels while it builds"),
-        (
-            settings.version_compatible,
-            runtime.has_version_compatible,
-            "--version-compatible",
-            "build with the version that runs it",
-        ),
-        (
-            settings.hardware_compatible,
-            runtime.has_hardware_compatible,
-            "--hardware-compatible",
-            "give --gpu once for each GPU, and the plan runs on all of them",
-        ),
-    )
-    for wanted, available, option, instead in switches:
-        if wanted and not available:
+    given = {
+        "--timing-cache": settings.timing_cache,
+        "--version-compatible": settings.version_compatible,
+        "--hardware-compatible": settings.hardware_compatible,
+    }
+    for option, instead in runtime.lacks.items():
+        if given[option]:
             raise UsageError(f"{runtime.name} has no {option}: leave it out; {instead}")
 
 
 def build_plan(
     loaded: Loaded, onnx_path: Path, specs: tuple[TensorSpec, TensorSpec], precision: Precision, settings: Settings
 ) -> tuple[bytes, Inspection]:
-    """Parse, inspect and build one ONNX file; returns the plan's bytes and what the inspection found.
-
-    Args:
-        specs: its input, uint8 [N, H, W, 3], and its output, float32 [N, D].
-    """
+    """Parse, inspect and build one ONNX file, whose input and output are ``specs``."""
     builder = loaded.trt.Builder(loaded.logger)
     network = typed_network(loaded, builder)
     parser = parse(loaded, network, onnx_path)
     let_attention_decompose(loaded, network)
     inspection = inspect_network(network, read_graph(onnx_path), specs, precision)
-    inspection.refuse(onnx_path.name)
+    inspection.validate(onnx_path.name)
     log(f"{onnx_path.name}: {network.num_layers} layers, {inspection.compared} tensors of the graph's types")
     config = _config(loaded, builder, specs[0], settings)
     with progress(f"{loaded.runtime.name} {precision}", _PERCENT) as report:
@@ -187,7 +172,7 @@ def _config(loaded: Loaded, builder: Any, image: TensorSpec, settings: Settings)
     """The builder's configuration: profile, flags, GPUs, caches."""
     trt, config = loaded.trt, builder.create_builder_config()
     side = tuple(int(size) for size in image.shape[1:])
-    batches = (settings.profile.least, settings.profile.best, settings.profile.most)
+    batches = (settings.profile.min, settings.profile.opt, settings.profile.max)
     profile = builder.create_optimization_profile()
     profile.set_shape(image.name, *((batch, *side) for batch in batches))
     config.add_optimization_profile(profile)
@@ -213,7 +198,7 @@ def _config(loaded: Loaded, builder: Any, image: TensorSpec, settings: Settings)
 
 
 def read_timing_cache(config: Any, path: Path) -> None:
-    """Give the builder the kernel times in ``path``, or an empty cache where there is no such file.
+    """Give the builder the kernel times in ``path``, if that exists.
 
     Raises:
         UsageError: the file is no timing cache, or of another version or GPU.
@@ -225,18 +210,18 @@ def read_timing_cache(config: Any, path: Path) -> None:
 
 
 def write_timing_cache(config: Any, path: Path) -> None:
-    """Keep the kernel times that the builder knows now."""
+    """Write the builder's kernel times to ``path``."""
     with deprecations_allowed():
         write_bytes_atomic(path, bytes(config.get_timing_cache().serialize()))
 
 
 def _serialized(loaded: Loaded, builder: Any, network: Any, config: Any, report: Report) -> bytes:
     """Build; Ctrl-C stops the builder at its next step."""
-    monitor = _monitor(loaded.trt, Steps(report))
-    config.progress_monitor = monitor
-    with _stopped_by_interrupt(monitor.steps):
+    steps = _monitor(loaded.trt, report)
+    config.progress_monitor = steps
+    with _stopped_by_interrupt(steps):
         data = builder.build_serialized_network(network, config)
-    if monitor.steps.stopped:
+    if steps.stopped:
         raise KeyboardInterrupt
     if data is None:
         raise CheckFailed(f"{loaded.runtime.name} {loaded.version} could not build the plan: {loaded.why()}")
@@ -244,7 +229,7 @@ def _serialized(loaded: Loaded, builder: Any, network: Any, config: Any, report:
 
 
 def _validate_stripping(loaded: Loaded, settings: Settings) -> None:
-    """Kernels that take their weights later are linked by the driver (seen with TensorRT-RTX 1.7.1)."""
+    """The driver links kernels that get their weights later (seen with TensorRT-RTX 1.7.1), so a GPU is needed."""
     if settings.strip_weights and gpu_here() is None:
         raise UsageError(
             f"{loaded.runtime.name} strips weights on a machine with a GPU only, and PyTorch sees none here: "
@@ -253,7 +238,7 @@ def _validate_stripping(loaded: Loaded, settings: Settings) -> None:
 
 
 class Steps:
-    """The builder's nested phases as one number from 0 to 100. Called from the builder's own threads."""
+    """The builder's nested phases as a percentage: TensorRT's ``IProgressMonitor``, called from its own threads."""
 
     def __init__(self, report: Report) -> None:
         self.stopped = False
@@ -261,31 +246,31 @@ class Steps:
         self._lock = threading.Lock()
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> parent, steps, steps done
 
-    def start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase of so many steps begins within ``parent``."""
+    def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+        """A phase begins within its parent."""
         with self._lock:
-            self._phases[name] = (parent, max(steps, 1), 0)
-            self._show(name)
+            self._phases[phase_name] = (parent_phase, max(num_steps, 1), 0)
+            self._show(phase_name)
 
-    def done(self, name: str, step: int) -> bool:
+    def step_complete(self, phase_name: str, step: int) -> bool:
         """A step is done; False stops the build."""
         with self._lock:
-            if name in self._phases:
-                parent, steps, _ = self._phases[name]
-                self._phases[name] = (parent, steps, min(step + 1, steps))
-                self._show(name)
+            if phase_name in self._phases:
+                parent, steps, _ = self._phases[phase_name]
+                self._phases[phase_name] = (parent, steps, min(step + 1, steps))
+                self._show(phase_name)
         return not self.stopped
 
-    def finish(self, name: str) -> None:
+    def phase_finish(self, phase_name: str) -> None:
         """A phase ends."""
         with self._lock:
-            self._phases.pop(name, None)
+            self._phases.pop(phase_name, None)
 
     def _show(self, name: str) -> None:
         self._report(int(_PERCENT * min(self._fraction(name), 1.0)), name)
 
     def _fraction(self, name: str) -> float:
-        """How much of the whole is done when ``name`` is what runs now: a phase is one step of its parent."""
+        """The share that is done while ``name`` runs: a phase is one step of its parent."""
         share, current = 0.0, self._phases.get(name)
         while current is not None:
             parent, steps, done = current
@@ -294,27 +279,18 @@ class Steps:
         return share
 
 
-def _monitor(trt: Any, steps: Steps) -> Any:
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+def _monitor(trt: Any, report: Report) -> Any:
+    class Monitor(Steps, trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)  # the bindings do not know super()
-            self.steps = steps
-
-        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            steps.start(phase_name, parent_phase, num_steps)
-
-        def step_complete(self, phase_name: str, step: int) -> bool:
-            return steps.done(phase_name, step)
-
-        def phase_finish(self, phase_name: str) -> None:
-            steps.finish(phase_name)
+            Steps.__init__(self, report)
 
     return Monitor()
 
 
 @contextmanager
 def _stopped_by_interrupt(steps: Steps) -> Iterator[None]:
-    """An exception must not cross the builder's C++ frames, so Ctrl-C only asks it to stop."""
+    """Make Ctrl-C stop ``steps``, as an exception must not cross the builder's C++ frames."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -332,7 +308,7 @@ def _stopped_by_interrupt(steps: Steps) -> Iterator[None]:
 def refit_plan(plan: TensorRtPlan, bundle: Bundle, out: Path) -> TensorRtPlan:
     """Put the weights of ``bundle``'s ONNX file back into a stripped ``plan``, and write it to the folder ``out``.
 
-    Triton loads plans as they are, so this is done before a repository is written. Needs the GPU of the plan.
+    Triton does not refit plans, so this comes before a repository is written. It needs the plan's GPU.
 
     Raises:
         PlanError: the plan is for another GPU or runtime version, or of another bundle.
@@ -347,9 +323,9 @@ def refit_plan(plan: TensorRtPlan, bundle: Bundle, out: Path) -> TensorRtPlan:
     loaded = load_runtime(plan.info.runtime)
     validate_plan(plan, loaded.target(puts_weights_back=True), bundle)
     validate_plan(plan, loaded.target(gpu=require_gpu(), puts_weights_back=True))
-    form = form_of(plan.info, bundle)
-    assert form is not None, "validate_plan has looked"
-    data = _refitted(loaded, engine_from_plan(loaded, plan), bundle.path / form.file)
+    variant = variant_of(plan.info, bundle)
+    assert variant is not None, "validate_plan has looked"
+    data = _refitted(loaded, engine_from_plan(loaded, plan), bundle.path / variant.file)
     info = replace(plan.info, weights_stripped=False, plan_bytes=len(data), plan_digest=sha256_of_bytes(data))
     return _written(out, data, info)
 
@@ -366,10 +342,10 @@ def _refitted(loaded: Loaded, engine: Any, onnx_path: Path) -> bytes:
 
 
 def validate_folder(out: Path) -> None:
-    """Refuse to put a plan in the place of anything but an older plan.
+    """Validate that a plan may be written to ``out``: nothing is there, or an older plan.
 
     Raises:
-        UsageError: ``out`` is a file, or a folder of something else.
+        UsageError: it is a file, or a folder of something else.
     """
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file: give a folder")

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clipship.core.bundle import Precision
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.tensors import TensorSpec
-from clipship.export.onnx_graph import OPSET, inferred_types, since_opset
+from clipship.export.onnx_graph import OPSET, inferred_types, opset_of, since_opset
 from clipship.export.tensorrt.runtime import Loaded, deprecations_allowed
 
 if TYPE_CHECKING:
@@ -25,20 +25,8 @@ if TYPE_CHECKING:
 PRODUCTS = ("MATRIX_MULTIPLY", "CONVOLUTION")
 ALWAYS_FLOAT = ("NORMALIZATION", "SOFTMAX")
 
-PRODUCT_TYPES: Mapping[Precision, str] = {"fp32": "FLOAT", "fp16": "HALF", "bf16": "BF16"}
-"""The type of matrix products by precision. With int8 they are what the dequantised values are, beside Q/DQ layers."""
-
-_TYPES = {
-    "FLOAT": "FLOAT",
-    "FLOAT16": "HALF",
-    "BFLOAT16": "BF16",
-    "INT8": "INT8",
-    "UINT8": "UINT8",
-    "INT32": "INT32",
-    "INT64": "INT64",
-    "BOOL": "BOOL",
-}
-"""TensorRT's name of each ONNX type that it has."""
+_TYPES = {"FLOAT16": "HALF", "BFLOAT16": "BF16"}
+"""TensorRT's name of an ONNX type; all others have the same name."""
 
 _SHOWN = 3
 _STANDARD_DOMAINS = ("", "ai.onnx")
@@ -70,8 +58,8 @@ class Inspection:
     def __bool__(self) -> bool:
         return not self.disagreements
 
-    def refuse(self, what: str) -> None:
-        """Nothing when the network is what the graph says.
+    def validate(self, what: str) -> None:
+        """Validate that the network is what the graph says.
 
         Raises:
             CheckFailed: it is not; names the first few differences.
@@ -111,7 +99,7 @@ def let_attention_decompose(loaded: Loaded, network: Any) -> None:
 def inspect_network(
     network: Any, model: onnx.ModelProto, specs: tuple[TensorSpec, TensorSpec], precision: Precision
 ) -> Inspection:
-    """Compare a parsed ``network`` with the graph ``model`` and with what a form of ``precision`` promises."""
+    """Compare a parsed ``network`` with the graph ``model`` and with what a variant of ``precision`` promises."""
     layers = tuple(layers_of(network))
     expected = types_from_graph(model)
     found = {name: dtype for layer in layers for name, dtype in layer.outputs.items()}
@@ -142,7 +130,7 @@ def layers_of(network: Any) -> Iterator[Layer]:
 
 
 def read_graph(path: Path) -> onnx.ModelProto:
-    """The ONNX file, without weights that stand in a file of their own: types do not depend on them.
+    """The ONNX file without external weights, which types do not depend on.
 
     Raises:
         UsageError: it is no ONNX file.
@@ -177,21 +165,24 @@ def _edge_problems(network: Any, specs: tuple[TensorSpec, TensorSpec]) -> Iterat
 
 
 def _promise_problems(layers: tuple[Layer, ...], precision: Precision) -> Iterator[str]:
-    """LayerNorm and softmax are float32 in every form; a form has the products or the Q/DQ layers it is named after."""
+    """Every variant has LayerNorm and softmax in float32, and the products or Q/DQ layers that its precision names."""
     for layer in layers:
         types = {*layer.inputs, *layer.outputs.values()}
         if layer.kind in ALWAYS_FLOAT and not types <= {"FLOAT", "INT64", "INT32"}:
             yield f"{layer.kind} {layer.name} is {'/'.join(sorted(types))} instead of FLOAT"
     products = Counter(dtype for layer in layers if layer.kind in PRODUCTS for dtype in layer.outputs.values())
-    wanted = PRODUCT_TYPES.get(precision)
-    if wanted and not products[wanted]:
-        yield f"no matrix product is {wanted}, they are {', '.join(products) or 'absent'}: this is no {precision} form"
-    if precision == "int8" and not any(layer.kind == "QUANTIZE" for layer in layers):
-        yield "it has no QUANTIZE layer: this is no int8 form"
+    spec = PRECISIONS[precision]
+    wanted = _TYPES.get(spec.onnx_type, spec.onnx_type)
+    if spec.quantized:  # the products are of the type of the dequantised values
+        if not any(layer.kind == "QUANTIZE" for layer in layers):
+            yield f"it has no QUANTIZE layer: this is no {precision} variant"
+    elif not products[wanted]:
+        found = ", ".join(products) or "absent"
+        yield f"no matrix product is {wanted}, they are {found}: this is no {precision} variant"
 
 
 def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
-    """What the parser did not take, as the end of a message."""
+    """Why the parser failed, as the end of a message."""
     who = f"{loaded.runtime.name} {loaded.version}"
     if not parser.num_errors:
         return f"{who} cannot read it ({loaded.why()}): check the file with clipship verify"
@@ -200,20 +191,17 @@ def _refusal(loaded: Loaded, parser: Any, model: onnx.ModelProto) -> str:
     reason = " ".join(error.desc().split())
     if node is None:
         return f"{who} cannot read it ({reason}): check the file with clipship verify"
-    opsets = {entry.domain: entry.version for entry in model.opset_import}
     since = since_opset(node.op_type) if node.domain in _STANDARD_DOMAINS else None
-    where = f"operator {node.op_type} of node {node.name!r}, {_provenance(node, opsets, since)}"
-    return f"{who} does not support {where} ({reason}): {_way_out(node, since)}"
+    where, way_out = _unknown_operator(node) if since is None else _late_operator(model, since)
+    return f"{who} does not support operator {node.op_type} of node {node.name!r}, {where} ({reason}): {way_out}"
 
 
-def _provenance(node: onnx.NodeProto, opsets: Mapping[str, int], since: int | None) -> str:
-    if since is None:
-        return f"of the domain {node.domain or 'ai.onnx'!r}, which ONNX does not know"
-    return f"which ONNX has since opset {since}, in a graph of opset {opsets.get(node.domain, 0)}"
+def _unknown_operator(node: onnx.NodeProto) -> tuple[str, str]:
+    where = f"of the domain {node.domain or 'ai.onnx'!r}, which ONNX does not know"
+    return where, "choose a variant of the bundle that any ONNX runtime can run (--precision)"
 
 
-def _way_out(node: onnx.NodeProto, since: int | None) -> str:
-    if since is None:
-        return "choose a form of the bundle that any ONNX runtime can run (--precision)"
+def _late_operator(model: onnx.ModelProto, since: int) -> tuple[str, str]:
     lower = f", with an opset below {since}" if since > OPSET else ""
-    return f"pack the bundle again with this clipship{lower}"
+    where = f"which ONNX has since opset {since}, in a graph of opset {opset_of(model)}"
+    return where, f"pack the bundle again with this clipship{lower}"

@@ -1,11 +1,10 @@
-"""Loading and running a plan on this machine's GPU, with PyTorch's tensors as buffers.
+"""Loads and runs a plan on this machine's GPU, with PyTorch's tensors as buffers.
 
 Shape legend: N images, H = W pixels, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,10 +30,10 @@ def require_gpu() -> str:
 
 
 def engine_from_plan(loaded: Loaded, plan: TensorRtPlan) -> Any:
-    """The ``ICudaEngine`` of ``plan``. What can be compared has been compared before.
+    """The ``ICudaEngine`` of ``plan``, which has been validated.
 
     Raises:
-        CheckFailed: the runtime does not take it; says why.
+        CheckFailed: the runtime cannot load it; says why.
     """
     runtime = loaded.trt.Runtime(loaded.logger)
     if plan.info.version_compatible:
@@ -47,7 +46,7 @@ def engine_from_plan(loaded: Loaded, plan: TensorRtPlan) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class PlanRunner:
-    """A plan on the GPU, ready to run. Not for several threads at once."""
+    """A plan on the GPU, ready to run. Not thread-safe."""
 
     plan: TensorRtPlan
     context: Any
@@ -59,7 +58,14 @@ class PlanRunner:
             UsageError: N is below the profile's minimum, or the pixels are of another size.
             CheckFailed: the runtime failed.
         """
-        return np.concatenate([self._batch(part) for part in _batches(pixels, self.plan)])
+        profile, side = self.plan.info.profile, tuple(self.plan.info.input.shape[1:])
+        if pixels.dtype != np.uint8 or pixels.shape[1:] != side or not len(pixels):
+            taken = ", ".join(map(str, side))
+            given = f"{pixels.dtype} {list(pixels.shape)}"
+            raise UsageError(f"pixels are {given}: the plan takes uint8 [N, {taken}], N above 0")
+        parts = np.array_split(pixels, -(-len(pixels) // profile.max))  # of nearly equal size, so none is too small
+        profile.validate(min(map(len, parts)))
+        return np.concatenate([self._batch(part) for part in parts])
 
     def _batch(self, pixels_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
         import torch
@@ -87,28 +93,9 @@ def load_plan(plan: TensorRtPlan, bundle: Bundle | None = None) -> PlanRunner:
         PlanError: it is for another runtime, version or GPU, its weights are stripped, or it is not of ``bundle``.
         UsageError: there is no GPU here.
         MissingExtraError: its runtime is not installed.
-        CheckFailed: the runtime does not take it.
+        CheckFailed: the runtime cannot load it.
     """
     loaded = load_runtime(plan.info.runtime)
     validate_plan(plan, loaded.target(), bundle)
     validate_plan(plan, loaded.target(gpu=require_gpu()))
     return PlanRunner(plan, engine_from_plan(loaded, plan).create_execution_context())
-
-
-def run_plan(plan: TensorRtPlan, pixels: NDArray[np.uint8], bundle: Bundle | None = None) -> NDArray[np.float32]:
-    """uint8 [N, H, W, 3] -> unit float32 [N, D] by ``plan`` on this machine's GPU; raises as :func:`load_plan` does."""
-    return load_plan(plan, bundle).features(pixels)
-
-
-def _batches(pixels: NDArray[np.uint8], plan: TensorRtPlan) -> Iterator[NDArray[np.uint8]]:
-    """Parts of at most the profile's maximum, of nearly equal size, so that none falls below its minimum."""
-    profile, side = plan.info.profile, tuple(plan.info.input.shape[1:])
-    if pixels.dtype != np.uint8 or pixels.shape[1:] != side or not len(pixels):
-        taken = ", ".join(map(str, side))
-        raise UsageError(
-            f"pixels are {pixels.dtype} {list(pixels.shape)}: the plan takes uint8 [N, {taken}], N above 0"
-        )
-    count = -(-len(pixels) // profile.most)
-    parts = np.array_split(pixels, count)
-    profile.refuse(min(map(len, parts)))
-    yield from parts

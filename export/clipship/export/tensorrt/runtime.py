@@ -1,14 +1,14 @@
 """The one seam to TensorRT and TensorRT-RTX, which share an API but not their plans.
 
-What differs between the two is a field of :class:`EngineRuntime`; all else of ``engines`` is written once. ``trt`` is
-the imported module in this package, typed ``Any``: the bindings carry no types.
+The fields of :class:`EngineRuntime` are the differences. ``trt`` is the imported module, typed ``Any``: the bindings
+have no types.
 """
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,16 +23,14 @@ class EngineRuntime:
 
     name: PlanRuntime
     modules: tuple[str, ...]
-    """Where its Python API may be, the first that is there counts."""
+    """Names of its Python module; the first that is installed is taken."""
     extra: str
     least_version: tuple[int, int]
-    """The first with everything that a typed ONNX file of ours needs."""
+    """The first that reads all of our typed ONNX files."""
     builds_for_absent_gpus: bool
     """Takes a list of compute capabilities; otherwise a plan is for the GPU it is built on."""
-    has_timing_cache: bool
-    """Times kernels while it builds, and can keep what it measured."""
-    has_version_compatible: bool
-    has_hardware_compatible: bool
+    lacks: Mapping[str, str]
+    """By option of ``clipship engine`` that it does not have, what to do instead."""
 
 
 RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
@@ -42,9 +40,7 @@ RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
         extra="tensorrt",
         least_version=(10, 12),
         builds_for_absent_gpus=False,
-        has_timing_cache=True,
-        has_version_compatible=True,
-        has_hardware_compatible=True,
+        lacks={},
     ),
     "tensorrt-rtx": EngineRuntime(
         name="tensorrt-rtx",
@@ -53,21 +49,23 @@ RUNTIMES: dict[PlanRuntime, EngineRuntime] = {
         extra="tensorrt-rtx",
         least_version=(1, 7),
         builds_for_absent_gpus=True,
-        has_timing_cache=False,
-        has_version_compatible=False,
-        has_hardware_compatible=False,
+        lacks={
+            "--timing-cache": "it times no kernels while it builds",
+            "--version-compatible": "build with the version that runs it",
+            "--hardware-compatible": "give --gpu once for each GPU, and the plan runs on all of them",
+        },
     ),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """A runtime whose module is imported, with the log that its objects write to."""
+    """An imported runtime, and the logger that its objects write to."""
 
     runtime: EngineRuntime
     trt: Any
     logger: Any = field(repr=False)
-    """An ``ILogger`` with ``errors``, the list of what went wrong so far."""
+    """An ``ILogger`` with ``errors``, the list of error messages so far."""
 
     @property
     def version(self) -> str:
@@ -117,7 +115,7 @@ def _first_module(runtime: EngineRuntime) -> Any:
 
 
 def _logger(trt: Any) -> Any:
-    """An ``ILogger`` that prints nothing: what went wrong is part of our own message."""
+    """An ``ILogger`` that prints nothing; its errors become part of our own message."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -133,16 +131,16 @@ def _logger(trt: Any) -> Any:
 
 @contextmanager
 def deprecations_allowed() -> Iterator[None]:
-    """Around calls that one supported version needs and another one calls deprecated."""
+    """Ignore deprecations: one supported version needs calls that another deprecates."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         yield
 
 
 def typed_network(loaded: Loaded, builder: Any) -> Any:
-    """An empty strongly typed network: the graph's types decide, no flag lets the builder choose others.
+    """An empty strongly typed network, which computes in the graph's types.
 
-    TensorRT 10 and TensorRT-RTX need the flag; from 11 on every network is so, and the flag may one day be gone.
+    TensorRT 10 and TensorRT-RTX need the flag; from 11 on every network is strongly typed, and the flag may disappear.
     """
     flag = getattr(loaded.trt.NetworkDefinitionCreationFlag, "STRONGLY_TYPED", None)
     with deprecations_allowed():
@@ -162,7 +160,7 @@ def gpu_here() -> str | None:
 
 
 def buildable_gpus(loaded: Loaded) -> tuple[str, ...]:
-    """What ``--gpu`` may name: what TensorRT-RTX knows, or the one GPU that is here.
+    """What ``--gpu`` may name: all that TensorRT-RTX knows, or this machine's GPU.
 
     Raises:
         UsageError: the runtime builds on the GPU only, and there is none.
@@ -179,7 +177,7 @@ def buildable_gpus(loaded: Loaded) -> tuple[str, ...]:
 
 
 def validated_gpus(loaded: Loaded, given: tuple[str, ...]) -> tuple[str, ...]:
-    """The GPUs to build for, sorted and without repetition; ``given`` empty stands for the one that is here.
+    """The GPUs to build for, sorted and without repetition; without ``given`` ones this machine's.
 
     Raises:
         UsageError: a name is no compute capability, the runtime cannot build for it, or none is given and none is here.

@@ -6,32 +6,32 @@ import base64
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
-from clipship.core.comparison import Answers, Comparison, Verification
+from clipship.core.comparison import Answers, Comparison, Verification, VerificationSamples
 from clipship.core.files import write_text_atomic
 from clipship.core.tables import Table
-from clipship.export.verification.verify import VerificationSamples
 
 WORST_SHOWN = 12
 """Images on the page."""
 
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
-_HEADER = ("", "inputs", "form", "runtime", "batch", "n", "cosine min", "mean", "centred min", "max diff")
-_HEADER_CLASSES = ("top-1", "top-5", "logits")
+_HEADER = (
+    *("", "inputs", "form", "runtime", "batch", "n"),
+    *("cosine min", "mean", "centred min", "max diff", "top-1", "top-5", "logits"),
+)
 _UNMEASURED = "-"
 _PLAIN_WIDTH = 240
 
 
 def table_from_verification(verification: Verification) -> Table:
     """One row a comparison; a number that was not measured is a dash."""
-    rows = [_cells(row) if isinstance(row, Comparison) else _answer_cells(row) for row in verification.rows]
-    return Table(header=(*_HEADER, *_HEADER_CLASSES), rows=tuple(rows), text_columns=4)
+    return Table(header=_HEADER, rows=tuple(map(_cells, verification.rows)), text_columns=4)
 
 
 def text_from_verification(verification: Verification, *, width: int | None = None) -> str:
@@ -58,53 +58,30 @@ def text_from_verification(verification: Verification, *, width: int | None = No
 
 
 def _remarks(verification: Verification) -> list[str]:
-    failed = [f"FAILED {row.what}, {_form(row)} on {row.provider}, batch {row.batch_size}" for row in verification.rows]
-    why = [
-        f"{where}: {'; '.join(row.failures)}" for where, row in zip(failed, verification.rows, strict=True) if not row
+    failed = [
+        f"FAILED {row.what}, {_form(row)} on {row.provider}, batch {row.batch_size}: {'; '.join(row.failures)}"
+        for row in verification.rows
+        if not row
     ]
-    references = sorted({row.reference for row in verification.comparisons if row.reference != "PyTorch"})
-    compared = [
-        f"without a checkpoint, images are compared with {reference}, not with PyTorch" for reference in references
-    ]
-    return [*why, *(f"not compared: {reason}" for reason in verification.skipped), *compared]
+    references = sorted({row.reference for row in verification.comparisons} - {"PyTorch"})
+    without = (f"without a checkpoint, images are compared with {one}, not with PyTorch" for one in references)
+    return [*failed, *(f"not compared: {reason}" for reason in verification.skipped), *without]
 
 
 def _form(row: Comparison | Answers) -> str:
     return row.form if isinstance(row, Comparison) else row.model
 
 
-def _cells(row: Comparison) -> tuple[str, ...]:
-    return (
-        "ok" if row else "FAILED",
-        row.what,
-        row.form,
-        row.provider,
-        str(row.batch_size),
-        str(row.count),
-        _number(row.min_cosine, ".6f"),
-        _number(row.mean_cosine, ".6f"),
-        _number(row.min_centred_cosine, ".6f"),
-        _number(row.max_abs, ".1e"),
-        _share(row.top1_agreement, row.top1_excused),
-        _number(100 * row.top5_agreement, ".1f"),
-        _number(row.max_logit_difference, ".1e"),
-    )
-
-
-def _answer_cells(row: Answers) -> tuple[str, ...]:
-    return (
-        "ok" if row else "FAILED",
-        row.what,
-        row.model,
-        row.provider,
-        str(row.batch_size),
-        str(row.count),
-        *(_UNMEASURED,) * 3,
-        f"{_number(row.max_score_difference, '.1e')} (scores)",
-        _share(row.top1_agreement, row.top1_excused),
-        _number(100 * row.top5_agreement, ".1f"),
-        _UNMEASURED,
-    )
+def _cells(row: Comparison | Answers) -> tuple[str, ...]:
+    sizes = (str(row.batch_size), str(row.count))
+    about = ("ok" if row else "FAILED", row.what, _form(row), row.provider, *sizes)
+    classes = (_share(row.top1_agreement, row.top1_excused), _number(100 * row.top5_agreement, ".1f"))
+    if isinstance(row, Answers):
+        difference = f"{_number(row.max_score_difference, '.1e')} (scores)"
+        return (*about, *(_UNMEASURED,) * 3, difference, *classes, _UNMEASURED)
+    cosines = (row.min_cosine, row.mean_cosine, row.min_centred_cosine)
+    numbers = (*(_number(cosine, ".6f") for cosine in cosines), _number(row.max_abs, ".1e"))
+    return (*about, *numbers, *classes, _number(row.max_logit_difference, ".1e"))
 
 
 def _number(value: float, form: str) -> str:
@@ -117,49 +94,31 @@ def _share(agreement: float, excused: float) -> str:
     return f"{raw} (+{100 * excused:.1f} ties)" if excused else raw
 
 
-@dataclass(frozen=True, kw_only=True)
-class WorstImage:
-    """One image on the page."""
-
-    name: str
-    picture: str
-    """A data URI of the pixels that the encoder took."""
-    cosine: float
-    where: str
-    """Form, runtime and batch."""
-    passed: bool
-    expected: tuple[str, ...]
-    """The best classes by the reference, best first."""
-    given: tuple[str, ...]
-
-
 def worst_images(
     verification: Verification, samples: Sequence[VerificationSamples], names: Sequence[str]
-) -> list[WorstImage]:
-    """The images that differ most, each where it differs most, worst first."""
+) -> list[dict[str, Any]]:
+    """The images that differ most, each where it differs most, worst first, for the page."""
     by_what = {one.what: one for one in samples}
-    found = [
-        (worst.cosine, row, worst) for row in verification.comparisons if row.what in by_what for worst in row.worst
-    ]
-    shown: dict[str, WorstImage] = {}
-    for cosine, row, worst in sorted(found, key=lambda item: item[0]):
+    found = [(worst, row) for row in verification.comparisons if row.what in by_what for worst in row.worst]
+    shown: dict[str, dict[str, Any]] = {}
+    for worst, row in sorted(found, key=lambda pair: pair[0].cosine):
         sample = by_what[row.what]
-        key = f"{row.what}: {sample.names[worst.position]}"
-        if key not in shown and len(shown) < WORST_SHOWN:
-            shown[key] = WorstImage(
-                name=key,
-                picture=_data_uri(sample.pixels[worst.position]),
-                cosine=cosine,
-                where=f"{row.form}, {row.provider}, batch {row.batch_size}",
-                passed=bool(row),
-                expected=tuple(names[place] for place in worst.expected),
-                given=tuple(names[place] for place in worst.given),
-            )
+        name = f"{row.what}: {sample.names[worst.position]}"
+        if name not in shown and len(shown) < WORST_SHOWN:
+            shown[name] = {
+                "name": name,
+                "source": _data_uri(sample.pixels[worst.position]),
+                "cosine": worst.cosine,
+                "where": f"{row.form}, {row.provider}, batch {row.batch_size}",
+                "passed": bool(row),
+                "expected": [names[place] for place in worst.expected],
+                "given": [names[place] for place in worst.given],
+            }
     return list(shown.values())
 
 
 def write_page(path: Path, bundle: Bundle, verification: Verification, samples: Sequence[VerificationSamples]) -> None:
-    """Write the page to ``path``, whole or not at all; its text is escaped, its pictures are inside it."""
+    """Write the page to ``path``, whole or not at all; its text is escaped, its images are inside it."""
     from jinja2 import Environment, StrictUndefined
 
     template = Environment(

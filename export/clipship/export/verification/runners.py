@@ -1,7 +1,7 @@
-"""Who can run a form of an encoder here: ONNX Runtime's providers, OpenVINO, a TensorRT plan; each a plain function.
+"""Runtimes that can run an encoder here: ONNX Runtime's providers and OpenVINO, each as a plain function.
 
-A runtime that silently does something else than it was asked is the trap of this module: ONNX Runtime puts nodes on
-another provider, OpenVINO computes in another precision. Both are looked at after they ran, and refused.
+Runtimes deviate silently: ONNX Runtime puts nodes on another provider, OpenVINO computes in another precision. Both are
+checked after a run, and refused.
 
 Shape legend: N rows (images or class names), D features.
 """
@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.machine.processor import emulates, this_processor
-from clipship.core.machine.runtimes import OPENVINO_TYPES, OpenVinoEncoder
+from clipship.core.machine.runtimes import OpenVinoEncoder
 from clipship.core.machine.runtimes import Run as Run
+from clipship.core.precisions import PRECISIONS
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -52,31 +53,25 @@ def local_providers() -> tuple[str, ...]:
     return tuple(name for name in available if name not in _REMOTE)
 
 
-def onnx_session(path: Path, provider: str = CPU_PROVIDER, *, in_order: bool = False) -> onnxruntime.InferenceSession:
-    """An ONNX Runtime session that took ``provider``. (Whether its nodes run there: :func:`onnx_function`.)
+def onnx_session(path: Path, provider: str = CPU_PROVIDER, **options: Any) -> onnxruntime.InferenceSession:
+    """An ONNX Runtime session on ``provider``; :func:`onnx_function` checks that the nodes run there, too.
 
-    ONNX Runtime falls back to the CPU without an error; here that is one. ``in_order`` runs the nodes as they stand in
-    the file; by itself it puts off those that others do not wait for.
+    ONNX Runtime falls back to the CPU silently; here that is an error. ``options`` are those of ``SessionOptions``.
 
     Raises:
         NotRunnable: the provider is not available or was not taken, or has no kernel for one of the nodes.
         CheckFailed: the file cannot be loaded.
         MissingExtraError: onnxruntime is not installed.
     """
-    options = _onnxruntime().SessionOptions()
-    if in_order:
-        options.execution_order = _onnxruntime().ExecutionOrder.PRIORITY_BASED
-    return _session(path, provider, options)
-
-
-def _session(path: Path, provider: str, options: Any) -> onnxruntime.InferenceSession:
     onnxruntime = _onnxruntime()
+    settings = onnxruntime.SessionOptions()
+    for name, value in {"log_severity_level": 4, **options}.items():  # 4: what goes wrong is raised, too
+        setattr(settings, name, value)
     available = onnxruntime.get_available_providers()
     if provider not in available:
         raise NotRunnable(f"ONNX Runtime has no {provider} here: it has {', '.join(available)}")
-    options.log_severity_level = 4  # what goes wrong is raised, too
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, _OPTIONS.get(provider, {}))])
+        session = onnxruntime.InferenceSession(str(path), settings, providers=[(provider, _OPTIONS.get(provider, {}))])
     except _onnxruntime_errors() as error:
         kind = NotRunnable if "NOT_IMPLEMENTED" in str(error) else CheckFailed
         raise kind(f"{path.name}: ONNX Runtime cannot load it ({_line(error)})") from error
@@ -100,7 +95,7 @@ def session_function(session: onnxruntime.InferenceSession) -> Run:
 
 
 def onnx_function(path: Path, provider: str, sample: NDArray[Any]) -> Run:
-    """The ONNX file at ``path`` on ``provider``, whose nodes really run there: ``sample`` [1, ...] was run to see it.
+    """The ONNX file at ``path`` on ``provider``; a run of ``sample`` [1, ...] has shown that its nodes run there.
 
     Raises:
         NotRunnable, CheckFailed, MissingExtraError: as :func:`onnx_session`.
@@ -116,11 +111,9 @@ def nodes_by_provider(path: Path, provider: str, sample: NDArray[Any]) -> Mappin
 
     Taken from ONNX Runtime's own profile of the run, after all its graph changes.
     """
-    options = _onnxruntime().SessionOptions()
-    options.enable_profiling = True
     with tempfile.TemporaryDirectory() as folder:
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = _session(path, provider, options)
+        prefix = str(Path(folder) / "profile")
+        session = onnx_session(path, provider, enable_profiling=True, profile_file_prefix=prefix)
         session_function(session)(sample)
         events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
     ran: dict[str, Counter[str]] = {}
@@ -132,14 +125,13 @@ def nodes_by_provider(path: Path, provider: str, sample: NDArray[Any]) -> Mappin
 
 
 def _validate_provider(path: Path, provider: str, ran: Mapping[str, Counter[str]]) -> None:
-    elsewhere = {
+    products = {
         name: sum(count for kind, count in kinds.items() if any(word in kind for word in _HEAVY))
         for name, kinds in ran.items()
-        if name != provider
     }
-    strayed = {name: count for name, count in elsewhere.items() if count}
-    if strayed or provider not in ran:
-        where = ", ".join(f"{count} on {name}" for name, count in strayed.items()) or "no node on it"
+    elsewhere = [f"{count} on {name}" for name, count in products.items() if count and name != provider]
+    if elsewhere or provider not in ran:
+        where = ", ".join(elsewhere) or "no node on it"
         raise CheckFailed(f"{path.name}: asked for {provider}, but ONNX Runtime ran its matrix products: {where}")
 
 
@@ -147,8 +139,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
     """The model at ``path`` (.xml or .onnx) on OpenVINO's CPU device, computing in ``precision``.
 
     Raises:
-        NotRunnable: the CPU cannot compute in that precision (OpenVINO would emulate it, or take another one, without a
-            word).
+        NotRunnable: the CPU cannot compute in that precision; OpenVINO would silently emulate it or take another one.
         CheckFailed: OpenVINO cannot read the file, or a run fails.
         MissingExtraError: openvino is not installed.
     """
@@ -161,7 +152,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
         raise MissingExtraError("openvino", "openvino") from error
     except RuntimeError as error:
         raise CheckFailed(f"{path.name}: OpenVINO cannot load it ({_line(error)})") from error
-    _validate_precision(path, OPENVINO_TYPES[precision], encode.compiled)
+    _validate_precision(path, PRECISIONS[precision].openvino_type, encode.compiled)
 
     def run(rows: NDArray[Any]) -> NDArray[np.float32]:
         try:
@@ -173,7 +164,7 @@ def openvino_function(path: Path, precision: str = "fp32") -> Run:
 
 
 def _validate_precision(path: Path, asked: str, compiled: Any) -> None:
-    """What the compiled graph's own nodes say, not what the option says."""
+    """Validate the precision of the compiled graph's own nodes, not the option."""
     given: str = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
     ran = openvino_precisions(compiled)
     if given != asked or (asked != "f32" and asked not in ran) or (asked == "f32" and ran & {"f16", "bf16"}):

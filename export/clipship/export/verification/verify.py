@@ -1,7 +1,8 @@
-"""Every exported form against its reference, by the runtime that serves it.
+"""Compares every exported variant with its reference, run by the runtime that serves it.
 
-The tolerances stand in one table, ``clipship/core/tolerances.py``, never at call sites; ``clipship/core/comparison.py``
-defines the other numbers.
+The flow: :func:`verify_bundle` loads each variant as a :class:`~clipship.export.verification.runners.Runner`,
+:func:`verify_samples` runs it on each set of samples at each batch size, and ``core/comparison.py`` turns both features
+into numbers and a verdict, by the tolerances in ``core/precisions.py``.
 
 Shape legend: N inputs, C classes, H = W pixels, D features.
 """
@@ -22,7 +23,7 @@ from clipship.core.bundle import (
     LABELS,
     VOCABULARY_TENSORS,
     Bundle,
-    EncoderForm,
+    EncoderVariant,
     VocabularyFeatures,
 )
 from clipship.core.comparison import (
@@ -32,9 +33,7 @@ from clipship.core.comparison import (
     Runner,
     Verification,
     VerificationSamples,
-    batch_sizes_up_to,
     compare_answers,
-    compare_features,
     golden_samples,
     run_in_batches,
     verify_runner,
@@ -42,8 +41,9 @@ from clipship.core.comparison import (
 )
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images.decoding import ImageSpec
+from clipship.core.precisions import PRECISIONS, Tolerance
 from clipship.core.progress import progress
-from clipship.core.tolerances import TOLERANCES, Tolerance
+from clipship.core.tolerances import TOLERANCES
 from clipship.export.image_input import Picture, pixels_of_sources, sources_of
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verification.runners import (
@@ -56,27 +56,6 @@ from clipship.export.verification.runners import (
     openvino_function,
     session_function,
 )
-
-__all__ = [
-    "BATCH_SIZES",
-    "CPU_PROVIDER",
-    "Answers",
-    "Comparison",
-    "Verification",
-    "VerificationSamples",
-    "batch_sizes_up_to",
-    "compare_classifier",
-    "compare_features",
-    "golden_samples",
-    "onnx_session",
-    "run_in_batches",
-    "session_function",
-    "verify_bundle",
-    "verify_encoder",
-    "verify_plan",
-    "verify_runner",
-    "verify_samples",
-]
 
 _MOST_SOURCES = 7
 """The largest batch of whole images."""
@@ -94,7 +73,6 @@ def verify_encoder(
     tolerance: Tolerance,
     provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
-    reference: str = "PyTorch",
 ) -> tuple[Comparison, ...]:
     """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
 
@@ -115,7 +93,6 @@ def verify_encoder(
         tolerance=tolerance,
         batch_sizes=batch_sizes,
         form=path.name,
-        reference=reference,
     )
 
 
@@ -126,80 +103,85 @@ def verify_bundle(
     batch_sizes: Sequence[int] = BATCH_SIZES,
     providers: Sequence[str] | None = None,
 ) -> Verification:
-    """Every form that the bundle offers, by the runtime that serves it, on ``samples``: ONNX Runtime, or OpenVINO.
+    """Compare every variant of ``bundle`` on ``samples``, run by ONNX Runtime or OpenVINO, whichever serves it.
 
-    What was left out when the bundle was packed is named among what is not compared.
+    The variants that ``pack`` left out are listed as not compared.
 
     Args:
         samples: None: the golden samples.
-        providers: of ONNX Runtime, which must run every form; None: those of this machine, where they can.
+        providers: ONNX Runtime's, each of which must run every variant; None: this machine's, as far as they can.
 
     Raises:
-        NotRunnable: one of the given ``providers`` is not here, or cannot run a form.
+        NotRunnable: one of the given ``providers`` is not here, or cannot run a variant.
     """
     chosen = samples or [golden_samples(bundle)]
     total = Verification((), answers=(compare_classifier(bundle),), skipped=_not_offered(bundle))
-    forms = bundle.image_encoders
-    with progress("verify", len(forms)) as report:
-        for done, form in enumerate(forms):
-            report(done, form.file)
-            total += _verify_form(bundle, form, chosen, batch_sizes, providers)
+    variants = bundle.image_encoders
+    with progress("verify", len(variants)) as report:
+        for done, variant in enumerate(variants):
+            report(done, variant.file)
+            total += _verify_variant(bundle, variant, chosen, batch_sizes, providers)
     return total
 
 
-def _verify_form(
+def _verify_variant(
     bundle: Bundle,
-    form: EncoderForm,
+    variant: EncoderVariant,
     samples: Sequence[VerificationSamples],
     batch_sizes: Sequence[int],
     providers: Sequence[str] | None,
 ) -> Verification:
-    if form.source_size is not None:
+    if variant.source_size is not None:
         portable = session_function(onnx_session(bundle.image_encoder))
-        samples = [_source_samples(one, form.source_size, bundle.image_spec, portable) for one in samples]
+        samples = [_source_samples(one, variant.source_size, bundle.image_spec, portable) for one in samples]
         batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
-    path, total = bundle.path / form.file, Verification(())
-    for name, load in _loaders(path, form, samples[0].pixels[:1], providers):
+    path, classifier, total = bundle.path / variant.file, bundle.vocabulary_features(), Verification(())
+    compared = partial(verify_samples, classifier=classifier, precision=variant.precision)
+    for name, load in _loaders(path, variant, samples[0].pixels[:1], providers):
         try:
             runner = Runner(name=name, run=load())
         except NotRunnable as error:
             if providers is not None and name in providers:
                 raise
             total += Verification((), skipped=(str(error),))
-            continue
         except MissingExtraError as error:
             total += Verification((), skipped=(f"OpenVINO: {error}",))
-            continue
         except CheckFailed as error:
-            total += Verification((_broken(form, name, samples[0], str(error)),))
-            continue
-        total += verify_samples(runner, form.file, samples, bundle.vocabulary_features(), form.precision, batch_sizes)
-    return total + _as_without_vnni(bundle, form, samples)
+            broken = Runner(name=name, run=partial(_raise, error))
+            total += compared(broken, variant.file, samples[:1], batch_sizes=[1])
+        else:
+            total += compared(runner, variant.file, samples, batch_sizes=batch_sizes)
+    return total + _as_without_vnni(bundle, variant, samples)
 
 
-def _as_without_vnni(bundle: Bundle, form: EncoderForm, samples: Sequence[VerificationSamples]) -> Verification:
-    """A form that some processors compute wrongly, on a few images as they would: 0.5 packed such, and others may."""
-    path = bundle.path / form.file
-    if form.precision != "int8" or form.runtime != "onnx" or not graph_can_saturate(path):
+def _raise(error: Exception, _rows: NDArray[Any]) -> NDArray[np.float32]:
+    raise error
+
+
+def _as_without_vnni(bundle: Bundle, variant: EncoderVariant, samples: Sequence[VerificationSamples]) -> Verification:
+    """An int8 variant that can saturate, on a few images as a processor without VNNI computes it; 0.5 packed such."""
+    path = bundle.path / variant.file
+    if not PRECISIONS[variant.precision].can_saturate or variant.runtime != "onnx" or not graph_can_saturate(path):
         return Verification(())
-    runner = Runner(name="int8, emulated", run=emulated_int8(path))
+    runner = Runner(name=f"{variant.precision}, emulated", run=emulated_int8(path))
     few = [replace(one, pixels=one.pixels[:_EMULATED], expected=one.expected[:_EMULATED]) for one in samples]
-    return verify_samples(runner, form.file, few, bundle.vocabulary_features(), form.precision, [_EMULATED])
+    return verify_samples(runner, variant.file, few, bundle.vocabulary_features(), variant.precision, [_EMULATED])
 
 
 def _not_offered(bundle: Bundle) -> tuple[str, ...]:
-    """What the bundle could offer and does not, for the reasons found when it was packed: 0.5 did not keep them."""
+    """The variants that ``pack`` left out, with its reasons, which bundles of 0.5 do not have."""
     reasons = tuple(bundle.verification().get("skipped", ()))
-    offered = {form.precision for form in bundle.image_encoders if form.runtime == "openvino"}
-    plain = [form for form in bundle.image_encoders if form.runtime == "onnx" and form.source_size is None]
-    unknown = [form for form in plain if form.precision in ("fp32", "int8") and form.precision not in offered]
+    offered = {variant.precision for variant in bundle.image_encoders if variant.runtime == "openvino"}
+    plain = [variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None]
+    read_by_openvino = [one for one in plain if PRECISIONS[one.precision].openvino_reads == one.precision]
+    unknown = [one for one in read_by_openvino if one.precision not in offered]
     return reasons or tuple(f"{one.file}: the bundle does not offer {one.precision} by OpenVINO" for one in unknown)
 
 
 def _source_samples(
     samples: VerificationSamples, source_size: tuple[int, int], spec: ImageSpec, portable: Run
 ) -> VerificationSamples:
-    """The images of ``samples`` resized to ``source_size``, and what Pillow and the portable form make of those."""
+    """``samples`` resized to ``source_size``; expected are the portable variant's features of Pillow's pixels."""
     pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
     sources = sources_of(pictures, source_size)
     pixels = pixels_of_sources(sources, spec)
@@ -213,31 +195,18 @@ def _source_samples(
 
 
 def _loaders(
-    path: Path, form: EncoderForm, sample: NDArray[np.uint8], providers: Sequence[str] | None
+    path: Path, variant: EncoderVariant, sample: NDArray[np.uint8], providers: Sequence[str] | None
 ) -> Iterator[tuple[str, Callable[[], Run]]]:
-    """By name, what loads ``form`` in the runtime that serves it."""
-    if form.runtime == "openvino":
-        yield f"OpenVINO {form.precision}", partial(openvino_function, path, form.precision)
+    """By name, the functions that load ``variant`` into the runtimes that serve it."""
+    if variant.runtime == "openvino":
+        yield f"OpenVINO {variant.precision}", partial(openvino_function, path, variant.precision)
         return
     for provider in local_providers() if providers is None else providers:
         yield provider, partial(onnx_function, path, provider, sample)
 
 
-def _broken(form: EncoderForm, provider: str, samples: VerificationSamples, problem: str) -> Comparison:
-    return Comparison(
-        what=samples.what,
-        provider=provider,
-        batch_size=1,
-        count=len(samples.pixels),
-        tolerance=TOLERANCES[form.precision],
-        form=form.file,
-        reference=samples.reference,
-        problem=problem,
-    )
-
-
 def compare_classifier(bundle: Bundle) -> Answers:
-    """The bundle's own classifier and labels on the golden embeddings, against the golden scores by PyTorch."""
+    """Compare the bundle's classifier and labels, on the golden embeddings, with PyTorch's golden scores."""
     golden, names = bundle.golden(), (bundle.path / LABELS).read_bytes().decode().split("\n")[:-1]
     blank = Answers(
         what="golden scores",
@@ -257,12 +226,12 @@ def compare_classifier(bundle: Bundle) -> Answers:
 def verify_plan(
     bundle: Bundle, folder: Path, samples: Sequence[VerificationSamples], *, batch_sizes: Sequence[int] = BATCH_SIZES
 ) -> Verification:
-    """The TensorRT plan in ``folder``, run on this machine's GPU, on ``samples``.
+    """Compare the TensorRT plan in ``folder``, on this machine's GPU, on ``samples``.
 
-    Batch sizes that the plan's profile does not have are left out; its own smallest and largest take their place.
+    The profile's smallest and largest batch replace the batch sizes outside of it.
 
     Raises:
-        PlanError: no plan there, or one that this machine or bundle does not fit.
+        PlanError: no plan there, or one for another machine or bundle.
         UsageError: there is no GPU here.
         MissingExtraError: the plan's runtime is not installed.
     """
@@ -271,6 +240,6 @@ def verify_plan(
 
     plan = read_plan(folder)
     loaded, info = load_plan(plan, bundle), plan.info
-    sizes = sorted({min(max(size, info.profile.least), info.profile.most) for size in batch_sizes})
+    sizes = sorted({min(max(size, info.profile.min), info.profile.max) for size in batch_sizes})
     runner = Runner(name=info.runtime, run=loaded.features)
     return verify_samples(runner, info.onnx_file, samples, bundle.vocabulary_features(), info.precision, sizes)

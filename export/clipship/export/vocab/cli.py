@@ -14,28 +14,25 @@ from clipship.core.bundle import read_bundle
 from clipship.core.cli.main import emit, json_option
 from clipship.core.errors import DataError
 from clipship.core.progress import log
-from clipship.export.vocab.names import classes_from, words_of
+from clipship.export.vocab.names import classes_from
 
 if TYPE_CHECKING:
     from clipship.export.vocab.edit import Change
 
-_bundle = click.argument("bundle", type=click.Path(path_type=Path))
-_names = click.option("--name", "names", multiple=True, metavar="NAME", help="A class name; may be given often.")
+_PATH = click.Path(path_type=Path)
+_bundle = click.argument("bundle", type=_PATH)
+_names = click.option("--name", "names", multiple=True, metavar="NAME", help="A class name; may be repeated.")
 _from = click.option(
-    "--from",
-    "file",
-    type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="Class names, one a line, or a JSON vocabulary.",
+    "--from", "file", type=_PATH, metavar="FILE", help="Class names, one a line, or a JSON vocabulary."
 )
-_out = click.option("--out", type=click.Path(path_type=Path), help="A new bundle. [default: in place]")
+_out = click.option("--out", type=_PATH, help="A new bundle. [default: in place]")
 
 
 @click.group()
 def vocab() -> None:
-    """The class names of a bundle: list, add, remove, rename and compare them, without PyTorch.
+    """List, add, remove, rename and compare the class names of a bundle, without PyTorch.
 
-    A changed bundle is whole before it takes the place of the old one. Every command takes --json.
+    A changed bundle is complete before it replaces the old one. Every command takes --json.
 
     Example: clipship vocab add bundles/prints --name "red dragon" --name "blue knight"
     """
@@ -45,13 +42,13 @@ def vocab() -> None:
 @_bundle
 @json_option
 def list_(bundle: Path, as_json: bool) -> None:
-    """Print the classes of BUNDLE: place, name, and words where it is known by others.
+    """Print the classes of BUNDLE: place, name and synonyms.
 
     Example: clipship vocab list bundles/prints
     """
     opened = read_bundle(bundle)
     vocabulary, classifier = opened.vocabulary, opened.vocabulary_features()
-    listed = list(zip(vocabulary.names, words_of(vocabulary), strict=True))
+    listed = list(vocabulary.classes.items())
     width = len(str(len(listed) - 1))
     lines = [
         f"{place:>{width}}  {name}" + ("" if each == (name,) else f"  ({', '.join(each)})")
@@ -73,14 +70,14 @@ def list_(bundle: Path, as_json: bool) -> None:
 @_names
 @_from
 @_out
-@click.option("--batch-size", type=click.IntRange(1), help="Names encoded together. [default: what was fast]")
+@click.option("--batch-size", type=click.IntRange(1), help="Names encoded together. [default: the fastest measured]")
 @json_option
 def add(
     bundle: Path, names: tuple[str, ...], file: Path | None, out: Path | None, batch_size: int | None, as_json: bool
 ) -> None:
-    """Add classes behind those of BUNDLE, whose features stay as they are.
+    """Add classes at the end of BUNDLE; the features of the others stay as they are.
 
-    Killed at any time, the same command goes on with the names that are done.
+    After an interruption the same command continues where it stopped.
 
     Example: clipship vocab add bundles/prints --from more-names.txt --out bundles/prints-more
     """
@@ -98,7 +95,7 @@ def add(
 @_out
 @json_option
 def remove(bundle: Path, names: tuple[str, ...], file: Path | None, out: Path | None, as_json: bool) -> None:
-    """Remove classes from BUNDLE; those behind them move up.
+    """Remove classes from BUNDLE; the classes after them move up.
 
     Example: clipship vocab remove bundles/prints --name "black fish"
     """
@@ -117,12 +114,12 @@ def remove(bundle: Path, names: tuple[str, ...], file: Path | None, out: Path | 
     multiple=True,
     required=True,
     metavar="OLD NEW",
-    help="A class and its new name; may be given often.",
+    help="A class and its new name; may be repeated.",
 )
 @_out
 @json_option
 def rename(bundle: Path, pairs: tuple[tuple[str, str], ...], out: Path | None, as_json: bool) -> None:
-    """Rename classes of BUNDLE at their places; the text encoder sees the new names.
+    """Rename classes of BUNDLE, and encode their new names.
 
     Example: clipship vocab rename bundles/prints --name "black fish" "dark fish"
     """
@@ -137,8 +134,8 @@ def rename(bundle: Path, pairs: tuple[tuple[str, str], ...], out: Path | None, a
 
 
 @vocab.command()
-@click.argument("before", type=click.Path(path_type=Path))
-@click.argument("after", type=click.Path(path_type=Path))
+@click.argument("before", type=_PATH)
+@click.argument("after", type=_PATH)
 @json_option
 def diff(before: Path, after: Path, as_json: bool) -> None:
     """Compare the vocabularies of two bundles: names, encoders, and the features of the names they share.
@@ -156,7 +153,7 @@ def _report(change_of: Callable[[], Change], names: list[Any], as_json: bool) ->
     change = change_of()
     seconds = time.perf_counter() - started
     for one, other in change.twins:
-        log(f"{one!r} and {other!r} are the same to the text encoder: their classes share the probability of an image")
+        log(f"the text encoder cannot tell {one!r} from {other!r}: their classes share the probability of an image")
     new, record = change.bundle, change.record
     result = {
         "bundle": str(new.path),

@@ -1,20 +1,20 @@
-"""Two bundles' vocabularies compared: which names came, went, moved or were renamed, and whether features agree.
+"""Two bundles' vocabularies compared: names added, removed, moved or renamed, and whether features agree.
 
 Shape legend: C classes, D features.
 """
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from clipship.core.bundle import IMAGE_ENCODER, TEXT_ENCODER, Bundle
-from clipship.core.vocabulary import Vocabulary
-from clipship.export.vocab.names import words_of
 
 _SHOWN = 20
 """Names of a kind in the text for people; JSON has all."""
@@ -33,24 +33,29 @@ class FeatureDistance:
     farthest: tuple[tuple[str, float], ...]
     """Names and the largest difference of their values, those that differ most first; none that are equal."""
 
+    def __str__(self) -> str:
+        farthest = ", ".join(f"{name!r} {value:.1e}" for name, value in self.farthest)
+        numbers = f"max difference {self.max_abs:.1e}, min cosine {self.min_cosine:.7f}"
+        return f"features of shared names: {numbers}" + (f"\nfarthest: {farthest}" if farthest else "")
+
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyDiff:
-    """What became of the vocabulary of one bundle in another. True when nothing did."""
+    """How one bundle's vocabulary differs from another's. True when they are equal."""
 
     added: tuple[str, ...]
     removed: tuple[str, ...]
     renamed: tuple[tuple[str, str], ...]
-    """Pairs of a name that went and one that stands in its place: between the same neighbours."""
+    """Pairs of a removed name and the new one at its place, between the same neighbours."""
     moved: tuple[str, ...]
-    """The fewest shared names that have to change places to make the two orders one."""
+    """The fewest shared names whose removal makes the two orders equal."""
     other_words: tuple[str, ...]
-    """Shared names that are known by other words."""
+    """Shared names with other synonyms."""
     classes: tuple[int, int]
     same: Mapping[str, bool]
     """Whether each of these is the same: image encoder, text encoder, base model, templates, logit scale."""
     distance: FeatureDistance | None
-    """None where no name is shared, or the embeddings have other sizes."""
+    """None where no name is shared, or the embeddings differ in size."""
 
     def __bool__(self) -> bool:
         changed = (self.added, self.removed, self.renamed, self.moved, self.other_words)
@@ -58,44 +63,22 @@ class VocabularyDiff:
 
     def __str__(self) -> str:
         kinds = {
-            "added": [repr(name) for name in self.added],
-            "removed": [repr(name) for name in self.removed],
+            "added": list(map(repr, self.added)),
+            "removed": list(map(repr, self.removed)),
             "renamed": [f"{old!r} -> {new!r}" for old, new in self.renamed],
-            "moved": [repr(name) for name in self.moved],
-            "other words": [repr(name) for name in self.other_words],
+            "moved": list(map(repr, self.moved)),
+            "other words": list(map(repr, self.other_words)),
         }
         lines = [f"{self.classes[0]} -> {self.classes[1]} classes"]
         lines += [f"{kind} {len(names)}: {_shortened(names)}" for kind, names in kinds.items() if names]
         lines += [f"{what}: {'the same' if same else 'DIFFERENT'}" for what, same in self.same.items()]
-        return "\n".join([*lines, *self._distance_lines()])
-
-    def _distance_lines(self) -> Iterator[str]:
-        if self.distance is None:
-            yield "features of shared names: none that can be compared"
-            return
-        numbers = f"max difference {self.distance.max_abs:.1e}, min cosine {self.distance.min_cosine:.7f}"
-        yield f"features of shared names: {numbers}"
-        if self.distance.farthest:
-            yield f"farthest: {', '.join(f'{name!r} {value:.1e}' for name, value in self.distance.farthest)}"
+        return "\n".join([*lines, str(self.distance or "features of shared names: none that can be compared")])
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with everything."""
-        distance = self.distance and {
-            "max_abs": self.distance.max_abs,
-            "min_cosine": self.distance.min_cosine,
-            "farthest": [list(pair) for pair in self.distance.farthest],
-        }
-        return {
-            "equal": bool(self),
-            "classes": list(self.classes),
-            "added": list(self.added),
-            "removed": list(self.removed),
-            "renamed": [list(pair) for pair in self.renamed],
-            "moved": list(self.moved),
-            "other_words": list(self.other_words),
-            "same": dict(self.same),
-            "features": distance,
-        }
+        content = json.loads(json.dumps(asdict(self)))  # lists for tuples
+        content["features"] = content.pop("distance")
+        return {"equal": bool(self), **content}
 
 
 def _shortened(names: Sequence[str]) -> str:
@@ -104,16 +87,15 @@ def _shortened(names: Sequence[str]) -> str:
 
 
 def vocabulary_diff(before: Bundle, after: Bundle) -> VocabularyDiff:
-    """What became of ``before``'s vocabulary in ``after``."""
+    """How ``after``'s vocabulary differs from ``before``'s."""
     old, new = before.vocabulary, after.vocabulary
     renamed = _renamed(old.names, new.names)
     gone, come = {name for name, _ in renamed}, {name for _, name in renamed}
     place = {name: row for row, name in enumerate(new.names)}
     shared = [name for name in old.names if name in place]
-    old_words, new_words = _words_by_name(old), _words_by_name(new)
-    known = set(old.names)
+    old_words, new_words = old.classes, new.classes
     return VocabularyDiff(
-        added=tuple(name for name in new.names if name not in known and name not in come),
+        added=tuple(name for name in new.names if name not in old_words and name not in come),
         removed=tuple(name for name in old.names if name not in place and name not in gone),
         renamed=renamed,
         moved=_moved(shared, [place[name] for name in shared]),
@@ -122,10 +104,6 @@ def vocabulary_diff(before: Bundle, after: Bundle) -> VocabularyDiff:
         same=_same(before, after),
         distance=_distance(before, after, shared),
     )
-
-
-def _words_by_name(vocabulary: Vocabulary) -> dict[str, tuple[str, ...]]:
-    return dict(zip(vocabulary.names, words_of(vocabulary), strict=True))
 
 
 def _renamed(old: Sequence[str], new: Sequence[str]) -> tuple[tuple[str, str], ...]:
@@ -181,11 +159,7 @@ def _same(before: Bundle, after: Bundle) -> dict[str, bool]:
 def _distance(before: Bundle, after: Bundle, shared: Sequence[str]) -> FeatureDistance | None:
     if not shared or before.manifest.embed_dim != after.manifest.embed_dim:
         return None
-    rows = []
-    for bundle in (before, after):
-        place = {name: row for row, name in enumerate(bundle.vocabulary.names)}
-        rows.append(bundle.vocabulary_features().features[[place[name] for name in shared]])
-    old_CD, new_CD = rows
+    old_CD, new_CD = (_features_of(bundle, shared) for bundle in (before, after))
     each_C = np.abs(old_CD - new_CD).max(axis=1)
     lengths_C = np.linalg.norm(old_CD, axis=1) * np.linalg.norm(new_CD, axis=1)
     farthest = [row for row in np.argsort(-each_C, kind="stable")[:_FARTHEST] if each_C[row] > 0]
@@ -194,3 +168,9 @@ def _distance(before: Bundle, after: Bundle, shared: Sequence[str]) -> FeatureDi
         min_cosine=float(((old_CD * new_CD).sum(axis=1) / lengths_C).min()),
         farthest=tuple((shared[row], float(each_C[row])) for row in farthest),
     )
+
+
+def _features_of(bundle: Bundle, names: Sequence[str]) -> NDArray[np.float32]:
+    """The features [C, D] of ``names``."""
+    place = {name: row for row, name in enumerate(bundle.vocabulary.names)}
+    return bundle.vocabulary_features().features[[place[name] for name in names]]

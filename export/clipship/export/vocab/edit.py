@@ -1,7 +1,7 @@
-"""A bundle with another vocabulary: classes added, removed or renamed; everything else stays as it was.
+"""Classes added to a bundle's vocabulary, removed or renamed; everything else stays as it was.
 
-A new bundle is written beside the old one and takes its place in one step. Files that do not depend on the vocabulary
-are hard links to those of the old bundle: they cost no time and no space, and a bundle's files are never written to.
+A new bundle is written beside the old one and replaces it in one step. Files that do not depend on the vocabulary are
+hard links to the old bundle's, which cost neither time nor space: a bundle's files are never written to.
 
 Shape legend: C classes, N golden images, D features, k best classes.
 """
@@ -22,28 +22,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core import bundle as layout
-from clipship.core.bundle import Bundle, VocabularyFeatures, read_bundle, validate_folder, write_manifest_content
+from clipship.core.bundle import (
+    Bundle,
+    VocabularyFeatures,
+    load_tensors,
+    read_bundle,
+    save_tensors,
+    validate_folder,
+    write_manifest_content,
+    write_vocabulary,
+)
 from clipship.core.errors import BundleError, CheckFailed, DataError
 from clipship.core.files import locked_folder, replace_folder, write_json_atomic
 from clipship.core.tolerances import TOLERANCES
-from clipship.core.vocabulary import Vocabulary
+from clipship.core.vocabulary import Vocabulary, rows_of
 from clipship.export.vocab.encode import BATCH_SIZE, WordEncoder, encode_words, remove_work_folders
-from clipship.export.vocab.names import (
-    twins,
-    validate_known_names,
-    validate_new_words,
-    validate_word_lengths,
-    words_of,
-)
+from clipship.export.vocab.names import twins, validate_known_names, validate_new_words, validate_word_lengths
 
 _CHECKED_CLASSES = 8
-"""Classes of the old vocabulary that are encoded again before a new one is believed."""
-
-_GOLDEN_CLASSES = 5
-"""The best classes of a golden image that a bundle holds."""
+"""Old classes that are encoded again, to check the text encoder."""
 
 Classes = Mapping[str, tuple[str, ...]]
 """By class its words."""
+
+Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,50 +55,39 @@ class Change:
     bundle: Bundle
     """The new one."""
     record: dict[str, Any]
-    """What ``verification.json`` says about it."""
-    twins: tuple[tuple[str, str], ...] = ()
+    """Its entry in ``verification.json``."""
+    twins: Pairs = ()
     """Words that the text encoder cannot tell apart."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Edit:
-    """The new vocabulary, before it is written."""
-
-    vocabulary: Vocabulary
-    classifier: VocabularyFeatures
-    record: dict[str, Any]
-
-
 def add_classes(path: Path, classes: Classes, out: Path | None = None, *, batch_size: int = BATCH_SIZE) -> Change:
-    """The bundle at ``path`` with ``classes`` behind those it has, whose features stay bit for bit.
+    """Add ``classes`` at the end of the bundle at ``path``; the features of the others stay bit for bit.
 
     Args:
-        out: where the new bundle goes; None: into the place of the old one.
+        out: the new bundle; None: the old one is replaced.
         batch_size: prompts that enter the text encoder together.
 
     Raises:
         BundleError: a damaged bundle, one without a tokenizer, or with tensors that this version does not know.
-        DataError: names that cannot be added, all of them.
-        UsageError: a linear probe, which knows no other classes; ``out`` is no bundle; another process is at work.
-        CheckFailed: the text encoder does not give the features that the bundle has.
+        DataError: names that cannot be added; lists all of them.
+        UsageError: a linear probe, which knows no other classes; ``out`` is no bundle; another process edits it.
+        CheckFailed: the text encoder does not reproduce the bundle's features.
         MissingExtraError: onnxruntime, ftfy or regex is not installed.
     """
     with _locked(path, out) as (bundle, final):
         classifier = bundle.vocabulary_features()
         _validate_tensors(bundle, classifier)
-        classifier.extended(classifier.features[:0])  # a linear probe is refused before anything is encoded
-        old = dict(zip(bundle.vocabulary.names, words_of(bundle.vocabulary), strict=True))
+        classifier.extended(classifier.features[:0])  # refuses a linear probe before anything is encoded
+        old = bundle.vocabulary.classes
         validate_new_words(old, classes)
         encoder = WordEncoder(bundle=bundle, batch_size=batch_size)
         new, check, same = _encoded(encoder, classes, classifier, final, among=old)
-        vocabulary = _extended(bundle.vocabulary, classes)
         record = {"verb": "add", "classes": len(classes), "check": check}
-        edit = _Edit(vocabulary=vocabulary, classifier=classifier.extended(new), record=record)
-        return replace(_written(bundle, edit, final), twins=same)
+        return _written(bundle, {**old, **classes}, classifier.extended(new), record, final, same)
 
 
 def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) -> Change:
-    """The bundle at ``path`` without ``names``; a cache loses their keys, everything else stays bit for bit.
+    """Remove ``names`` from the bundle at ``path``, and their keys from a cache; the rest stays bit for bit.
 
     Raises:
         BundleError, UsageError: as :func:`add_classes`.
@@ -106,66 +97,54 @@ def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) ->
         validate_known_names(bundle.vocabulary, names)
         classifier = bundle.vocabulary_features()
         _validate_tensors(bundle, classifier)
-        gone = set(names)
-        kept = [place for place, name in enumerate(bundle.vocabulary.names) if name not in gone]
+        gone, old = set(names), bundle.vocabulary.classes
+        kept = {name: words for name, words in old.items() if name not in gone}
         if not kept:
             raise DataError(f"{path}: all {len(gone)} classes would go: a bundle needs at least one")
-        edit = _Edit(
-            vocabulary=_part(bundle.vocabulary, kept),
-            classifier=classifier.merged([[place] for place in kept]),
-            record={"verb": "remove", "classes": len(gone)},
-        )
-        return _written(bundle, edit, final)
+        rows = [[place] for place, name in enumerate(old) if name in kept]
+        return _written(bundle, kept, classifier.merged(rows), {"verb": "remove", "classes": len(gone)}, final)
 
 
 def rename_classes(
     path: Path, new_names: Mapping[str, str], out: Path | None = None, *, batch_size: int = BATCH_SIZE
 ) -> Change:
-    """The bundle at ``path`` with the classes ``new_names`` under their new names, at the places of the old ones.
+    """Rename classes of the bundle at ``path`` (``new_names``: old name -> new name) at their places.
 
-    A class that is known by its name gets the features of the new name, and keeps its images in a cache. One that has
-    words of its own, or a weight of a linear probe, keeps what it has: there a name is a label.
+    A class without synonyms gets the features of its new name, and keeps its keys in a cache. One with synonyms, or
+    with the weights of a linear probe, keeps its features: there a name is a label.
 
     Raises:
         BundleError, DataError, UsageError, CheckFailed, MissingExtraError: as :func:`add_classes`.
     """
     with _locked(path, out) as (bundle, final):
-        old, classifier = bundle.vocabulary, bundle.vocabulary_features()
-        validate_known_names(old, new_names)
-        words = dict(zip(old.names, words_of(old), strict=True))
-        others = {name: each for name, each in words.items() if name not in new_names}
-        is_label = {name: classifier.bias is not None or words[name] != (name,) for name in new_names}
-        renamed = {new: (new,) if words[name] == (name,) else words[name] for name, new in new_names.items()}
-        validate_new_words(others, renamed)
-        encoded = {new: (new,) for name, new in new_names.items() if not is_label[name]}
+        old, classifier = bundle.vocabulary.classes, bundle.vocabulary_features()
+        validate_known_names(bundle.vocabulary, new_names)
+        others = {name: words for name, words in old.items() if name not in new_names}
+        by_name = [name for name in new_names if classifier.bias is None and old[name] == (name,)]
+        words = {name: (new,) if old[name] == (name,) else old[name] for name, new in new_names.items()}
+        validate_new_words(others, {new: words[name] for name, new in new_names.items()})
         record: dict[str, Any] = {"verb": "rename", "classes": len(new_names)}
-        same: tuple[tuple[str, str], ...] = ()
-        if encoded:
+        same: Pairs = ()
+        if by_name:
             encoder = WordEncoder(bundle=bundle, batch_size=batch_size)
+            encoded = {new_names[name]: words[name] for name in by_name}
             features, record["check"], same = _encoded(encoder, encoded, classifier, final, among=others)
-            place = {name: row for row, name in enumerate(old.names)}
+            place = {name: row for row, name in enumerate(old)}
             changed = classifier.features.copy()
-            changed[[place[name] for name in new_names if not is_label[name]]] = features
+            changed[[place[name] for name in by_name]] = features
             classifier = replace(classifier, features=changed)
-        edit = _Edit(vocabulary=_renamed(old, new_names), classifier=classifier, record=record)
-        return replace(_written(bundle, edit, final), twins=same)
-
-
-def _tensors(path: Path) -> dict[str, NDArray[Any]]:
-    from safetensors.numpy import load_file
-
-    tensors: dict[str, NDArray[Any]] = load_file(path)
-    return tensors
+        renamed = {new_names.get(name, name): words.get(name, each) for name, each in old.items()}
+        return _written(bundle, renamed, classifier, record, final, same)
 
 
 def _unknown_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> dict[str, NDArray[Any]]:
-    """What a later version has put beside the tensors that this one knows."""
-    tensors = _tensors(bundle.path / layout.VOCABULARY_TENSORS)
+    """Tensors of a later version, which this one does not know."""
+    tensors = load_tensors(bundle.path / layout.VOCABULARY_TENSORS)
     return {name: tensors[name] for name in tensors.keys() - classifier.tensors().keys()}
 
 
 def _validate_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
-    """Where rows come or go, a tensor whose meaning is not known would be left behind."""
+    """Validate that no unknown tensor would keep its rows while others lose or gain some."""
     unknown = sorted(_unknown_tensors(bundle, classifier))
     if unknown:
         raise BundleError(
@@ -174,37 +153,18 @@ def _validate_tensors(bundle: Bundle, classifier: VocabularyFeatures) -> None:
         )
 
 
-def _vocabulary(names: Sequence[str], words: Sequence[tuple[str, ...]], like: Vocabulary) -> Vocabulary:
-    plain = all(each == (name,) for name, each in zip(names, words, strict=True))
-    return Vocabulary(names=tuple(names), templates=like.templates, synonyms=() if plain else tuple(words))
-
-
-def _extended(vocabulary: Vocabulary, classes: Classes) -> Vocabulary:
-    names, words = (*vocabulary.names, *classes), (*words_of(vocabulary), *classes.values())
-    return _vocabulary(names, words, vocabulary)
-
-
-def _renamed(vocabulary: Vocabulary, new_names: Mapping[str, str]) -> Vocabulary:
-    names = [new_names.get(name, name) for name in vocabulary.names]
-    words = [
-        (name,) if each == (old,) else each
-        for name, old, each in zip(names, vocabulary.names, words_of(vocabulary), strict=True)
-    ]
-    return _vocabulary(names, words, vocabulary)
-
-
 def _encoded(
     encoder: WordEncoder, classes: Classes, classifier: VocabularyFeatures, final: Path, *, among: Classes
-) -> tuple[NDArray[np.float32], dict[str, Any], tuple[tuple[str, str], ...]]:
-    """The features [C, D] of ``classes``, what the check of the text encoder said, and words that it takes for one.
+) -> tuple[NDArray[np.float32], dict[str, Any], Pairs]:
+    """The features [C, D] of ``classes``, the record of the text encoder's check, and the words it cannot tell apart.
 
     Args:
-        among: the classes that stay beside them.
+        among: the classes that stay.
     """
     words, others = _flat(classes.values()), _flat(among.values())
-    validate_word_lengths(words, encoder.templates, encoder.tokenizer, encoder.context_length)
+    validate_word_lengths(words, encoder.templates, encoder.tokenizer, encoder.bundle.context_length)
     check = _validate_kept_classes(encoder, classifier)
-    features = _class_features(encode_words(encoder, words, final), list(classes.values()))
+    features = _class_features(encode_words(encoder, words, final), classes)
     return features, check, twins(words, others, encoder.templates[0], encoder.tokenizer)
 
 
@@ -212,49 +172,39 @@ def _flat(words: Iterable[Sequence[str]]) -> list[str]:
     return [word for each in words for word in each]
 
 
-def _class_features(features_WD: NDArray[np.float32], words: Sequence[tuple[str, ...]]) -> NDArray[np.float32]:
+def _class_features(features_WD: NDArray[np.float32], classes: Classes) -> NDArray[np.float32]:
     """[C, D]: a class is its word's feature, or the normalised mean over its words."""
-    groups, first = [], 0
-    for each in words:
-        groups.append(range(first, first + len(each)))
-        first += len(each)
-    return VocabularyFeatures(features=features_WD, logit_scale=1.0).merged(groups).features
+    return VocabularyFeatures(features=features_WD, logit_scale=1.0).merged(rows_of(classes.values())).features
 
 
 def _validate_kept_classes(encoder: WordEncoder, classifier: VocabularyFeatures) -> dict[str, Any]:
-    """Encode some classes of the bundle anew and compare them with what it holds.
+    """Encode some classes of the bundle again and compare them with its features.
 
     Raises:
         CheckFailed: they differ by more than the tolerance of text features.
     """
     old, tolerance = encoder.bundle.vocabulary, TOLERANCES["text-fp32"].max_abs
-    assert tolerance is not None
     places = sorted({round(place) for place in np.linspace(0, len(old) - 1, _CHECKED_CLASSES)})
-    words = [words_of(old)[place] for place in places]
-    given = _class_features(encoder.features(_flat(words)), words)
+    some = {name: words for place, (name, words) in enumerate(old.classes.items()) if place in places}
+    given = _class_features(encoder.features(_flat(some.values())), some)
     difference = float(np.abs(given - classifier.features[places]).max())
     if not difference <= tolerance:  # NaN is no either
         raise CheckFailed(
             f"{encoder.bundle.path}: its text encoder gives features for {old.names[places[0]]!r} and others that "
-            f"differ by {difference:.1e} from those it holds (at most {tolerance:.0e}): pack it again"
+            f"differ by {difference:.1e} from the bundle's (at most {tolerance:.0e}): pack it again"
         )
     return {"what": "features of kept classes", "count": len(places), "max_abs": difference, "max_allowed": tolerance}
 
 
-def _part(vocabulary: Vocabulary, places: Sequence[int]) -> Vocabulary:
-    names, words = vocabulary.names, words_of(vocabulary)
-    return _vocabulary([names[place] for place in places], [words[place] for place in places], vocabulary)
-
-
 @contextmanager
 def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
-    """The bundle at ``path``, and the place of the new one, which no other ``clipship vocab`` changes meanwhile.
+    """The bundle at ``path``, and the path of the new one, locked against other ``clipship vocab``.
 
-    The lock is on the folder itself, so that nothing is left when a process is killed.
+    The lock is on the folder itself, so a killed process leaves none behind.
 
     Raises:
         BundleError: no bundle at ``path``, or a damaged one.
-        UsageError: ``out`` is no bundle, or another process is at work on it.
+        UsageError: ``out`` is no bundle, or another process edits it.
     """
     if out is not None:
         validate_folder(out)
@@ -262,55 +212,54 @@ def _locked(path: Path, out: Path | None) -> Iterator[tuple[Bundle, Path]]:
     if not final.exists():
         yield read_bundle(path), final
         return
-    with locked_folder(final, "another clipship vocab is at work on it: wait until it is done"):
+    with locked_folder(final, "another clipship vocab is editing it: wait until it is done"):
         yield read_bundle(path.resolve()), final
 
 
-def _written(bundle: Bundle, edit: _Edit, final: Path) -> Change:
+def _written(
+    bundle: Bundle,
+    classes: Classes,
+    classifier: VocabularyFeatures,
+    record: dict[str, Any],
+    final: Path,
+    same: Pairs = (),
+) -> Change:
+    """Write the bundle with ``classes`` and their ``classifier`` to ``final``."""
+    vocabulary = Vocabulary.from_classes(classes, bundle.vocabulary.templates)
     record = {
-        **edit.record,
+        **record,
         "from_digest": bundle.digest,
         "classes_before": len(bundle.vocabulary),
-        "classes_after": len(edit.vocabulary),
+        "classes_after": len(vocabulary),
         "recomputed": [layout.VOCABULARY_TENSORS, layout.LABELS, f"{layout.GOLDEN_TENSORS}: scores, indices"],
     }
     with replace_folder(final) as folder:
-        written = _write_new_files(bundle, edit, record, folder)
+        written = _write_new_files(bundle, vocabulary, classifier, record, folder)
         _link_others(bundle, folder, written)
         content = json.loads((bundle.path / layout.MANIFEST).read_text(encoding="utf-8"))
-        content |= {"vocabulary": edit.vocabulary.to_json(), "vocabulary_digest": edit.vocabulary.digest}
+        content |= {"vocabulary": vocabulary.to_json(), "vocabulary_digest": vocabulary.digest}
         known = {name: digest for name, digest in bundle.files.items() if name not in written}
         whole = write_manifest_content(folder, content, known)
-    if "check" in record:  # names were encoded; a removal leaves the chunks of an addition that was interrupted
+    if "check" in record:  # names were encoded; a removal keeps the chunks of an interrupted addition
         remove_work_folders(final)
-    manifest = replace(bundle.manifest, vocabulary=edit.vocabulary)
+    manifest = replace(bundle.manifest, vocabulary=vocabulary)
     new = Bundle(path=final, manifest=manifest, files=whole["files"], digest=whole["digest"])
-    return Change(bundle=new, record=record)
+    return Change(bundle=new, record=record, twins=same)
 
 
-def _write_new_files(bundle: Bundle, edit: _Edit, record: dict[str, Any], folder: Path) -> set[str]:
-    """Write what depends on the vocabulary into ``folder``; the names of these files."""
-    from safetensors.numpy import save
-
+def _write_new_files(
+    bundle: Bundle, vocabulary: Vocabulary, classifier: VocabularyFeatures, record: dict[str, Any], folder: Path
+) -> set[str]:
+    """Write the files that depend on the vocabulary into ``folder``; returns their names."""
     (folder / layout.GOLDEN).mkdir()
-    tensors = edit.classifier.tensors() | _unknown_tensors(bundle, edit.classifier)
-    (folder / layout.VOCABULARY_TENSORS).write_bytes(save(tensors))
-    (folder / layout.LABELS).write_text("".join(f"{name}\n" for name in edit.vocabulary), encoding="utf-8")
-    golden = _tensors(bundle.path / layout.GOLDEN_TENSORS)
-    golden |= _best_classes(edit.classifier, golden["embedding"])
-    (folder / layout.GOLDEN_TENSORS).write_bytes(save(golden))
+    write_vocabulary(folder, vocabulary, classifier.tensors() | _unknown_tensors(bundle, classifier))
+    golden = load_tensors(bundle.path / layout.GOLDEN_TENSORS)
+    golden["scores"], golden["indices"] = classifier.best(golden["embedding"], layout.GOLDEN_CLASSES)
+    save_tensors(folder / layout.GOLDEN_TENSORS, golden)
     verification = bundle.verification()
     history = [*verification.get("vocabulary_changes", ()), record]
     write_json_atomic(folder / layout.VERIFICATION, {**verification, "vocabulary_changes": history})
     return {layout.VOCABULARY_TENSORS, layout.LABELS, layout.GOLDEN_TENSORS, layout.VERIFICATION}
-
-
-def _best_classes(classifier: VocabularyFeatures, embedding_ND: NDArray[np.float32]) -> dict[str, NDArray[Any]]:
-    """The golden images' ``scores`` and ``indices`` [N, k] among the new classes, from PyTorch's embeddings."""
-    scores = classifier.probabilities(embedding_ND)
-    indices = np.argsort(-scores, axis=1, kind="stable")[:, :_GOLDEN_CLASSES].astype(np.int64)
-    best = np.take_along_axis(scores, indices, axis=1)
-    return {"scores": np.ascontiguousarray(best), "indices": np.ascontiguousarray(indices)}
 
 
 def _link_others(bundle: Bundle, folder: Path, written: set[str]) -> None:

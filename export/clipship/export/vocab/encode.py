@@ -5,7 +5,6 @@ Shape legend: W words (a class is known by its name, or by several words), T tem
 
 from __future__ import annotations
 
-import io
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import MissingExtraError
-from clipship.core.files import sha256_of_text, write_bytes_atomic
+from clipship.core.files import replace_file, sha256_of_text
 from clipship.core.progress import log, progress
 from clipship.core.vocabulary import prompt_of
 from clipship.export.tokenizer import Tokenizer, read_tokenizer
@@ -29,7 +28,7 @@ BATCH_SIZE = 16
 """Prompts that enter the text encoder together; benchmarks/vocabulary.py measures it."""
 
 CHUNK_PROMPTS = 512
-"""Prompts whose features are kept together: what a kill costs at most."""
+"""Prompts whose features are kept together: at most these are encoded again after a kill."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,13 +47,8 @@ class WordEncoder:
         return read_tokenizer(self.bundle.tokenizer)
 
     @property
-    def context_length(self) -> int:
-        """L."""
-        return self.bundle.context_length
-
-    @property
     def templates(self) -> tuple[str, ...]:
-        """What every word is put into."""
+        """The bundle's own."""
         return self.bundle.vocabulary.templates
 
     @property
@@ -83,7 +77,7 @@ class WordEncoder:
         from clipship.core.comparison import run_in_batches
 
         prompts = [prompt_of(word, template) for word in words for template in self.templates]
-        tokens = self.tokenizer.tokens(prompts, self.context_length)  # [W T, L]
+        tokens = self.tokenizer.tokens(prompts, self.bundle.context_length)  # [W T, L]
         each = run_in_batches(self._encode, tokens, self.batch_size)
         if len(self.templates) == 1:
             return each
@@ -92,7 +86,7 @@ class WordEncoder:
         return unit
 
     def _encode(self, tokens_WL: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Unit features [W, D] of one batch, its padding cut where the graph allows that."""
+        """Unit features [W, D] of one batch, without its padding where the graph allows that."""
         if self.bundle.takes_short_prompts:
             ends_W = (tokens_WL == self.tokenizer.end_id).argmax(axis=1)
             tokens_WL = tokens_WL[:, : int(ends_W.max()) + 1]
@@ -100,20 +94,20 @@ class WordEncoder:
 
 
 def work_folder(out: Path, key: str) -> Path:
-    """Where the chunks for the bundle ``out`` wait for each other, beside it."""
+    """The folder of finished chunks for the bundle ``out``, beside it."""
     return out.with_name(f".{out.name}.words-{key[:16]}")
 
 
 def remove_work_folders(out: Path) -> None:
-    """Delete the chunks kept for ``out``, also those of another text encoder."""
+    """Delete the chunks kept for ``out``, also those by another text encoder."""
     for folder in out.parent.glob(f".{out.name}.words-*"):
         shutil.rmtree(folder)
 
 
 def encode_words(encoder: WordEncoder, words: Sequence[str], out: Path) -> NDArray[np.float32]:
-    """Unit features [W, D], chunk by chunk: what an earlier run for ``out`` has encoded is taken from its files.
+    """Unit features [W, D], chunk by chunk; those that an interrupted run for ``out`` has finished are read.
 
-    The chunks stay until :func:`remove_work_folders`, so that nothing is lost before ``out`` is written.
+    The chunks stay until :func:`remove_work_folders`, which is called when ``out`` has been written.
 
     Raises:
         OSError: the disk is full; the chunks that are done stay.
@@ -123,7 +117,7 @@ def encode_words(encoder: WordEncoder, words: Sequence[str], out: Path) -> NDArr
     size = max(1, CHUNK_PROMPTS // len(encoder.templates))
     done: list[NDArray[np.float32]] = []
     if folder.is_dir():
-        log(f"{folder}: going on with the chunks of a run that was interrupted")
+        log(f"{folder}: continuing with the chunks of an interrupted run")
     with progress("encode names", len(words)) as report:
         for start in range(0, len(words), size):
             done.append(_chunk(encoder, words[start : start + size], folder))
@@ -140,7 +134,6 @@ def _chunk(encoder: WordEncoder, words: Sequence[str], folder: Path) -> NDArray[
             return kept
     features = encoder.features(words)
     assert features.shape == shape, f"{features.shape} instead of {shape}"
-    buffer = io.BytesIO()
-    np.save(buffer, features)
-    write_bytes_atomic(path, buffer.getvalue())
+    with replace_file(path) as temporary, temporary.open("wb") as file:
+        np.save(file, features)
     return features

@@ -1,4 +1,4 @@
-"""Which names a vocabulary cannot take, all of them at once, and which ones its text encoder cannot tell apart."""
+"""Validation of class names, all problems at once, and the names that a text encoder cannot tell apart."""
 
 from __future__ import annotations
 
@@ -17,74 +17,65 @@ _HINTS = 10
 
 
 def classes_from(names: Sequence[str], file: Path | None) -> dict[str, tuple[str, ...]]:
-    """By class its words, of ``names`` and then of ``file``: lines of text, or a JSON vocabulary with synonyms.
+    """The words of each class of ``names`` and then of ``file``: lines of text, or a JSON vocabulary with synonyms.
 
     Raises:
         DataError: no names at all, repeated ones (all are named), or a file that cannot be read.
     """
     given: list[tuple[str, tuple[str, ...]]] = [(name, (name,)) for name in names]
     if file is not None and file.suffix == ".json":
-        saved = vocabulary_from_file(file)
-        given += zip(saved.names, words_of(saved), strict=True)
+        given += vocabulary_from_file(file).classes.items()
     elif file is not None:
         given += [(name, (name,)) for name in lines_from_file(file)]
     if not given:
         raise DataError("no class names given: give --name NAME, or --from FILE with one a line")
     repeated = [name for name, count in Counter(name for name, _ in given).items() if count > 1]
     if repeated:
-        raise DataError(f"{_counted(repeated, 'is', 'are')} given more than once: {listed(repeated)}: give each once")
+        raise DataError(f"{_counted(repeated, 'is', 'are')} given more than once: {_listed(repeated)}: give each once")
     return dict(given)
-
-
-def words_of(vocabulary: Vocabulary) -> tuple[tuple[str, ...], ...]:
-    """By class its words: its name, where it has no others."""
-    return vocabulary.synonyms or tuple((name,) for name in vocabulary.names)
-
-
-def listed(names: Iterable[str]) -> str:
-    """Names in quotes, so that one with a comma or a space is seen as one."""
-    return ", ".join(map(repr, names))
 
 
 def _counted(names: Sequence[str], one: str, many: str) -> str:
     return f"{len(names)} name {one}" if len(names) == 1 else f"{len(names)} names {many}"
 
 
+def _listed(names: Iterable[str]) -> str:
+    """Names in quotes, so that one with a comma or a space is seen as one."""
+    return ", ".join(map(repr, names))
+
+
 def validate_known_names(vocabulary: Vocabulary, names: Iterable[str]) -> None:
-    """Refuse names that ``vocabulary`` does not have.
+    """Validate that ``vocabulary`` has all ``names``.
 
     Raises:
-        DataError: they, each with the names that are near it.
+        DataError: it lacks some; each with the names that are near it.
     """
     known = set(vocabulary.names)
     foreign = [name for name in names if name not in known]
-    if not foreign:
-        return
-    hints = [f"{name!r}{_hint(name, vocabulary.names)}" for name in foreign[:_HINTS]]
-    hints += map(repr, foreign[_HINTS:])
-    raise DataError(f"{_counted(foreign, 'is', 'are')} not in the bundle: {', '.join(hints)}: see clipship vocab list")
+    if foreign:
+        hints = [_with_hint(name, vocabulary.names) for name in foreign[:_HINTS]] + [*map(repr, foreign[_HINTS:])]
+        what = f"{_counted(foreign, 'is', 'are')} not in the bundle"
+        raise DataError(f"{what}: {', '.join(hints)}: see clipship vocab list")
 
 
-def _hint(name: str, known: Sequence[str]) -> str:
+def _with_hint(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
-    return f" (did you mean {' or '.join(map(repr, close))}?)" if close else ""
+    return f"{name!r} (did you mean {' or '.join(map(repr, close))}?)" if close else repr(name)
 
 
 def validate_new_words(old: Mapping[str, Sequence[str]], new: Mapping[str, Sequence[str]]) -> None:
-    """Refuse ``new`` classes (by name their words) of which ``old`` ones have the name or a word, or that are no line.
+    """Validate ``new`` classes (by name their words): new to ``old`` ones, and one line each.
 
     Raises:
-        DataError: all of them, each kind with the reason.
+        DataError: lists all that are not, with the reason.
     """
     old_words = {word for words in old.values() for word in words}
-    taken = {name: None for name in new if name in old}
-    taken |= {word: None for words in new.values() for word in words if word in old_words}
+    taken = [name for name in new if name in old]
+    taken += [word for words in new.values() for word in words if word in old_words]
     given = dict.fromkeys(word for name, words in new.items() for word in (name, *words))
     _refuse(
-        {
-            ("is", "are", "in the bundle already"): list(taken),
-            ("is", "are", "not one line of UTF-8 text"): [word for word in given if not _is_line(word)],
-        }
+        ("is", "are", "in the bundle already", list(dict.fromkeys(taken))),
+        ("is", "are", "not one line of UTF-8 text", [word for word in given if not _is_line(word)]),
     )
 
 
@@ -97,14 +88,9 @@ def _is_line(word: str) -> bool:
     return word.strip() == word and len(word.splitlines()) == 1
 
 
-Reason = tuple[str, str, str]
-"""What one name does, what many do, and the rest of the sentence."""
-
-
-def _refuse(reasons: Mapping[Reason, Sequence[str]]) -> None:
-    found = [
-        f"{_counted(names, one, many)} {why}: {listed(names)}" for (one, many, why), names in reasons.items() if names
-    ]
+def _refuse(*reasons: tuple[str, str, str, Sequence[str]]) -> None:
+    """Raise for each reason with names: its verb for one name and for many, the rest of the sentence, the names."""
+    found = [f"{_counted(names, one, many)} {why}: {_listed(names)}" for one, many, why, names in reasons if names]
     if found:
         raise DataError(f"{'; '.join(found)}: nothing was changed, give the others without them")
 
@@ -112,11 +98,11 @@ def _refuse(reasons: Mapping[Reason, Sequence[str]]) -> None:
 def validate_word_lengths(
     words: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer, context_length: int
 ) -> None:
-    """Refuse words that the text encoder would not see whole, in any of the templates.
+    """Validate that the text encoder sees every word whole, in all templates.
 
     Raises:
-        DataError: all words that are too long (open_clip would cut them without a word), and all that hold a start or
-            end token, which the text encoder would take for its own.
+        DataError: lists all words that are too long (open_clip would silently cut them), and all with a start or end
+            token, which would end the prompt.
         MissingExtraError: as :meth:`Tokenizer.ids`.
     """
     too_long: dict[str, int] = {}
@@ -131,22 +117,16 @@ def validate_word_lengths(
                 special.append(word)
             report(number)
     most = max(too_long.values(), default=0)
-    _refuse(
-        {
-            ("is", "are", f"too long for the text encoder, with up to {most} tokens where it takes {context_length}"): [
-                *too_long
-            ],
-            ("holds", "hold", "CLIP's start or end token"): special,
-        }
-    )
+    long = f"too long for the text encoder, with up to {most} tokens where it takes {context_length}"
+    _refuse(("is", "are", long, list(too_long)), ("holds", "hold", "CLIP's start or end token", special))
 
 
 def twins(
     words: Sequence[str], among: Sequence[str], template: str, tokenizer: Tokenizer
 ) -> tuple[tuple[str, str], ...]:
-    """Pairs of different words that become the same tokens, one of ``words`` with one of ``among`` or of ``words``.
+    """Pairs of different words with the same tokens, one of ``words`` with one of ``among`` or of ``words``.
 
-    The text encoder gives them one and the same feature, so that their classes share an image's probability.
+    The text encoder gives both the same feature, so their classes share an image's probability.
     """
     first: dict[tuple[int, ...], str] = {}
     found = []

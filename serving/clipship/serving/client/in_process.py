@@ -18,11 +18,12 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from clipship.core.bundle import GOLDEN, Bundle, Golden, Precision, Runtime
+from clipship.core.bundle import GOLDEN, Bundle, Golden, Runtime
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.images.decoding import ImageDecodeError, pixels_from_bytes
 from clipship.core.machine.processor import this_processor
 from clipship.core.machine.runtimes import available_cores, open_encoder, runtime_name
+from clipship.core.precisions import Precision
 from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, encoder_problem, pixels_problem
 from clipship.serving.errors import ModelsMissing

@@ -11,11 +11,11 @@ import click
 
 from clipship.core.cli.main import emit, json_option, option_group
 from clipship.core.errors import CheckFailed, UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
 if TYPE_CHECKING:
-    from clipship.core.bundle import Precision
     from clipship.serving.client.classifier import Classifier
     from clipship.serving.client.in_process import LocalTransport
     from clipship.serving.client.settings import Retry
@@ -34,7 +34,7 @@ _server_options = option_group(
     click.option("--bundle", type=_PATH, help="Classify with this bundle in this process, without a server."),
     click.option(
         "--precision",
-        type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
+        type=click.Choice(list(PRECISIONS)),
         help="With --bundle: the image encoder's precision, one that the bundle was packed with. [default: fp32]",
     ),
     click.option(

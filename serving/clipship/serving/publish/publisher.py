@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, ClipshipError, UsageError
-from clipship.core.tensorrt_plan import form_digest
+from clipship.core.tensorrt_plan import variant_digest
 from clipship.serving.errors import RepositoryError, ServingError
 from clipship.serving.model_names import (
     CLASSIFIER,
@@ -129,7 +129,7 @@ def validate_served_encoder(repository: Path, bundle: Bundle) -> None:
         UsageError: it has another one; says what to do.
     """
     served = _encoder_parameter(repository, ENCODER_DIGEST)
-    if served not in {form_digest(bundle, form) for form in bundle.image_encoders}:
+    if served not in {variant_digest(bundle, variant) for variant in bundle.image_encoders}:
         raise UsageError(
             f"{bundle.path} has another image encoder than {repository} serves ({served[:16]}), so its names would be "
             "compared with foreign features: write a repository of its own with clipship repository, and serve that"

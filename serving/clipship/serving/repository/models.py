@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import ImageSpec
-from clipship.core.tensorrt_plan import PlanInfo, TensorRtPlan, capability_of, form_digest, version_parts
+from clipship.core.tensorrt_plan import PlanInfo, TensorRtPlan, capability_of, variant_digest, version_parts
 from clipship.core.tensors import ENCODED, ERROR, TensorSpec, embedding_tensor, image_tensor, passthrough_tensor
 from clipship.serving.model_names import (
     ADMISSION,
@@ -67,9 +67,6 @@ _ENCODED_IMAGE = "encoded_image"
 _ADMITTED = "admitted"
 """What a first step hands on, in the model and in the ensembles."""
 
-_ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
-"""By the graph's own types: what the accelerator must allow TensorRT to compute in."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularyFacts:
@@ -94,8 +91,8 @@ class ModelSettings:
     top_k: int
     """Classes reported an image, at most as many as the vocabulary has."""
     max_batch_size: int = 64
-    encoder: EncoderForm = DEFAULT_ENCODER
-    """Which form of the image encoder runs where there is no plan."""
+    encoder: EncoderVariant = DEFAULT_ENCODER
+    """Which variant of the image encoder runs where there is no plan."""
     encoder_digest: str = ""
     """Of the ONNX file that runs, or that the plans were built from."""
     measured_with: tuple[str, ...] = ()
@@ -120,7 +117,7 @@ def facts_from_bundle(
     *,
     max_batch_size: int,
     top_k: int,
-    encoder: EncoderForm = DEFAULT_ENCODER,
+    encoder: EncoderVariant = DEFAULT_ENCODER,
     plans: Sequence[TensorRtPlan] = (),
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
@@ -144,7 +141,7 @@ def facts_from_bundle(
         top_k=min(top_k, len(bundle.vocabulary)),
         max_batch_size=max_batch_size,
         encoder=encoder,
-        encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
+        encoder_digest=plans[0].info.onnx_digest if plans else variant_digest(bundle, encoder),
         measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
         plans=tuple(plan.info for plan in plans),
         others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
@@ -211,7 +208,7 @@ def _warmups(facts: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
 
 def _image_encoder(facts: ModelSettings, backend: Backend) -> Model:
     image = image_tensor(facts.image_spec.size_px)
-    special = _plan_settings(facts) if backend == "tensorrt" else _form_settings(facts)
+    special = _plan_settings(facts) if backend == "tensorrt" else _variant_settings(facts)
     return Model(
         name=ENCODER,
         backend=backend,
@@ -236,12 +233,12 @@ def _kind(tuning: Tuning, backend: Backend) -> str:
     return f"KIND_{tuning.device.upper()}"
 
 
-def _form_settings(facts: ModelSettings) -> dict[str, Any]:
-    """The bundle's form that runs, its threads, and its accelerator."""
-    form = facts.encoder
-    runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
+def _variant_settings(facts: ModelSettings) -> dict[str, Any]:
+    """The bundle's variant that runs, its threads, and its accelerator."""
+    variant = facts.encoder
+    runs = {RUNTIME: variant.runtime, PRECISION: variant.precision, OPSET: str(variant.opset)}
     runs[ENCODER_DIGEST] = facts.encoder_digest
-    if form.runtime != "onnx" and facts.measured_with:
+    if variant.runtime != "onnx" and facts.measured_with:
         runs[MEASURED_WITH] = " ".join(facts.measured_with)
     threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
     accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
@@ -255,7 +252,7 @@ def _accelerator(facts: ModelSettings) -> dict[str, str]:
     batches = {"min": 1, "opt": max(1, facts.max_batch_size // 2), "max": facts.max_batch_size}
     shapes = {f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()}
     return {
-        "precision_mode": _ACCELERATOR_PRECISIONS[facts.encoder.precision],
+        "precision_mode": facts.encoder.precision.upper(),  # what the graph's own types need TensorRT to compute in
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",
@@ -273,7 +270,7 @@ def _plan_settings(facts: ModelSettings) -> dict[str, Any]:
         PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
         ENCODER_DIGEST: facts.encoder_digest,
     }
-    least = max(plan.profile.least for plan in facts.plans)
+    least = max(plan.profile.min for plan in facts.plans)
     return {
         "file": usual,
         "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},

@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from clipship.core.bundle import Bundle, EncoderForm
+from clipship.core.bundle import Bundle, EncoderVariant
 from clipship.core.errors import UsageError
-from clipship.core.tensorrt_plan import form_digest
+from clipship.core.tensorrt_plan import variant_digest
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
@@ -26,16 +26,16 @@ def validated_name(name: str) -> str:
     return name
 
 
-def validate_same_encoder(bundle: Bundle, others: Mapping[str, Bundle], form: EncoderForm) -> None:
+def validate_same_encoder(bundle: Bundle, others: Mapping[str, Bundle], variant: EncoderVariant) -> None:
     """Nothing when all ``others`` have the image encoder that ``bundle`` is served with.
 
     Raises:
         UsageError: one has another; says what to do.
     """
-    served = form_digest(bundle, form)
+    served = variant_digest(bundle, variant)
     for name, other in others.items():
         validated_name(name)
-        if served not in {form_digest(other, each) for each in other.image_encoders}:
+        if served not in {variant_digest(other, each) for each in other.image_encoders}:
             raise UsageError(
                 f"vocabulary {name}: {other.path} has another image encoder than {bundle.path}: write a repository of "
                 "its own for it, or make its vocabulary of that bundle with clipship vocab add"

@@ -29,15 +29,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from clipship.core import tolerances
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
+from clipship.core import precisions, tolerances
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant, Runtime
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import decoding
 from clipship.core.machine import processor, runtimes
 from clipship.core.machine.processor import emulates, never_runs, this_processor
+from clipship.core.precisions import Precision
 from clipship.core.progress import log
-from clipship.core.tensorrt_plan import Target, TensorRtPlan, form_of, validate_plan
+from clipship.core.tensorrt_plan import Target, TensorRtPlan, validate_plan, variant_of
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.model_names import (
     ADMISSION,
@@ -86,8 +87,8 @@ IMAGES_COPY = "clipship_images.py"
 ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
 """By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
 
-TOLERANCES_COPY = "clipship_tolerances.py"
-"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
+MODEL_COPIES: Mapping[str, ModuleType] = {"clipship_precisions.py": precisions, "clipship_tolerances.py": tolerances}
+"""By name, the copies of modules of ``clipship/core`` that lie beside every model in Python."""
 
 DOORS_COPY = "clipship_doors.py"
 """The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
@@ -97,7 +98,7 @@ _RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
     "onnxruntime": ("onnx",),
     "tensorrt": (),
 }
-"""What runs the bundle's forms of the image encoder."""
+"""What runs the bundle's variants of the image encoder."""
 
 
 def repository_from_bundle(
@@ -116,8 +117,8 @@ def repository_from_bundle(
     """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
 
     Args:
-        precision: of the image encoder; of the bundle's forms in it the python backend takes the one that was fastest
-            where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
+        precision: of the image encoder; of its variants the python backend takes the one that was fastest where the
+            bundle was packed, the onnxruntime backend the portable one. Plans have their own.
         plans: for the tensorrt backend, one for each kind of GPU of the server.
         tensorrt_version: the server's; None: that of the first plan.
         others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
@@ -137,8 +138,8 @@ def repository_from_bundle(
     _validate_folder(out)
     tuning.validate_backend(backend, max_batch_size)
     _validate_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
-    validate_same_encoder(bundle, others, _form_of_plans(plans, bundle) or encoder)
+    encoder = DEFAULT_ENCODER if plans else _encoder_variant(bundle, backend, precision, tuning)
+    validate_same_encoder(bundle, others, _variant_of_plans(plans, bundle) or encoder)
     settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
     with replace_folder(out) as folder:
@@ -247,14 +248,14 @@ def _validate_plans(
     for plan in plans:
         version = tensorrt_version or plans[0].info.runtime_version
         validate_plan(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
-        plan.info.profile.refuse(1)
-        plan.info.profile.refuse(max_batch_size)
+        plan.info.profile.validate(1)
+        plan.info.profile.validate(max_batch_size)
     twice = [gpu for gpu, count in Counter(gpu for plan in plans for gpu in plan.info.gpus).items() if count > 1]
     if twice:
         raise UsageError(f"two plans are for {', '.join(twice)}: give one for each kind of GPU")
 
 
-def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
+def _encoder_variant(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderVariant:
     """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
     gpu = backend == "onnxruntime" and tuning.on_gpu
     if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
@@ -263,15 +264,15 @@ def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning
             f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
             "--precision fp32, or --backend python where the bundle has it by OpenVINO"
         )
-    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
-    here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
+    variant = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    here = "" if gpu else emulates(variant.runtime, variant.precision, this_processor())
     if here:
         log(f"the server must have another processor than this machine, or it will not load the model: {here}")
-    return form
+    return variant
 
 
-def _form_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderForm | None:
-    return form_of(plans[0].info, bundle) if plans else None
+def _variant_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderVariant | None:
+    return variant_of(plans[0].info, bundle) if plans else None
 
 
 def _write_configs(folder: Path, configs: Mapping[str, Any]) -> None:
@@ -309,7 +310,8 @@ def _write_sources(folder: Path, backend: Backend) -> None:
     classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
     for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
         shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
-        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
+        for copy, module in MODEL_COPIES.items():
+            _copy_source(module, folder / name / "1" / copy)
     admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
     for name in admissions:
         shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
@@ -322,9 +324,9 @@ def _write_sources(folder: Path, backend: Backend) -> None:
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:
-    source = inspect.getsourcefile(module)
-    assert source is not None
-    shutil.copyfile(source, target)
+    """Copy ``module``, which imports the copy of ``precisions.py`` beside it: Triton's Python may have no clipship."""
+    source = inspect.getsource(module).replace("from clipship.core.precisions", "from clipship_precisions")
+    target.write_text(source, encoding="utf-8")
 
 
 def _write_warmup_files(bundle: Bundle, folder: Path) -> None:

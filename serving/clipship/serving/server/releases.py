@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
+from clipship.core.precisions import PRECISIONS
 from clipship.core.tensorrt_plan import version_parts
 from clipship.serving.repository.validate import (
     accelerator_of,
@@ -195,11 +196,11 @@ def _opset_need(repository: Path) -> Iterator[Need]:
     found = opset_of(repository)
     if found is not None:
         opset, precision = found
-        int8 = precision == "int8" and opset == 23
+        quantized = PRECISIONS[precision].quantized and opset == 23
         yield Need(
-            what=f"an ONNX Runtime that takes {'int8 of ' if int8 else ''}opset {opset}",
+            what=f"an ONNX Runtime that takes {f'{precision} of ' if quantized else ''}opset {opset}",
             advice="pack the bundle with --opset 18 or 20",
-            met_by=lambda release: release.opset >= opset + int8,
+            met_by=lambda release: release.opset >= opset + quantized,
         )
 
 

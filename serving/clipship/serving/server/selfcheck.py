@@ -38,7 +38,7 @@ from clipship.serving.repository.golden_check import Answers, validate_answers, 
 from clipship.serving.repository.golden_samples import GoldenSamples, read_samples, read_truth
 from clipship.serving.repository.versions import ClassifierVersions, vocabularies_in
 
-_BUILD_AGAIN = "build the plan again on this machine with clipship engine, or from a form of a higher precision"
+_BUILD_AGAIN = "build the plan again on this machine with clipship engine, or from a variant of a higher precision"
 REQUEST_ID = "self-check"
 """Of its requests, in Triton's logs and traces."""
 
@@ -117,7 +117,7 @@ def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: f
     A repository of before 0.6 has none: one line in the log says so.
 
     Raises:
-        CheckFailed: it answers otherwise; names the form, its precision, runtime and processor, and what to do.
+        CheckFailed: it answers otherwise; names the variant, its precision, runtime and processor, and what to do.
         ServerFailed: it does not answer.
     """
     samples = read_samples(repository)
