@@ -44,8 +44,9 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
         base_model=MODEL,
         text_chunk=chunk,
         precision=precision,
-        reference_templates=("a photo of a {}.",),
     )
+    if config.method in ("kgcoop", "promptsrc"):
+        config = config.with_settings(reference_templates=("a photo of a {}.",))
     names = tuple(dict.fromkeys(IMAGENET_CLASSNAMES))  # two of the thousand are called alike
     clip = load_clip(MODEL)
     whole = config.method not in ("sync-clip", "ivlp-synthetic")  # they learn from half and classify among all

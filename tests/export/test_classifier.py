@@ -41,7 +41,7 @@ def trained(clip: Clip, recipe: str, pictures: Sequence[Picture]) -> Method:
     """A method whose cache holds features of ``pictures`` with a large vote, or whose weights are not small."""
     config = replace(config_from_recipe(recipe), base_model=clip.name)
     if "tip" in recipe:
-        config = replace(config, shots=SHOTS, generated_shots=2, cache_alpha=9.0, cache_beta=4.5)
+        config = config.with_settings(shots=SHOTS, generated_shots=2, cache_alpha=9.0, cache_beta=4.5)
     method = build_method(clip, config, TASK).eval()
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():

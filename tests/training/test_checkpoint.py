@@ -16,8 +16,7 @@ from clipship.training.checkpoint import (
     save_checkpoint,
     save_scores,
 )
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Task, build_method
+from clipship.training.methods import Task, build_method, config_of
 from clipship.training.model.clip import Clip, load_clip
 
 from .conftest import write_model
@@ -27,7 +26,7 @@ TASK = Task(class_names=("red", "green", "blue"), num_base=2, templates=("a phot
 
 @pytest.fixture
 def checkpoint(clip: Clip) -> Checkpoint:
-    config = TrainConfig(recipe="test", method="coop", base_model=clip.name, epochs=1, seed=7, context_init="")
+    config = config_of("coop", recipe="test", base_model=clip.name, epochs=1, seed=7, context_init="")
     return Checkpoint(
         config=config,
         task=TASK,

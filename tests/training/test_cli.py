@@ -78,7 +78,7 @@ def test_train_takes_so_many_synthetic_images(
     capsys: pytest.CaptureFixture[str], data_folder: Path, model_folder: Path, uneven: SyntheticSet,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    small = replace(RECIPES["ivlp-synthetic-tiny"](""), text_depth=2, image_depth=3, shots=2, epochs=1)
+    small = RECIPES["ivlp-synthetic-tiny"]("").with_settings(text_depth=2, image_depth=3, shots=2, epochs=1)
     monkeypatch.setitem(RECIPES, "small", lambda dataset: replace(small, base_model=str(model_folder)))
     train = ("train", "small", "--data", data_folder, "--synthetic", uneven.folder, "--out", tmp_path / "run")
     code, _, err = _run(capsys, *train, "--synthetic-shots", 9)

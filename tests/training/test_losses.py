@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipship.training import losses
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Batch, Method, SyncClip, Task, build_method
+from clipship.training.methods import Batch, Method, Task, build_method, config_of
 from clipship.training.methods.cocoop import CoCoOp
+from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
 
@@ -162,7 +162,7 @@ def exact(clip: Clip) -> Clip:
 
 
 def _method(clip: Clip, name: str, **settings: object) -> Method:
-    config = TrainConfig(recipe="t", method=name, base_model="small", **settings)  # type: ignore[arg-type]
+    config = config_of(name, recipe="t", base_model="small", **settings)
     method = build_method(clip, config, TASK).double()
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from clipship.core.errors import DataError
-from clipship.training.config import TrainConfig
 from clipship.training.datasets.load import Dataset, LabelledImage
 from clipship.training.evaluation.evaluate import (
     PROTOCOLS,
@@ -23,14 +22,14 @@ from clipship.training.evaluation.evaluate import (
     protocol_of,
 )
 from clipship.training.evaluation.temperature import ReliabilityBin, expected_calibration_error
-from clipship.training.methods import Method, build_method
+from clipship.training.methods import Method, build_method, config_of
 from clipship.training.model.clip import Clip
 
-DEEP = {"text_depth": 2, "image_tokens": 2, "image_depth": 2}
+DEEP = {"image_tokens": 2, "image_depth": 2}
 
 
 def _method(clip: Clip, dataset: Dataset, name: str = "zero-shot", **settings: object) -> Method:
-    config = TrainConfig(recipe="test", method=name, base_model=clip.name, **settings)  # type: ignore[arg-type]
+    config = config_of(name, recipe="test", base_model=clip.name, **settings)
     return build_method(clip, config, dataset.task)
 
 

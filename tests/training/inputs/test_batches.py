@@ -15,9 +15,10 @@ from clipship.training.config import TrainConfig
 from clipship.training.datasets.load import Dataset, few_shot
 from clipship.training.inputs import batches
 from clipship.training.inputs.batches import Epoch, ImageCache, crop_box
+from clipship.training.methods import config_of
 from clipship.training.synthetic_set import SyntheticSet
 
-CONFIG = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, batch_size=4, epochs=2)
+CONFIG = config_of("coop", recipe="test", base_model="none", shots=2, batch_size=4, epochs=2)
 
 
 def test_crops_stay_inside_and_keep_the_share() -> None:
@@ -47,7 +48,7 @@ def test_training_pixels_follow_their_key() -> None:
 
 def test_a_recipe_can_keep_left_and_right() -> None:
     image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
-    still = TrainConfig(recipe="test", method="coop", base_model="none", flip=False)
+    still = config_of("coop", recipe="test", base_model="none", flip=False)
     rising = [batches.training_pixels(image, 16, still, str(key))[8, :, 0] for key in range(20)]
     assert all(row[-1] > row[0] for row in rising)
     mirrored = [batches.training_pixels(image, 16, CONFIG, str(key))[8, :, 0] for key in range(20)]
@@ -106,7 +107,7 @@ def test_batches_repeat_for_an_epoch_and_change_with_it(dataset: Dataset, synthe
 
 
 def test_synthetic_images_keep_their_crop_unless_redrawn(dataset: Dataset, synthetic: SyntheticSet) -> None:
-    redrawn = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, redraw_synthetic=True)
+    redrawn = config_of("coop", recipe="test", base_model="none", shots=2, redraw_synthetic=True)
     path = synthetic.kept("white")[0].path
     once = [_epoch(dataset, synthetic, number)._synthetic_pixels([path], "0 seen") for number in (1, 2)]
     assert torch.equal(once[0], once[1])
@@ -115,7 +116,7 @@ def test_synthetic_images_keep_their_crop_unless_redrawn(dataset: Dataset, synth
 
 
 def test_a_batch_larger_than_the_data_is_one_step(dataset: Dataset) -> None:
-    config = TrainConfig(recipe="test", method="coop", base_model="none", batch_size=64)
+    config = config_of("coop", recipe="test", base_model="none", batch_size=64)
     assert len(_epoch(dataset, None, 1, config)) == 1
     assert len(_epoch(dataset, None, 1, config)[0].labels) == 6
 

@@ -22,18 +22,20 @@ from clipship.training.datasets.load import Dataset
 from clipship.training.evaluation.evaluate import evaluate
 from clipship.training.loop import loop
 from clipship.training.loop.loop import RunOptions
-from clipship.training.methods import Batch
+from clipship.training.methods import Batch, config_of
 from clipship.training.methods.coop import CoOp
 from clipship.training.model.clip import Clip, digest_of_tensors
 from clipship.training.synthetic_set import SyntheticSet
 
 
 def _config(clip: Clip, method: str = "sync-clip", **changes: object) -> TrainConfig:
-    config = TrainConfig(
-        recipe="test", method=method, base_model=clip.name, shots=4, epochs=3, batch_size=4, learning_rate=0.02,
-        text_depth=2, image_tokens=4, image_depth=3, domain_tokens=2, synthetic_weight=0.2, align_weight=0.1,
-    )  # fmt: skip
-    return replace(config, **changes)  # type: ignore[arg-type]
+    config = config_of(method, recipe="test", base_model=clip.name, shots=4, epochs=3, batch_size=4, learning_rate=0.02)
+    own = {
+        **{"text_depth": 2, "image_tokens": 4, "image_depth": 3, "domain_tokens": 2},
+        **{"synthetic_weight": 0.2, "align_weight": 0.1},
+    }
+    used = {name: value for name, value in own.items() if hasattr(config.settings, name)}
+    return config.with_settings(**{**used, **changes})
 
 
 def _train(
@@ -49,7 +51,7 @@ def _train(
 
 
 def test_the_learning_rate_is_the_published_schedule() -> None:
-    config = TrainConfig(recipe="t", method="coop", base_model="x", epochs=5, learning_rate=0.0035)
+    config = config_of("coop", recipe="t", base_model="x", epochs=5, learning_rate=0.0035)
     rates = [loop.learning_rate(config, epoch) for epoch in range(1, 6)]
     assert rates[:2] == [1e-5, 0.0035]
     assert rates[3] == pytest.approx(2.2908e-3, abs=5e-8)
@@ -76,7 +78,8 @@ def test_sync_clip_tells_the_colours_apart_better_than_zero_shot(
     """On random weights zero-shot is chance; prompts learned from a few images are not."""
     scores: dict[str, float] = {}
     for method in ("zero-shot", "sync-clip"):
-        config = _config(clip, method, epochs=15, learning_rate=0.1, synthetic_weight=1.0)
+        own = {"synthetic_weight": 1.0} if method == "sync-clip" else {}
+        config = _config(clip, method, epochs=15, learning_rate=0.1, **own)
         checkpoint = _train(config, dataset, synthetic, tmp_path / method, clip=clip)
         mean = evaluate(method_from_checkpoint(checkpoint, clip), dataset).open_harmonic_mean
         assert mean is not None
@@ -156,14 +159,14 @@ _KILLED = """
 import sys
 from pathlib import Path
 import torch
-from clipship.training.config import TrainConfig
+from clipship.training.checkpoint import config_from_json
 from clipship.training.datasets.load import load_dataset
 from clipship.training.loop.loop import RunOptions, train
 from clipship.training.synthetic_set import SyntheticSet
 
 torch.set_num_threads(1)
 content, data, synthetic, out = sys.argv[1:]
-train(TrainConfig.from_json(__import__("json").loads(content)), load_dataset(Path(data)), out=Path(out),
+train(config_from_json(__import__("json").loads(content)), load_dataset(Path(data)), out=Path(out),
       synthetic=SyntheticSet.load(Path(synthetic)), options=RunOptions(device="cpu", resume=True, save_every_s=0.0))
 """
 

@@ -15,8 +15,9 @@ from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
 from clipship.training.datasets.load import Dataset
 from clipship.training.loop.loop import RunOptions, train
-from clipship.training.methods import Batch, FeatureSamples, Method, Task, build_method
-from clipship.training.methods.tip_adapter import ALPHAS, BETAS, TipAdapter, TipAdapterF
+from clipship.training.methods import Batch, FeatureSamples, Method, Task, build_method, config_of
+from clipship.training.methods.clip_adapter import ClipAdapterSettings
+from clipship.training.methods.tip_adapter import ALPHAS, BETAS, TipAdapter, TipAdapterF, TipAdapterFSettings
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
 
@@ -24,12 +25,12 @@ Array = NDArray[np.float64]
 
 NAMES = ("red", "green_grass", "blue", "white", "black")
 TASK = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.",))
-GENERATOR = TrainConfig(recipe="test", method="ship", base_model="small")
+GENERATOR = config_of("ship", recipe="test", base_model="small")
 DIM = 24
 
 
 def _config(method: str, **changes: object) -> TrainConfig:
-    return TrainConfig(recipe="test", method=method, base_model="small", shots=2, **changes)  # type: ignore[arg-type]
+    return config_of(method, recipe="test", base_model="small", shots=2, **changes)
 
 
 def _unit(rows: int, seed: int) -> Tensor:
@@ -226,7 +227,8 @@ def test_a_linear_probe_refuses_classes_it_has_not_seen(clip: Clip) -> None:
 @pytest.mark.parametrize("name", ["clip-adapter", "tip-adapter-f", "linear-probe", "coop"])
 def test_generated_features_alone_are_enough(clip: Clip, name: str) -> None:
     task = replace(TASK, num_base=0)
-    method = build_method(clip, _config(name, classes="none", generator=GENERATOR, generated_shots=2), task)
+    own = {"generated_shots": 2} if name == "tip-adapter-f" else {}
+    method = build_method(clip, _config(name, classes="none", generator=GENERATOR, **own), task)
     nothing = FeatureSamples(features=torch.empty(0, DIM), labels=torch.empty(0, dtype=torch.long))
     everything = FeatureSamples(features=_unit(10, 4), labels=torch.arange(5).repeat_interleave(2))
     method.begin(_Generated(nothing, everything))
@@ -272,10 +274,11 @@ def test_a_run_learns_is_stored_and_loads(clip: Clip, dataset: Dataset, tmp_path
 
 def test_published_settings() -> None:
     adapter, cache = config_from_recipe("clip-adapter"), config_from_recipe("tip-adapter-f")
-    assert (adapter.adapter_reduction, adapter.adapter_ratio) == (4, 0.2)
+    assert adapter.settings == ClipAdapterSettings(adapter_reduction=4, adapter_ratio=0.2)
     assert (adapter.optimizer, adapter.learning_rate, adapter.batch_size, adapter.epochs) == ("sgd", 2e-3, 32, 200)
     assert (cache.optimizer, cache.learning_rate, cache.adam_epsilon, cache.epochs) == ("adamw", 1e-3, 1e-4, 20)
-    assert (cache.schedule, cache.batch_size, cache.cache_views, cache.min_crop) == ("step-cosine", 256, 10, 0.5)
+    assert (cache.schedule, cache.batch_size, cache.min_crop) == ("step-cosine", 256, 0.5)
+    assert cache.settings == TipAdapterFSettings(cache_alpha=1.17, cache_beta=1.0, cache_views=10, generated_shots=16)
     assert config_from_recipe("tip-adapter").epochs == 0
 
 

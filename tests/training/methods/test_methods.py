@@ -5,7 +5,8 @@ import torch
 
 from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
-from clipship.training.methods import Batch, Method, SyncClip, Task, build_method, method_named
+from clipship.training.methods import Batch, Method, Task, build_method, config_of, method_named
+from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
 
@@ -34,7 +35,7 @@ WITH_CLASS_FEATURES = sorted({*SETTINGS} - {"cocoop"})
 
 def _config(method: str, **changes: object) -> TrainConfig:
     settings = {**SETTINGS[method], **changes}
-    return TrainConfig(recipe="test", method=method, base_model="small", **settings)  # type: ignore[arg-type]
+    return config_of(method, recipe="test", base_model="small", **settings)
 
 
 def _method(clip: Clip, name: str, **changes: object) -> Method:
@@ -218,9 +219,10 @@ def test_deep_prompts_need_the_layers(clip: Clip, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vpt", "ivlp", "ivlp-synthetic", "promptsrc", "sync-clip"])
-def test_image_prompts_are_not_left_out_in_silence(clip: Clip, name: str) -> None:
-    with pytest.raises(RecipeError, match=f"{name} learns image prompts: set image_tokens and image_depth"):
-        _method(clip, name, image_depth=0, image_tokens=0, domain_tokens=0)
+def test_image_prompts_are_not_left_out_in_silence(name: str) -> None:
+    for setting in ("image_depth", "image_tokens"):
+        with pytest.raises(RecipeError, match=f"method {name}: {setting}=0: must be at least 1"):
+            _config(name, **{setting: 0})
 
 
 def test_unknown_methods_get_the_near_names() -> None:

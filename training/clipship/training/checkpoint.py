@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipship.core.errors import CheckpointError, RecipeError
 from clipship.core.files import read_record, replace_folder, sha256_of, write_json_atomic
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Method, Task, build_method
+from clipship.training.config import TrainConfig, ValidatedSettings
+from clipship.training.methods import METHODS, Method, Task, build_method, config_of, method_named
 from clipship.training.model.clip import Clip, load_clip
 
 FORMAT = "clipship-checkpoint"
@@ -89,6 +89,34 @@ class Checkpoint:
         }
 
 
+def config_from_json(content: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of :meth:`TrainConfig.to_json`, and of the form that versions up to 0.5 wrote.
+
+    Those wrote the settings of all methods; the other methods' are left out. The oldest lack those of synthetic images.
+
+    Raises:
+        RecipeError: a setting is missing, unknown or out of range, or the method is unknown.
+    """
+    content = {**_ADDED_LATER, **content}
+    own = {"method", *_names(TrainConfig), *_names(method_named(content.get("method", "")).Settings)} - {"settings"}
+    of_any_method = {name for method in METHODS.values() for name in _names(method.Settings)}
+    odd = sorted((own - set(content)) | (set(content) - own - of_any_method))
+    if odd:
+        raise RecipeError(f"not the settings of a run: {', '.join(odd)} missing or unknown: train again")
+    values: dict[str, Any] = {name: content[name] for name in own}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    generator = None if content["generator"] is None else config_from_json(content["generator"])
+    return config_of(**{**values, "generator": generator})
+
+
+_ADDED_LATER = {"synthetic_shots": None, "synthetic_filter": True}
+"""What the settings that the oldest checkpoints lack were then."""
+
+
+def _names(settings: type[ValidatedSettings]) -> set[str]:
+    return {one.name for one in fields(settings)}
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """Write ``checkpoint`` to the folder ``path``, in the place of whatever the run has left there."""
     from safetensors.torch import save
@@ -115,7 +143,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {LEARNED} is missing or has changed: copy the checkpoint again, or train again")
     try:
         return Checkpoint(
-            config=TrainConfig.from_json(content["config"]),
+            config=config_from_json(content["config"]),
             task=Task(
                 class_names=tuple(content["class_names"]),
                 num_base=content["num_base"],

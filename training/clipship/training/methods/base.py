@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.vocabulary import prompt_of
-from clipship.training.config import TrainConfig
+from clipship.training.config import MethodSettings, TrainConfig
 from clipship.training.losses import cross_entropy, raised
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
@@ -170,10 +170,14 @@ class FeatureGenerator(Protocol):
 class Method(nn.Module):
     """The plain CLIP; a method overrides the prompts it learns and, where it must, the loss.
 
+    A module of this package defines a method by a subclass with its own ``Settings``; nothing lists it by hand.
+
     The frozen model is no submodule, so parameters and state hold learned tensors only.
     """
 
-    name = "zero-shot"
+    Settings: ClassVar[type[MethodSettings]]
+    """The settings that only this method has; a class without is no method but shares code with some."""
+    settings: MethodSettings
     image_side_frozen = True
     """Whether images pass the image tower as it is, so that their features can be kept."""
     needs_synthetic = False
@@ -189,12 +193,18 @@ class Method(nn.Module):
         super().__init__()
         self.clip = clip
         self.config = config
+        self.settings = config.settings
         self.task = task
         self.templates: tuple[str, ...] = config.templates or task.templates
         self.notes: dict[str, float] = {}
         """What a run has measured besides its losses; stored in the checkpoint's record."""
         self._tokens: dict[tuple[str, ...], list[Tensor]] = {}
         self._constant: dict[tuple[str, ...], Tensor] = {}
+
+    @property
+    def name(self) -> str:
+        """A name of :data:`clipship.training.methods.METHODS`."""
+        return self.settings.method
 
     def begin(self, source: Source) -> None:
         """Called once, before the first step of a run."""

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from clipship.training.methods.prompted import LearnedContext
+from dataclasses import dataclass
+
+from clipship.training.methods.prompted import ContextSettings, LearnedContext
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoOpSettings(ContextSettings):
+    """Those of the context."""
+
+    method = "coop"
 
 
 class CoOp(LearnedContext):
@@ -11,4 +20,4 @@ class CoOp(LearnedContext):
     Deeper it is the "deep language prompting" of arXiv 2210.03117.
     """
 
-    name = "coop"
+    Settings = CoOpSettings

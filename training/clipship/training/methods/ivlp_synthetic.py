@@ -8,20 +8,33 @@ Shapes: B real images, S and U synthetic images of classes with and without real
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from clipship.training.config import at_least
 from clipship.training.losses import classification_loss
 from clipship.training.methods.base import Batch
-from clipship.training.methods.ivlp import Ivlp
+from clipship.training.methods.ivlp import Ivlp, IvlpSettings
 from clipship.training.methods.prompted import synthetic_losses
 from clipship.training.model.prompts import image_features
+
+
+@dataclass(frozen=True, kw_only=True)
+class IvlpSyntheticSettings(IvlpSettings):
+    """Prompts of both towers, and the synthetic images' weight."""
+
+    method = "ivlp-synthetic"
+    synthetic_weight: float = at_least(0, 0.0)
+    """w: the weight of the synthetic images' classification loss."""
 
 
 class IvlpSynthetic(Ivlp):
     """The prompts of IVLP, which all images share, real or not."""
 
-    name = "ivlp-synthetic"
+    Settings = IvlpSyntheticSettings
+    settings: IvlpSyntheticSettings
     needs_synthetic = True
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
@@ -35,7 +48,7 @@ class IvlpSynthetic(Ivlp):
         real = classification_loss(features[:num_real], classes[: self.task.num_base], batch.labels, scale)
         seen, unseen = synthetic_losses(features[num_real:], classes, batch, scale)
         synthetic = _mean_over_all(seen, unseen, batch)
-        total = real + self.config.synthetic_weight * synthetic
+        total = real + self.settings.synthetic_weight * synthetic
         return {"total": total, "real": real.detach(), "synthetic": synthetic.detach()}
 
 

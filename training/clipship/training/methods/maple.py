@@ -5,16 +5,24 @@ Shapes: J prompted layers, M tokens a layer, W and V the widths of the text and 
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
 from clipship.training.methods.layers import uniform
-from clipship.training.methods.prompted import LearnedContext, PromptedImages
+from clipship.training.methods.prompted import ContextSettings, LearnedContext, PromptedImages
 from clipship.training.model.clip import Clip
 from clipship.training.model.prompts import validate_depth
+
+
+@dataclass(frozen=True, kw_only=True)
+class MapleSettings(ContextSettings):
+    """Those of the context; the image prompts are made from it."""
+
+    method = "maple"
 
 
 class Maple(PromptedImages, LearnedContext):
@@ -23,20 +31,16 @@ class Maple(PromptedImages, LearnedContext):
     The maps of layers 1..J-1 start equal, as in the authors' code.
     """
 
-    name = "maple"
+    Settings = MapleSettings
+    settings: MapleSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
-        if config.image_tokens:
-            raise RecipeError(
-                f"recipe {config.recipe}: image_tokens={config.image_tokens}: maple makes its image prompts from the "
-                "text's: leave image_tokens and image_depth at 0"
-            )
-        validate_depth(clip, image_depth=config.text_depth, text_depth=config.text_depth)
         super().__init__(clip, config, task)
+        validate_depth(clip, image_depth=self.settings.text_depth, text_depth=0)
 
     def draw(self, generator: torch.Generator) -> None:
         """The maps: weights [J, W, V], biases [J, V]."""
-        width, image_width, depth = self.clip.text_width, self.clip.image_width, self.config.text_depth
+        width, image_width, depth = self.clip.text_width, self.clip.image_width, self.settings.text_depth
         maps = [uniform((width + 1, image_width), width, generator) for _ in range(min(depth, 2))]
         maps_JWV = torch.stack(maps + maps[1:] * (depth - 2))
         self.coupling_weight = nn.Parameter(maps_JWV[:, :-1].clone())

@@ -6,11 +6,12 @@ D joint dimensions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from clipship.core.errors import RecipeError
-from clipship.training.config import TrainConfig
+from clipship.training.config import MethodSettings, TrainConfig, at_least
 from clipship.training.losses import classification_loss, raised
 from clipship.training.methods.base import Batch, Method, Task
 from clipship.training.model.clip import Clip
@@ -23,21 +24,46 @@ from clipship.training.model.prompts import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextSettings(MethodSettings):
+    """The learned tokens of the text tower."""
+
+    text_tokens: int = at_least(1, 4)
+    """Learned tokens a layer."""
+    text_depth: int = at_least(1, 1)
+    """Layers that get their own tokens."""
+    context_init: str = "a photo of a"
+    """Words whose embeddings start the first layer; those beyond ``text_tokens`` stay fixed; empty: random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptSettings(MethodSettings):
+    """The learned tokens of the image tower."""
+
+    image_tokens: int = at_least(1, 4)
+    """Learned tokens a layer."""
+    image_depth: int = at_least(1, 1)
+    """Layers that get their own tokens."""
+
+
 class LearnedContext(Method):
     """Learned tokens in the place of the first words of the prompt, in one or more layers of the text tower.
 
     Of ``context_init``'s words as many are learned as ``text_tokens`` says; those after them stay as they are.
     """
 
+    settings: ContextSettings
+
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        validate_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
+        depth, tokens = self.settings.text_depth, self.settings.text_tokens
+        validate_depth(clip, image_depth=0, text_depth=depth)
         generator = torch.Generator().manual_seed(config.seed)
-        words = config.context_init.split()
-        learned, fixed = words[: config.text_tokens], words[config.text_tokens :]
-        template = placeholder_template(clip, config.text_tokens)
+        words = self.settings.context_init.split()
+        learned, fixed = words[:tokens], words[tokens:]
+        template = placeholder_template(clip, tokens)
         self.templates = (template.replace("{}", " ".join([*fixed, "{}"])),)
-        self.context = context_prompts(clip, config.text_depth, config.text_tokens, " ".join(learned), generator)
+        self.context = context_prompts(clip, depth, tokens, " ".join(learned), generator)
         self.draw(generator)
 
     def draw(self, generator: torch.Generator) -> None:
@@ -57,15 +83,12 @@ class PromptedImages(Method):
         """[image depth, image tokens, image width] from N(0, 0.02).
 
         Raises:
-            RecipeError: the settings have none, or more layers than the tower.
+            RecipeError: the settings ask for more layers than the tower has.
         """
-        config = self.config
-        if config.image_tokens < 1:
-            raise RecipeError(
-                f"recipe {config.recipe}: {self.name} learns image prompts: set image_tokens and image_depth"
-            )
-        validate_depth(self.clip, image_depth=config.image_depth, text_depth=0)
-        return random_prompts(config.image_depth, config.image_tokens, self.clip.image_width, generator)
+        settings = self.settings
+        assert isinstance(settings, ImagePromptSettings)
+        validate_depth(self.clip, image_depth=settings.image_depth, text_depth=0)
+        return random_prompts(settings.image_depth, settings.image_tokens, self.clip.image_width, generator)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy over the classes with real images."""

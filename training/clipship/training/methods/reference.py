@@ -6,15 +6,25 @@ Shapes: C classes, L tokens, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 from torch.nn import functional
 
-from clipship.training.config import TrainConfig
+from clipship.training.config import MethodSettings, TrainConfig, at_least
 from clipship.training.methods.base import Method, Task
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceSettings(MethodSettings):
+    """The frozen class features, and how closely they are kept to."""
+
+    reference_templates: tuple[str, ...] = ()
+    """Prompts of the frozen model that learned ones are held to; empty: the data set's own."""
+    text_consistency: float = at_least(0, 0.0)
+    """The weight of the distance between learned and frozen class features."""
 
 
 class Reference(Method):
@@ -24,10 +34,9 @@ class Reference(Method):
     normalise each one first.
     """
 
-    name = "reference"
-
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
-        super().__init__(clip, replace(config, templates=config.reference_templates), task)
+        assert isinstance(config.settings, ReferenceSettings)
+        super().__init__(clip, replace(config, templates=config.settings.reference_templates), task)
 
     def text_features(self, tokens: Tensor) -> Tensor:
         """Tokens int64 [C, L] -> features [C, D], not normalised."""

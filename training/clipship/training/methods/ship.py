@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clipship.core.progress import log
-from clipship.training.config import TrainConfig
+from clipship.training.config import MethodSettings, TrainConfig, at_least
 from clipship.training.losses import raised
 from clipship.training.methods.base import Batch, Method, Source, Task
 from clipship.training.methods.layers import normal_linear
@@ -31,26 +32,47 @@ COLLAPSED_SHARE = 0.05
 """Generated features of a class that vary less than this share of the real ones are as good as copies of its name's."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class ShipSettings(MethodSettings):
+    """The shape of the autoencoder, and the weight of its prior."""
+
+    method = "ship"
+    text_tokens: int = at_least(1, 4)
+    """Learned tokens that all prompts share."""
+    context_init: str = ""
+    """Words whose embeddings start them; empty: random."""
+    encoder_width: int = at_least(1, 2048)
+    """Hidden width of the encoder."""
+    decoder_width: int = at_least(1, 4096)
+    """Hidden width of the decoder, before the text tower."""
+    decoder_slope: float = at_least(0, 0.0)
+    """Negative slope of the decoder's ReLU."""
+    kl_weight: float = at_least(0, 1.0)
+    """The weight of the posterior's divergence from N(0, I)."""
+
+
 class ShipGenerator(Method):
     """Encoder D -> posterior N(mean, exp(log_variance)), decoder D -> W, global prompt tokens [1, M, W].
 
     As a classifier it is its global tokens before the class names, which are not learned for that.
     """
 
-    name = "ship"
+    Settings = ShipSettings
+    settings: ShipSettings
     not_exportable = "it makes features and is no classifier: pack the run that learned from them"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        self.templates = (prompts.placeholder_template(clip, config.text_tokens),)
+        settings = self.settings
+        self.templates = (prompts.placeholder_template(clip, settings.text_tokens),)
         generator = torch.Generator().manual_seed(config.seed)
         dim = clip.embed_dim
-        self.encoder = normal_linear(dim, config.encoder_width, prompts.INIT_STD, generator)
-        self.mean = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
-        self.log_variance = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
-        self.decoder_in = normal_linear(dim, config.decoder_width, prompts.INIT_STD, generator)
-        self.decoder_out = normal_linear(config.decoder_width, clip.text_width, prompts.INIT_STD, generator)
-        self.context = prompts.context_prompts(clip, 1, config.text_tokens, config.context_init, generator)
+        self.encoder = normal_linear(dim, settings.encoder_width, prompts.INIT_STD, generator)
+        self.mean = normal_linear(settings.encoder_width, dim, prompts.INIT_STD, generator)
+        self.log_variance = normal_linear(settings.encoder_width, dim, prompts.INIT_STD, generator)
+        self.decoder_in = normal_linear(dim, settings.decoder_width, prompts.INIT_STD, generator)
+        self.decoder_out = normal_linear(settings.decoder_width, clip.text_width, prompts.INIT_STD, generator)
+        self.context = prompts.context_prompts(clip, 1, settings.text_tokens, settings.context_init, generator)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
     draws: Tensor
@@ -68,7 +90,7 @@ class ShipGenerator(Method):
     def decoded(self, latent: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
         """Latents [B, D] of the classes ``names[label]``, labels [B] -> unit features, float32 [B, D]."""
         tokens_BL = self._tokens_of(tuple(names))[0][labels]
-        hidden = functional.leaky_relu(self.decoder_in(latent), self.config.decoder_slope)
+        hidden = functional.leaky_relu(self.decoder_in(latent), self.settings.decoder_slope)
         shift_B1W = self.decoder_out(hidden)[:, None]
         chunks = zip(*(torch.split(one, self.config.text_chunk) for one in (tokens_BL, shift_B1W)), strict=True)
         if torch.is_grad_enabled() and len(tokens_BL) > self.config.text_chunk:
@@ -83,7 +105,7 @@ class ShipGenerator(Method):
         decoded = self.decoded(latent, batch.labels, self.task.base_names)
         reconstruction = reconstruction_loss(decoded, batch.features)
         kl = posterior_divergence(mean, log_variance)
-        total = reconstruction + self.config.kl_weight * kl
+        total = reconstruction + self.settings.kl_weight * kl
         return {"total": total, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
     @torch.no_grad()

@@ -6,7 +6,7 @@ Shapes: N images, C classes, K keys, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -15,13 +15,28 @@ from torch.nn import functional
 
 from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.errors import DataError, RecipeError
-from clipship.training.config import TrainConfig
+from clipship.training.config import MethodSettings, TrainConfig, at_least
 from clipship.training.methods.base import Classify, FeatureSamples, Method, Source, Task
 from clipship.training.model.clip import Clip
 
 ALPHAS = tuple(0.1 + step * (3 - 0.1) / 20 for step in range(20))
 BETAS = tuple(0.1 + step * (7 - 0.1) / 200 for step in range(200))
 """What is searched, for every data set: the authors' grid for ImageNet. Theirs for other data sets reach further."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TipAdapterSettings(MethodSettings):
+    """The cache and where the search for its weights starts."""
+
+    method = "tip-adapter"
+    cache_alpha: float = at_least(0, 1.0)
+    """The weight of the cache's votes beside CLIP's logits; where the search starts."""
+    cache_beta: float = at_least(0, 5.5)
+    """How fast a vote falls with the distance to the key; where the search starts."""
+    cache_views: int = at_least(1, 10)
+    """Augmented views of an image whose mean feature is its key."""
+    generated_shots: int = at_least(0, 16)
+    """Generated keys for each class without images."""
 
 
 class TipAdapter(Method):
@@ -34,7 +49,8 @@ class TipAdapter(Method):
     there are no validation images the settings stay as they are.
     """
 
-    name = "tip-adapter"
+    Settings = TipAdapterSettings
+    settings: TipAdapterSettings
     selection = "alpha and beta on validation images"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
@@ -43,11 +59,11 @@ class TipAdapter(Method):
             raise RecipeError(f"recipe {config.recipe}: shots=0: a cache has the same number of keys a class: give one")
         shots = [config.shots] * task.num_base
         if config.generator is not None:
-            shots += [config.generated_shots] * (len(task.class_names) - task.num_base)
+            shots += [self.settings.generated_shots] * (len(task.class_names) - task.num_base)
         labels = torch.arange(len(shots)).repeat_interleave(torch.tensor(shots, dtype=torch.long))
         self.register_buffer("key_labels", labels, persistent=False)
-        self.register_buffer("alpha", torch.tensor(config.cache_alpha))
-        self.register_buffer("beta", torch.tensor(config.cache_beta))
+        self.register_buffer("alpha", torch.tensor(self.settings.cache_alpha))
+        self.register_buffer("beta", torch.tensor(self.settings.cache_beta))
         self._register_keys(torch.zeros(len(labels), clip.embed_dim))
 
     key_labels: Tensor
@@ -64,9 +80,9 @@ class TipAdapter(Method):
         Raises:
             DataError: a class has not the number of images that the settings ask for.
         """
-        parts = [source.train(self.config.cache_views)]
-        if self.config.generator is not None and self.config.generated_shots:
-            generated = source.generated(self.config.generated_shots)
+        parts = [source.train(self.settings.cache_views)]
+        if self.config.generator is not None and self.settings.generated_shots:
+            generated = source.generated(self.settings.generated_shots)
             parts += [] if generated is None else [generated]
         labels = torch.cat([part.labels.to(self.key_labels.device) for part in parts])
         order = labels.argsort(stable=True)
@@ -139,10 +155,17 @@ class TipAdapter(Method):
         return *best, 100 * correct(best) / len(labels)
 
 
+@dataclass(frozen=True, kw_only=True)
+class TipAdapterFSettings(TipAdapterSettings):
+    """Those of Tip-Adapter."""
+
+    method = "tip-adapter-f"
+
+
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are learned on from the cached ones, at the alpha and beta of the settings."""
 
-    name = "tip-adapter-f"
+    Settings = TipAdapterFSettings
 
     def _register_keys(self, keys: Tensor) -> None:
         self.keys = nn.Parameter(keys)

@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
-from clipship.training.methods.prompted import PromptedImages
+from clipship.training.methods.prompted import ImagePromptSettings, PromptedImages
 from clipship.training.model.clip import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class VptSettings(ImagePromptSettings):
+    """Those of the image prompts."""
+
+    method = "vpt"
 
 
 class Vpt(PromptedImages):
     """Image prompts [J, M, image width]: shallow with J = 1, deep with more."""
 
-    name = "vpt"
+    Settings = VptSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
