@@ -1,11 +1,23 @@
 """What each method learns, and what it answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
-from clipship.training.methods import Batch, Method, Task, build_method, config_of, method_named
+from clipship.training.methods import (
+    Batch,
+    ImageSet,
+    Method,
+    Partners,
+    Task,
+    build_method,
+    config_of,
+    method_named,
+)
+from clipship.training.methods.prompted import ContextSettings
 from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
@@ -47,13 +59,14 @@ def _batch(method: Method) -> Batch:
     pixels, labels = torch.randn(3, 3, 32, 32, generator=draw), torch.tensor([0, 1, 2])
     if method.image_side_frozen:
         with torch.no_grad():
-            return Batch(features=method.image_features(pixels), labels=labels, files=())
+            return Batch(real=ImageSet(images=method.image_features(pixels), labels=labels))
     if not method.needs_synthetic:
-        return Batch(pixels=pixels, labels=labels, files=())
+        return Batch(real=ImageSet(images=pixels, labels=labels))
     return Batch(
-        pixels=pixels, labels=labels, files=(), seen=pixels + 0.1, unseen=pixels - 0.1,
-        unseen_labels=torch.tensor([3, 4, 3]),
-    )  # fmt: skip
+        real=ImageSet(images=pixels, labels=labels),
+        synthetic_base=Partners(images=pixels + 0.1, labels=labels, rows=torch.arange(3), share=1.0),
+        synthetic_new=ImageSet(images=pixels - 0.1, labels=torch.tensor([3, 4, 3])),
+    )
 
 
 PUBLISHED_COUNTS = {
@@ -181,7 +194,9 @@ def test_the_synthetic_path_shares_all_but_the_first_tokens(clip: Clip) -> None:
 def test_sync_clip_works_where_all_classes_are_real(clip: Clip) -> None:
     method = build_method(clip, _config("sync-clip"), Task(class_names=NAMES, num_base=5, templates=TASK.templates))
     images = torch.randn(3, 3, 32, 32)
-    parts = method.loss(Batch(pixels=images, labels=torch.tensor([0, 1, 4]), files=(), seen=images))
+    labels = torch.tensor([0, 1, 4])
+    partners = Partners(images=images, labels=labels, rows=torch.arange(3), share=1.0)
+    parts = method.loss(Batch(real=ImageSet(images=images, labels=labels), synthetic_base=partners))
     assert bool(parts["total"].isfinite())
 
 
@@ -221,8 +236,14 @@ def test_deep_prompts_need_the_layers(clip: Clip, name: str) -> None:
 @pytest.mark.parametrize("name", ["vpt", "ivlp", "ivlp-synthetic", "promptsrc", "sync-clip"])
 def test_image_prompts_are_not_left_out_in_silence(name: str) -> None:
     for setting in ("image_depth", "image_tokens"):
-        with pytest.raises(RecipeError, match=f"method {name}: {setting}=0: must be at least 1"):
+        with pytest.raises(RecipeError, match=f"{setting}=0: must be at least 1"):
             _config(name, **{setting: 0})
+
+
+def test_settings_of_another_method_are_refused(clip: Clip) -> None:
+    config = replace(_config("ivlp"), settings=ContextSettings())
+    with pytest.raises(RecipeError, match="recipe test: method ivlp takes IvlpSettings, not ContextSettings"):
+        build_method(clip, config, TASK)
 
 
 def test_unknown_methods_get_the_near_names() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 from clipship.training.datasets.load import Dataset
 from clipship.training.loop.loop import RunOptions, train
-from clipship.training.methods import Batch, FeatureSamples, Task, build_method, config_of
-from clipship.training.methods.coop import CoOpSettings
+from clipship.training.methods import Batch, ImageSet, Task, build_method, config_of
+from clipship.training.methods.prompted import ContextSettings
 from clipship.training.methods.ship import (
     ShipGenerator,
     ShipSettings,
@@ -70,7 +70,7 @@ def test_the_total_is_the_sum_of_its_parts_and_everything_learns(clip: Clip) -> 
     mean, log_variance = method.posterior(features)
     noise = torch.randn(6, DIM, generator=torch.Generator().manual_seed(1 << 32))
     made = method.decoded(mean + (log_variance / 2).exp() * noise, labels, NAMES)
-    parts = method.loss(Batch(labels=labels, files=(), features=features))
+    parts = method.loss(Batch(real=ImageSet(images=features, labels=labels)))
     reconstruction = float(((made - features).detach().double().numpy() ** 2).sum()) / 6
     assert float(parts["reconstruction"]) == pytest.approx(reconstruction, rel=1e-5)
     assert float(parts["kl"]) == pytest.approx(float(posterior_divergence(mean, log_variance).detach()), rel=1e-6)
@@ -105,7 +105,7 @@ def test_the_first_tensors_are_the_published_ones(clip: Clip) -> None:
 def test_building_leaves_the_global_generator_alone(clip: Clip) -> None:
     before = torch.get_rng_state()
     method = _method(clip)
-    method.loss(Batch(labels=torch.tensor([0]), files=(), features=_unit(1, 1)))
+    method.loss(Batch(real=ImageSet(images=_unit(1, 1), labels=torch.tensor([0]))))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -113,7 +113,7 @@ def test_many_rows_pass_in_chunks_with_the_same_result(clip: Clip) -> None:
     results = []
     for chunk in (128, 4):
         method = _widened(_method(clip, text_chunk=chunk))
-        batch = Batch(labels=torch.tensor([0, 1, 2] * 3), files=(), features=_unit(9, 1))
+        batch = Batch(real=ImageSet(images=_unit(9, 1), labels=torch.tensor([0, 1, 2] * 3)))
         total = method.loss(batch)["total"]
         total.backward()  # type: ignore[no-untyped-call]
         results.append((total.detach(), method.encoder.weight.grad))
@@ -121,7 +121,7 @@ def test_many_rows_pass_in_chunks_with_the_same_result(clip: Clip) -> None:
 
 
 def test_the_noise_goes_on_where_the_state_was_saved(clip: Clip) -> None:
-    batch = Batch(labels=torch.tensor([0, 1]), files=(), features=_unit(2, 1))
+    batch = Batch(real=ImageSet(images=_unit(2, 1), labels=torch.tensor([0, 1])))
     method = _method(clip)
     totals = [float(method.loss(batch)["total"].detach()) for _ in range(3)]
     assert len(set(totals)) == 3
@@ -156,13 +156,13 @@ def test_variance_within_classes_is_its_formula() -> None:
 
 
 class _Source:
-    def train(self, views: int) -> FeatureSamples:
-        return FeatureSamples(features=_unit(12, 7), labels=torch.arange(3).repeat(4))
+    def train(self, views: int) -> ImageSet:
+        return ImageSet(images=_unit(12, 7), labels=torch.arange(3).repeat(4))
 
-    def validation(self) -> FeatureSamples:
+    def validation(self) -> ImageSet:
         raise AssertionError("a generator has nothing to choose")
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         raise AssertionError("a generator learns from real features")
 
 
@@ -268,7 +268,7 @@ def test_published_settings() -> None:
     assert coop.generator == generator
     assert (coop.learning_rate, coop.momentum, coop.weight_decay, coop.batch_size) == (2e-3, 0, 0, 256)
     assert (coop.schedule, coop.warmup_epochs, coop.epochs) == ("step-cosine", 0, 200)
-    assert coop.settings == CoOpSettings(context_init="a photo of a")
+    assert coop.settings == ContextSettings(context_init="a photo of a")
 
 
 @pytest.mark.parametrize("name", ["ship-coop", "ship-clip-adapter", "ship-tip-adapter-f", "ship-coop-cross"])

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from clipship.core.errors import CheckpointError, RecipeError
 from clipship.core.files import read_record, replace_folder, sha256_of, write_json_atomic
-from clipship.training.config import TrainConfig, ValidatedSettings
+from clipship.training.config import Settings, TrainConfig
 from clipship.training.methods import METHODS, Method, Task, build_method, config_of, method_named
 from clipship.training.model.clip import Clip, load_clip
 
@@ -98,8 +98,8 @@ def config_from_json(content: Mapping[str, Any]) -> TrainConfig:
         RecipeError: a setting is missing, unknown or out of range, or the method is unknown.
     """
     content = {**_ADDED_LATER, **content}
-    own = {"method", *_names(TrainConfig), *_names(method_named(content.get("method", "")).Settings)} - {"settings"}
-    of_any_method = {name for method in METHODS.values() for name in _names(method.Settings)}
+    own = {*_names(TrainConfig), *_names(method_named(content.get("method", "")).settings_type)} - {"settings"}
+    of_any_method = {name for method in METHODS.values() for name in _names(method.settings_type)}
     odd = sorted((own - set(content)) | (set(content) - own - of_any_method))
     if odd:
         raise RecipeError(f"not the settings of a run: {', '.join(odd)} missing or unknown: train again")
@@ -113,7 +113,7 @@ _ADDED_LATER = {"synthetic_shots": None, "synthetic_filter": True}
 """What the settings that the oldest checkpoints lack were then."""
 
 
-def _names(settings: type[ValidatedSettings]) -> set[str]:
+def _names(settings: type[Settings]) -> set[str]:
     return {one.name for one in fields(settings)}
 
 

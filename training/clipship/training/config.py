@@ -1,7 +1,6 @@
 """The settings of a training run: frozen, validated when they are made, stored whole in the checkpoint.
 
-:class:`TrainConfig` holds what every run has. What only one method has is in a :class:`MethodSettings` of that method's
-module.
+:class:`TrainConfig` holds what every run has. What only some methods have is in a :class:`Settings` beside the method.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 from clipship.core.errors import RecipeError
 
@@ -20,13 +19,13 @@ CLASSES = ("base", "all", "none")
 
 
 def at_least(minimum: float, default: Any) -> Any:
-    """A field of :class:`ValidatedSettings` whose values are None or at least ``minimum``."""
+    """A field of :class:`Settings` whose values are None or at least ``minimum``."""
     return field(default=default, metadata={"minimum": minimum})
 
 
 @dataclass(frozen=True, kw_only=True)
-class ValidatedSettings:
-    """Settings that are in range, or were never made.
+class Settings:
+    """Settings that are valid, or were never made.
 
     Raises:
         RecipeError: a setting is out of range, or two contradict each other.
@@ -38,40 +37,24 @@ class ValidatedSettings:
             if value is not None and minimum is not None:
                 self._require(value >= minimum, f"at least {minimum}", one.name)
 
-    @property
-    def owner(self) -> str:
-        """Whose settings they are, for messages."""
-        raise NotImplementedError
-
     def _require(self, fine: bool, accepted: str, *names: str) -> None:
         if not fine:
             given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-            raise RecipeError(f"{self.owner}: {given}: must be {accepted}")
+            raise RecipeError(f"{given}: must be {accepted}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class MethodSettings(ValidatedSettings):
-    """What only one method has; its fields have other names than those of :class:`TrainConfig`."""
-
-    method: ClassVar[str]
-    """The method's name."""
-
-    @property
-    def owner(self) -> str:
-        """The method."""
-        return f"method {self.method}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(ValidatedSettings):
-    """Settings of one run."""
+class TrainConfig(Settings):
+    """Settings of one run; :func:`clipship.training.methods.config_of` makes them from names and values."""
 
     recipe: str
     """The recipe these settings came from."""
+    method: str
+    """A name of :data:`clipship.training.methods.METHODS`."""
+    settings: Settings
+    """The method's own, of its ``settings_type``."""
     base_model: str
     """As :func:`clipship.training.model.clip.load_clip` takes it."""
-    settings: MethodSettings
-    """The method, and what only it has."""
     templates: tuple[str, ...] = ()
     """Prompts with ``{}`` for the class name; empty: the data set's own. Methods that learn a context ignore it."""
     generator: TrainConfig | None = None
@@ -140,16 +123,6 @@ class TrainConfig(ValidatedSettings):
         from_names = self.classes != "none" or self.generator is not None
         self._require(from_names, "base or all where no generator makes features", "classes")
 
-    @property
-    def owner(self) -> str:
-        """The recipe."""
-        return f"recipe {self.recipe}"
-
-    @property
-    def method(self) -> str:
-        """A name of :data:`clipship.training.methods.METHODS`."""
-        return self.settings.method
-
     def with_settings(self, **changes: Any) -> TrainConfig:
         """:func:`dataclasses.replace` for the settings of the run and of its method alike."""
         names = {one.name for one in fields(self.settings)}
@@ -163,12 +136,12 @@ class TrainConfig(ValidatedSettings):
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
-        """A flat JSON object: the settings of the run, the method's name, and its own settings.
+        """A flat JSON object: the settings of the run and the method's own.
 
         :func:`clipship.training.checkpoint.config_from_json` is the inverse.
         """
         common = {one.name: getattr(self, one.name) for one in fields(self) if one.name != "settings"}
-        content = {**common, "method": self.method, **asdict(self.settings)}
+        content = {**common, **asdict(self.settings)}
         lists = {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
         generator = None if self.generator is None else self.generator.to_json()
         return {**content, **lists, "generator": generator}

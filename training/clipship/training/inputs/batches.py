@@ -23,7 +23,7 @@ from clipship.core.images.decoding import ImageDecodeError, ImageSpec, decode_im
 from clipship.core.progress import progress
 from clipship.training.config import TrainConfig
 from clipship.training.datasets.load import LabelledImage
-from clipship.training.methods.base import Batch
+from clipship.training.methods.base import Batch, ImageSet, Partners
 
 if TYPE_CHECKING:
     from clipship.training.synthetic_set import SyntheticSet
@@ -184,12 +184,12 @@ class Draw:
 
     positions: tuple[int, ...]
     """Of real images in the few-shot list."""
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = ()
     """Which of them have a synthetic partner."""
-    seen: tuple[Path, ...]
-    """The partners."""
-    unseen: tuple[Path, ...]
-    unseen_labels: tuple[int, ...]
+    partners: tuple[Path, ...] = ()
+    new: tuple[Path, ...] = ()
+    """Synthetic images of classes that have no real ones."""
+    new_labels: tuple[int, ...] = ()
 
 
 class Epoch(torch.utils.data.Dataset[Batch]):
@@ -232,17 +232,13 @@ class Epoch(torch.utils.data.Dataset[Batch]):
     def __getitem__(self, step: int) -> Batch:
         draw = self.draw(step)
         items = [self._items[position] for position in draw.positions]
-        paths = (*(item.path for item in items), *draw.seen, *draw.unseen)
+        paths = (*(item.path for item in items), *draw.partners, *draw.new)
+        labels = torch.tensor([item.label for item in items], dtype=torch.long)
         return Batch(
-            labels=torch.tensor([item.label for item in items], dtype=torch.long),
+            real=ImageSet(images=self._real_images(draw.positions), labels=labels),
             files=tuple(map(str, paths)),
-            features=None if self._features is None else self._features[list(draw.positions)],
-            pixels=self._real_pixels(draw.positions) if self._features is None and items else None,
-            seen=self._synthetic_pixels(draw.seen, f"{step} seen") if draw.seen else None,
-            seen_rows=torch.tensor(draw.rows) if 0 < len(draw.rows) < len(items) else None,
-            seen_share=len(draw.rows) / len(items) if draw.seen else 0.0,
-            unseen=self._synthetic_pixels(draw.unseen, f"{step} unseen") if draw.unseen else None,
-            unseen_labels=torch.tensor(draw.unseen_labels) if draw.unseen else None,
+            synthetic_base=self._partners(draw, labels, f"{step} seen") if draw.partners else None,
+            synthetic_new=self._new_images(draw, f"{step} unseen") if draw.new else None,
         )
 
     def draw(self, step: int) -> Draw:
@@ -250,22 +246,31 @@ class Epoch(torch.utils.data.Dataset[Batch]):
         size = self._config.batch_size
         positions = tuple(self._order[step * size : (step + 1) * size])
         if not self._synthetic:
-            return Draw(positions=positions, rows=(), seen=(), unseen=(), unseen_labels=())
+            return Draw(positions=positions)
         generator = random.Random(f"{self._key} step {step}")
         partners = [self._synthetic[self._items[position].label] for position in positions]
         rows = tuple(row for row, images in enumerate(partners) if images)
-        seen = tuple(generator.choice(partners[row]) for row in rows)
+        chosen = tuple(generator.choice(partners[row]) for row in rows)
         labels = tuple(generator.choice(self._new) for _ in positions) if self._new else ()
-        unseen = tuple(generator.choice(self._synthetic[label]) for label in labels)
-        return Draw(positions=positions, rows=rows, seen=seen, unseen=unseen, unseen_labels=labels)
+        new = tuple(generator.choice(self._synthetic[label]) for label in labels)
+        return Draw(positions=positions, rows=rows, partners=chosen, new=new, new_labels=labels)
 
-    def _real_pixels(self, positions: Sequence[int]) -> torch.Tensor:
-        return torch.stack(
-            [
-                training_view(self._cache, self._items[i].path, i, self._size_px, self._config, self._epoch)
-                for i in positions
-            ]
-        )
+    def _real_images(self, positions: Sequence[int]) -> torch.Tensor:
+        if self._features is not None:
+            return self._features[list(positions)]
+        views = [
+            training_view(self._cache, self._items[i].path, i, self._size_px, self._config, self._epoch)
+            for i in positions
+        ]
+        return torch.stack(views) if views else torch.empty(0)
+
+    def _partners(self, draw: Draw, labels: torch.Tensor, key: str) -> Partners:
+        rows = torch.tensor(draw.rows)
+        images = self._synthetic_pixels(draw.partners, key)
+        return Partners(images=images, labels=labels[rows], rows=rows, share=len(rows) / len(labels))
+
+    def _new_images(self, draw: Draw, key: str) -> ImageSet:
+        return ImageSet(images=self._synthetic_pixels(draw.new, key), labels=torch.tensor(draw.new_labels))
 
     def _synthetic_pixels(self, paths: Sequence[Path], draw: str) -> torch.Tensor:
         """Unless the recipe redraws them, a synthetic image has one crop for the whole run."""

@@ -15,7 +15,7 @@ from clipship.core.errors import RecipeError
 from clipship.core.files import sha256_of_text
 from clipship.training.checkpoint import Checkpoint, load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.methods import FeatureGenerator, FeatureSamples, Task
+from clipship.training.methods import FeatureGenerator, ImageSet, Task
 from clipship.training.model.clip import Clip, digest_of_tensors
 
 
@@ -29,21 +29,19 @@ class Generation:
     task: Task
     """Its last classes, from ``task.num_base`` on, have no images."""
 
-    def features(self, count: int, key: str) -> FeatureSamples:
+    def features(self, count: int, key: str) -> ImageSet:
         """``count`` features of classes without images, drawn uniformly; equal keys give equal ones."""
         draw = _keyed(key)
         labels = torch.randint(self.task.num_base, len(self.task.class_names), (count,), generator=draw)
         return self._made(labels, draw)
 
-    def per_class(self, count: int, key: str) -> FeatureSamples:
+    def per_class(self, count: int, key: str) -> ImageSet:
         """``count`` features of every class without images."""
         labels = torch.arange(self.task.num_base, len(self.task.class_names)).repeat_interleave(count)
         return self._made(labels, _keyed(key))
 
-    def _made(self, labels: torch.Tensor, draw: torch.Generator) -> FeatureSamples:
-        return FeatureSamples(
-            features=self.generator.generate(labels, self.task.class_names, draw).cpu(), labels=labels
-        )
+    def _made(self, labels: torch.Tensor, draw: torch.Generator) -> ImageSet:
+        return ImageSet(images=self.generator.generate(labels, self.task.class_names, draw).cpu(), labels=labels)
 
 
 def _keyed(key: str) -> torch.Generator:

@@ -19,7 +19,7 @@ from clipship.training.datasets.load import Dataset, LabelledImage, digest_of_it
 from clipship.training.inputs.batches import Epoch, ImageCache, views_of
 from clipship.training.inputs.features import evaluation_features, view_features
 from clipship.training.loop.feature_generator import Generation
-from clipship.training.methods import Batch, FeatureGenerator, FeatureSamples, Method, Task, method_named
+from clipship.training.methods import Batch, FeatureGenerator, ImageSet, Method, Task, method_named
 from clipship.training.model.clip import Clip
 
 
@@ -90,22 +90,22 @@ class FewShot:
         """``batch`` with as many generated features as it has images, where the run has a generator."""
         if self._generation is None:
             return batch
-        count = len(batch.labels) or self._config.batch_size
+        count = len(batch.real) or self._config.batch_size
         made = self._generation.features(count, f"{self._config.seed} {epoch} {step} generated")
-        return replace(batch, generated=made.features, generated_labels=made.labels)
+        return replace(batch, generated=made)
 
-    def train(self, views: int) -> FeatureSamples:
+    def train(self, views: int) -> ImageSet:
         """The few-shot images: the renormalised mean over the first ``views`` augmented views of each."""
         mean = torch.stack([self._view(view) for view in range(1, views + 1)]).mean(dim=0)
-        return FeatureSamples(features=functional.normalize(mean, dim=-1), labels=_labels(self.items))
+        return ImageSet(images=functional.normalize(mean, dim=-1), labels=_labels(self.items))
 
-    def validation(self) -> FeatureSamples:
+    def validation(self) -> ImageSet:
         """The few-shot validation images of the learned classes, as at test time."""
         paths = [item.path for item in self.validation_items]
         features = evaluation_features(self.clip, paths, cache=self._cache)
-        return FeatureSamples(features=features, labels=_labels(self.validation_items))
+        return ImageSet(images=features, labels=_labels(self.validation_items))
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         """``per_class`` generated features of every class without images; None without a generator."""
         if self._generation is None:
             return None

@@ -316,9 +316,10 @@ class _Run:
 
     def _encoded(self, batch: Batch) -> Batch:
         """The batch of a method that leaves the image tower alone, with features for pixels."""
-        if not self.method.image_side_frozen or batch.pixels is None:
+        are_pixels = batch.real.images.ndim == 4
+        if not self.method.image_side_frozen or not are_pixels:
             return batch
-        return replace(batch, pixels=None, features=frozen_features(self.clip, batch.pixels))
+        return replace(batch, real=replace(batch.real, images=frozen_features(self.clip, batch.real.images)))
 
     def _identity(self) -> dict[str, Any]:
         """What must be the same for a run to go on."""

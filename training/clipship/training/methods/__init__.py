@@ -1,7 +1,6 @@
 """The methods by name. Each is a module of its own: settings, learned tensors and a loss, never a training loop.
 
-A module that is put into this folder is found by itself: every subclass of :class:`Method` with its own ``Settings`` is
-a method.
+A module in this folder is found by itself: every subclass of :class:`Method` with a ``name`` of its own is a method.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from clipship.core.errors import RecipeError, near
 from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Batch, FeatureGenerator, FeatureSamples, Method, Source, Task
+from clipship.training.methods.base import Batch, FeatureGenerator, ImageSet, Method, Partners, Source, Task
 from clipship.training.model.clip import Clip
 
 for _module in pkgutil.iter_modules(__path__):
@@ -27,7 +26,7 @@ def _subclasses(of: type[Method]) -> Iterator[type[Method]]:
         yield from _subclasses(one)
 
 
-METHODS: dict[str, type[Method]] = {one.Settings.method: one for one in _subclasses(Method) if "Settings" in vars(one)}
+METHODS: dict[str, type[Method]] = {one.name: one for one in _subclasses(Method) if "name" in vars(one)}
 
 
 def method_named(name: str) -> type[Method]:
@@ -45,9 +44,13 @@ def build_method(clip: Clip, config: TrainConfig, task: Task) -> Method:
     """A fresh method of ``config.method``, initialised from ``config.seed``, its learned tensors where ``clip`` lives.
 
     Raises:
-        RecipeError: settings the model cannot take.
+        RecipeError: an unknown method, settings of another one, or such that the model cannot take.
     """
-    return method_named(config.method)(clip, config, task).to(clip.device)
+    method = method_named(config.method)
+    if type(config.settings) is not method.settings_type:
+        given, taken = type(config.settings).__name__, method.settings_type.__name__
+        raise RecipeError(f"recipe {config.recipe}: method {config.method} takes {taken}, not {given}")
+    return method(clip, config, task).to(clip.device)
 
 
 def config_of(method: str, **settings: Any) -> TrainConfig:
@@ -56,17 +59,18 @@ def config_of(method: str, **settings: Any) -> TrainConfig:
     Raises:
         RecipeError: unknown method, or a setting out of range.
     """
-    own = method_named(method).Settings
+    own = method_named(method).settings_type
     names = {one.name for one in fields(own)} & settings.keys()
-    return TrainConfig(settings=own(**{name: settings.pop(name) for name in names}), **settings)
+    return TrainConfig(method=method, settings=own(**{name: settings.pop(name) for name in names}), **settings)
 
 
 __all__ = [
     "METHODS",
     "Batch",
     "FeatureGenerator",
-    "FeatureSamples",
+    "ImageSet",
     "Method",
+    "Partners",
     "Source",
     "Task",
     "build_method",

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from clipship.core.errors import RecipeError
-from clipship.training.config import MethodSettings, TrainConfig, at_least
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import raised
 from clipship.training.methods.base import Method, Task
 from clipship.training.methods.layers import uniform
@@ -20,10 +20,9 @@ from clipship.training.model.clip import Clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipAdapterSettings(MethodSettings):
+class ClipAdapterSettings(Settings):
     """The adapter's shape and share."""
 
-    method = "clip-adapter"
     adapter_reduction: int = at_least(1, 4)
     """Joint dimensions over the width of the hidden layer."""
     adapter_ratio: float = 0.2
@@ -41,7 +40,8 @@ class ClipAdapter(Method):
     homogeneous, so the normalised result is the same.
     """
 
-    Settings = ClipAdapterSettings
+    name = "clip-adapter"
+    settings_type = ClipAdapterSettings
     settings: ClipAdapterSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:

@@ -25,7 +25,6 @@ from clipship.training.model import prompts
 class CoCoOpSettings(ContextSettings):
     """A context of one layer, and the net that shifts it."""
 
-    method = "cocoop"
     meta_reduction: int = at_least(1, 16)
     """Joint dimensions over the width of the net's hidden layer."""
 
@@ -37,7 +36,8 @@ class CoCoOpSettings(ContextSettings):
 class CoCoOp(LearnedContext):
     """Context [1, M, W] plus ``meta_net`` of the image's feature, one shift [W] for all M tokens."""
 
-    Settings = CoCoOpSettings
+    name = "cocoop"
+    settings_type = CoCoOpSettings
     settings: CoCoOpSettings
     not_exportable = "it computes the class features for every image anew, so there is no vocabulary to pack"
 

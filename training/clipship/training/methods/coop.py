@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from clipship.training.methods.prompted import ContextSettings, LearnedContext
-
-
-@dataclass(frozen=True, kw_only=True)
-class CoOpSettings(ContextSettings):
-    """Those of the context."""
-
-    method = "coop"
 
 
 class CoOp(LearnedContext):
@@ -20,4 +11,5 @@ class CoOp(LearnedContext):
     Deeper it is the "deep language prompting" of arXiv 2210.03117.
     """
 
-    Settings = CoOpSettings
+    name = "coop"
+    settings_type = ContextSettings

@@ -14,13 +14,12 @@ from clipship.training.methods.prompted import ContextSettings, ImagePromptSetti
 class IvlpSettings(ImagePromptSettings, ContextSettings):
     """Prompts of both towers."""
 
-    method = "ivlp"
-
 
 class Ivlp(PromptedImages, LearnedContext):
     """Text context [J, M, text width] and image prompts [J', M', image width]."""
 
-    Settings = IvlpSettings
+    name = "ivlp"
+    settings_type = IvlpSettings
     settings: IvlpSettings
 
     def draw(self, generator: torch.Generator) -> None:

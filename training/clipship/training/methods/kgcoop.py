@@ -18,13 +18,12 @@ from clipship.training.model.clip import Clip
 class KgCoOpSettings(ReferenceSettings, ContextSettings):
     """Those of the context and of the frozen side."""
 
-    method = "kgcoop"
-
 
 class KgCoOp(LearnedContext):
     """Context [1, M, text width], held to the frozen features of the reference templates."""
 
-    Settings = KgCoOpSettings
+    name = "kgcoop"
+    settings_type = KgCoOpSettings
     settings: KgCoOpSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:

@@ -6,23 +6,15 @@ Shapes: N images, C classes, R classes learned from, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.errors import DataError, near
-from clipship.training.config import MethodSettings, TrainConfig
+from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Classify, Method, Task
 from clipship.training.model.clip import Clip
-
-
-@dataclass(frozen=True, kw_only=True)
-class LinearProbeSettings(MethodSettings):
-    """None beyond those of the run."""
-
-    method = "linear-probe"
 
 
 class LinearProbe(Method):
@@ -32,7 +24,7 @@ class LinearProbe(Method):
     CLIP's logit scale: it makes a learning rate mean here what it means for the other methods.
     """
 
-    Settings = LinearProbeSettings
+    name = "linear-probe"
     closed_vocabulary = True
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:

@@ -5,8 +5,6 @@ Shapes: J prompted layers, M tokens a layer, W and V the widths of the text and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor, nn
 
@@ -18,21 +16,14 @@ from clipship.training.model.clip import Clip
 from clipship.training.model.prompts import validate_depth
 
 
-@dataclass(frozen=True, kw_only=True)
-class MapleSettings(ContextSettings):
-    """Those of the context; the image prompts are made from it."""
-
-    method = "maple"
-
-
 class Maple(PromptedImages, LearnedContext):
     """Text context [J, M, W], and for each layer a linear map with bias from W to V.
 
     The maps of layers 1..J-1 start equal, as in the authors' code.
     """
 
-    Settings = MapleSettings
-    settings: MapleSettings
+    name = "maple"
+    settings_type = ContextSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from clipship.training.config import MethodSettings, TrainConfig, at_least
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import classification_loss, raised
 from clipship.training.methods.base import Batch, Method, Task
 from clipship.training.model.clip import Clip
@@ -25,7 +25,7 @@ from clipship.training.model.prompts import (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ContextSettings(MethodSettings):
+class ContextSettings(Settings):
     """The learned tokens of the text tower."""
 
     text_tokens: int = at_least(1, 4)
@@ -37,7 +37,7 @@ class ContextSettings(MethodSettings):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImagePromptSettings(MethodSettings):
+class ImagePromptSettings(Settings):
     """The learned tokens of the image tower."""
 
     image_tokens: int = at_least(1, 4)
@@ -85,17 +85,15 @@ class PromptedImages(Method):
         Raises:
             RecipeError: the settings ask for more layers than the tower has.
         """
-        settings = self.settings
-        assert isinstance(settings, ImagePromptSettings)
+        settings: ImagePromptSettings = self.settings
         validate_depth(self.clip, image_depth=settings.image_depth, text_depth=0)
         return random_prompts(settings.image_depth, settings.image_tokens, self.clip.image_width, generator)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy over the classes with real images."""
-        assert batch.pixels is not None
-        features = image_features(self.clip, batch.pixels, self.image_prompts())
+        features = image_features(self.clip, batch.real.images, self.image_prompts())
         classes = self.class_features(self.task.base_names)
-        total = classification_loss(features, classes, batch.labels, self.clip.logit_scale)
+        total = classification_loss(features, classes, batch.real.labels, self.clip.logit_scale)
         return {"total": total, "real": total.detach()}
 
 
@@ -103,12 +101,13 @@ def synthetic_losses(features: Tensor, classes: Tensor, batch: Batch, logit_scal
     """Cross entropy over all classes of the S and of the U synthetic images of ``batch``; 0 where there are none.
 
     Features [S + U, D] as they leave the tower, class features [C, D] of unit length. The first is a mean over the S
-    partners of the whole batch: see :attr:`Batch.seen_weight`.
+    partners of the whole batch: see :attr:`Batch.partner_weight`.
     """
-    num_seen = 0 if batch.seen is None else len(batch.seen)
-    seen = unseen = raised(features).new_zeros(())
-    if batch.seen is not None:
-        seen = classification_loss(features[:num_seen], classes, batch.seen_labels, logit_scale) * batch.seen_weight
-    if batch.unseen_labels is not None:
-        unseen = classification_loss(features[num_seen:], classes, batch.unseen_labels, logit_scale)
-    return seen, unseen
+    partners, images = batch.synthetic_base, batch.synthetic_new
+    base = new = raised(features).new_zeros(())
+    if partners is not None and len(partners):
+        own = features[: len(partners)]
+        base = classification_loss(own, classes, partners.labels, logit_scale) * batch.partner_weight
+    if images is not None:
+        new = classification_loss(features[len(features) - len(images) :], classes, images.labels, logit_scale)
+    return base, new

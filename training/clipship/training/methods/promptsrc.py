@@ -25,7 +25,6 @@ from clipship.training.model.prompts import image_features
 class PromptSrcSettings(ReferenceSettings, IvlpSettings):
     """Prompts of both towers, and how closely they are held to the frozen model."""
 
-    method = "promptsrc"
     image_consistency: float = at_least(0, 0.0)
     """The weight of the distance between prompted and frozen image features."""
     logit_consistency: float = at_least(0, 0.0)
@@ -35,7 +34,8 @@ class PromptSrcSettings(ReferenceSettings, IvlpSettings):
 class PromptSrc(Ivlp):
     """The prompts of IVLP; the frozen class features are those of the reference templates."""
 
-    Settings = PromptSrcSettings
+    name = "promptsrc"
+    settings_type = PromptSrcSettings
     settings: PromptSrcSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
@@ -44,15 +44,14 @@ class PromptSrc(Ivlp):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """``CE + a |text - frozen text| + b |image - frozen image| + c KL(frozen || learned)``, each a mean."""
-        assert batch.pixels is not None
         names = self.task.base_names
         classes, frozen_classes = self.class_features(names), self.reference.class_features(names)
-        images = self.image_features(batch.pixels)
+        images = self.image_features(batch.real.images)
         with torch.no_grad():
-            frozen_images = functional.normalize(image_features(self.clip, batch.pixels), dim=-1)
+            frozen_images = functional.normalize(image_features(self.clip, batch.real.images), dim=-1)
         logits, frozen_logits = self.logits(images, classes), self.logits(frozen_images, frozen_classes)
         parts = {
-            "real": cross_entropy(logits, batch.labels),
+            "real": cross_entropy(logits, batch.real.labels),
             "text": absolute_distance(classes, frozen_classes),
             "image": absolute_distance(images, frozen_images),
             "logits": divergence(logits, frozen_logits),

@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 from torch.nn import functional
 
-from clipship.training.config import MethodSettings, TrainConfig, at_least
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.methods.base import Method, Task
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
 
 
 @dataclass(frozen=True, kw_only=True)
-class ReferenceSettings(MethodSettings):
+class ReferenceSettings(Settings):
     """The frozen class features, and how closely they are kept to."""
 
     reference_templates: tuple[str, ...] = ()

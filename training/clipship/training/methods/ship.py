@@ -19,7 +19,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from clipship.core.progress import log
-from clipship.training.config import MethodSettings, TrainConfig, at_least
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import raised
 from clipship.training.methods.base import Batch, Method, Source, Task
 from clipship.training.methods.layers import normal_linear
@@ -33,10 +33,9 @@ COLLAPSED_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShipSettings(MethodSettings):
+class ShipSettings(Settings):
     """The shape of the autoencoder, and the weight of its prior."""
 
-    method = "ship"
     text_tokens: int = at_least(1, 4)
     """Learned tokens that all prompts share."""
     context_init: str = ""
@@ -57,7 +56,8 @@ class ShipGenerator(Method):
     As a classifier it is its global tokens before the class names, which are not learned for that.
     """
 
-    Settings = ShipSettings
+    name = "ship"
+    settings_type = ShipSettings
     settings: ShipSettings
     not_exportable = "it makes features and is no classifier: pack the run that learned from them"
 
@@ -99,11 +99,10 @@ class ShipGenerator(Method):
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Squared error of the decoded feature plus ``kl_weight`` times the posterior's divergence from N(0, I)."""
-        assert batch.features is not None
-        mean, log_variance = self.posterior(batch.features)
+        mean, log_variance = self.posterior(batch.real.images)
         latent = mean + (0.5 * log_variance).exp() * self._noise(len(mean)).to(mean.device)
-        decoded = self.decoded(latent, batch.labels, self.task.base_names)
-        reconstruction = reconstruction_loss(decoded, batch.features)
+        decoded = self.decoded(latent, batch.real.labels, self.task.base_names)
+        reconstruction = reconstruction_loss(decoded, batch.real.images)
         kl = posterior_divergence(mean, log_variance)
         total = reconstruction + self.settings.kl_weight * kl
         return {"total": total, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
@@ -123,7 +122,7 @@ class ShipGenerator(Method):
     def end(self, source: Source) -> None:
         """Note how far the posterior is from N(0, I) and how much features of a class vary; warn of a collapse."""
         samples = source.train(1)
-        features, labels = samples.features.to(self.clip.device), samples.labels.to(self.clip.device)
+        features, labels = samples.images.to(self.clip.device), samples.labels.to(self.clip.device)
         made = self.generate(labels, self.task.base_names, torch.Generator().manual_seed(self.config.seed))
         kl = float(posterior_divergence(*self.posterior(features)))
         real, generated = variance_within_classes(features, labels), variance_within_classes(made, labels)

@@ -28,7 +28,6 @@ from clipship.training.model.prompts import image_features, random_prompts
 class SyncClipSettings(ImagePromptSettings, ContextSettings):
     """Prompts of both towers, and the weights of the synthetic images."""
 
-    method = "sync-clip"
     domain_tokens: int = at_least(0, 0)
     """How many of ``image_tokens`` belong to the domain (real or synthetic) instead of being shared."""
     synthetic_weight: float = at_least(0, 0.0)
@@ -47,7 +46,8 @@ class SyncClip(PromptedImages, LearnedContext):
     At inference only the real path is used.
     """
 
-    Settings = SyncClipSettings
+    name = "sync-clip"
+    settings_type = SyncClipSettings
     settings: SyncClipSettings
     needs_synthetic = True
 
@@ -73,20 +73,19 @@ class SyncClip(PromptedImages, LearnedContext):
         Real images without a synthetic partner have no part in the other two, which are means over the partners there
         are, and 0 without any.
         """
-        assert batch.pixels is not None
-        real = image_features(self.clip, batch.pixels, self.image_prompts())
+        real = image_features(self.clip, batch.real.images, self.image_prompts())
         images = batch.synthetic
         synthetic = None if images is None else image_features(self.clip, images, self.synthetic_image_prompts())
         classes = self.class_features(self.task.class_names)
         scale = self.clip.logit_scale
-        classified = classification_loss(real, classes[: self.task.num_base], batch.labels, scale)
+        classified = classification_loss(real, classes[: self.task.num_base], batch.real.labels, scale)
         parts = {"real": classified, "synthetic": torch.zeros_like(classified), "align": torch.zeros_like(classified)}
         if synthetic is not None:
             parts["synthetic"] = torch.stack(synthetic_losses(synthetic, classes, batch, scale)).sum()
-        if synthetic is not None and batch.seen is not None:
-            pairs = synthetic[: len(batch.seen)]
-            alignment = alignment_loss(pairs, real, batch.labels, rows=batch.seen_rows)
-            parts["align"] = alignment * batch.seen_weight
+        partners = batch.synthetic_base
+        if synthetic is not None and partners is not None and len(partners):
+            alignment = alignment_loss(synthetic[: len(partners)], real, batch.real.labels, rows=partners.rows)
+            parts["align"] = alignment * batch.partner_weight
         weights = {"real": 1.0, "synthetic": self.settings.synthetic_weight, "align": self.settings.align_weight}
         total = torch.stack([weights[part] * value for part, value in parts.items()]).sum()
         return {"total": total, **{part: value.detach() for part, value in parts.items()}}

@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.errors import DataError, RecipeError
-from clipship.training.config import MethodSettings, TrainConfig, at_least
-from clipship.training.methods.base import Classify, FeatureSamples, Method, Source, Task
+from clipship.training.config import Settings, TrainConfig, at_least
+from clipship.training.methods.base import Classify, ImageSet, Method, Source, Task
 from clipship.training.model.clip import Clip
 
 ALPHAS = tuple(0.1 + step * (3 - 0.1) / 20 for step in range(20))
@@ -25,10 +25,9 @@ BETAS = tuple(0.1 + step * (7 - 0.1) / 200 for step in range(200))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TipAdapterSettings(MethodSettings):
+class TipAdapterSettings(Settings):
     """The cache and where the search for its weights starts."""
 
-    method = "tip-adapter"
     cache_alpha: float = at_least(0, 1.0)
     """The weight of the cache's votes beside CLIP's logits; where the search starts."""
     cache_beta: float = at_least(0, 5.5)
@@ -49,7 +48,8 @@ class TipAdapter(Method):
     there are no validation images the settings stay as they are.
     """
 
-    Settings = TipAdapterSettings
+    name = "tip-adapter"
+    settings_type = TipAdapterSettings
     settings: TipAdapterSettings
     selection = "alpha and beta on validation images"
 
@@ -92,7 +92,7 @@ class TipAdapter(Method):
                 f"{self.config.shots} training images: lower --shots"
             )
         with torch.no_grad():
-            self.keys.copy_(torch.cat([part.features.to(self.keys) for part in parts])[order])
+            self.keys.copy_(torch.cat([part.images.to(self.keys) for part in parts])[order])
 
     def end(self, source: Source) -> None:
         """Choose alpha and beta on the validation images, if there are any."""
@@ -140,9 +140,9 @@ class TipAdapter(Method):
         return torch.exp(-beta * (1 - affinity_NK)) @ one_hot_KC
 
     @torch.no_grad()
-    def _best_weights(self, samples: FeatureSamples) -> tuple[float, float, float]:
+    def _best_weights(self, samples: ImageSet) -> tuple[float, float, float]:
         """alpha, beta and their accuracy in percent; of equal ones the smallest alpha, then the smallest beta."""
-        features, labels = samples.features.to(self.keys), samples.labels.to(self.keys.device)
+        features, labels = samples.images.to(self.keys), samples.labels.to(self.keys.device)
         names = self.task.base_names if self.config.generator is None else self.task.class_names
         plain_NC = self.logits(features, self.class_features(names))
         votes = {beta: self._votes(features, names, beta) for beta in BETAS}
@@ -155,17 +155,10 @@ class TipAdapter(Method):
         return *best, 100 * correct(best) / len(labels)
 
 
-@dataclass(frozen=True, kw_only=True)
-class TipAdapterFSettings(TipAdapterSettings):
-    """Those of Tip-Adapter."""
-
-    method = "tip-adapter-f"
-
-
 class TipAdapterF(TipAdapter):
     """Tip-Adapter whose keys are learned on from the cached ones, at the alpha and beta of the settings."""
 
-    Settings = TipAdapterFSettings
+    name = "tip-adapter-f"
 
     def _register_keys(self, keys: Tensor) -> None:
         self.keys = nn.Parameter(keys)

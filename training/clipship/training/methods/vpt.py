@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -13,17 +11,11 @@ from clipship.training.methods.prompted import ImagePromptSettings, PromptedImag
 from clipship.training.model.clip import Clip
 
 
-@dataclass(frozen=True, kw_only=True)
-class VptSettings(ImagePromptSettings):
-    """Those of the image prompts."""
-
-    method = "vpt"
-
-
 class Vpt(PromptedImages):
     """Image prompts [J, M, image width]: shallow with J = 1, deep with more."""
 
-    Settings = VptSettings
+    name = "vpt"
+    settings_type = ImagePromptSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
