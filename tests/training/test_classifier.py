@@ -16,7 +16,7 @@ from clipship.core.images.decoding import pixels_from_bytes, pixels_from_image
 from clipship.core.images.inputs import ImageLike
 from clipship.training.checkpoint import RECORD, Checkpoint, method_from_checkpoint, save_checkpoint
 from clipship.training.classifier import Classifier, Prediction
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.evaluation.temperature import Calibration
 from clipship.training.methods import build_method, config_of
 from clipship.training.model.clip import Clip

@@ -10,7 +10,7 @@ import pytest
 from clipship.core.errors import RecipeError
 from clipship.training.checkpoint import config_from_json
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import PUBLISHED_DATASETS
+from clipship.training.datasets.records import PUBLISHED_DATASETS
 from clipship.training.methods import METHODS, config_of
 from clipship.training.methods.prompted import ContextSettings
 from clipship.training.methods.sync_clip import SyncClipSettings

@@ -9,12 +9,14 @@ import pytest
 
 from clipship.core.errors import DataError
 from clipship.training.datasets import load as data
-from clipship.training.datasets.load import Dataset, base_new_split, few_shot, load_dataset
+from clipship.training.datasets.base import Dataset, base_new_split
+from clipship.training.datasets.load import few_shot, load_dataset
+from clipship.training.datasets.split_file import read_split
 
 
 def _published(folder: Path) -> tuple[Dataset, Path]:
     split = next(folder.glob("split_zhou_*.json"))
-    return data.read_split(split, data.known_records()[split.name]), folder
+    return read_split(split, data.known_records()[split.name]), folder
 
 
 @pytest.mark.parametrize("name", ["caltech-101", "dtd", "eurosat"])

@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipship.core.errors import DataError
-from clipship.training.datasets.load import Dataset, LabelledImage
+from clipship.training.datasets.base import Dataset, LabelledImage
 from clipship.training.evaluation.temperature import (
     BINS,
     MIN_IMAGES,

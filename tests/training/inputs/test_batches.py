@@ -12,7 +12,8 @@ from PIL import Image
 from clipship.core.errors import DataError
 from clipship.core.images.decoding import ImageSpec
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset, few_shot
+from clipship.training.datasets.base import Dataset
+from clipship.training.datasets.load import few_shot
 from clipship.training.inputs import batches
 from clipship.training.inputs.batches import Epoch, ImageCache, crop_box
 from clipship.training.methods import Batch, Partners, config_of

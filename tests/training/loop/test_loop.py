@@ -18,9 +18,10 @@ from torch import Tensor
 from clipship.core.errors import CheckFailed, ClipshipError, DataError, RecipeError, UsageError
 from clipship.training.checkpoint import Checkpoint, load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.evaluation.evaluate import evaluate
 from clipship.training.loop import loop
+from clipship.training.loop.few_shot import FewShot
 from clipship.training.loop.loop import RunOptions
 from clipship.training.methods import Batch, config_of
 from clipship.training.methods.coop import CoOp
@@ -134,14 +135,14 @@ def test_an_interrupted_run_ends_with_the_tensors_of_a_whole_one(
 ) -> None:
     config = _config(clip, method, **changes)
     whole = _train(config, dataset, synthetic, tmp_path / "whole", clip=clip)
-    step = loop._Run._step
+    batch_of_step = FewShot.with_generated
 
-    def stops(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
-        if at == place:
+    def stops(self: FewShot, batch: Batch, epoch: int, step: int) -> Batch:
+        if f"epoch {epoch} step {step + 1}" == place:
             raise _Stop
-        return step(self, batch, rate, at)
+        return batch_of_step(self, batch, epoch, step)
 
-    monkeypatch.setattr(loop._Run, "_step", stops)
+    monkeypatch.setattr(FewShot, "with_generated", stops)
     with pytest.raises(_Stop):
         _train(config, dataset, synthetic, tmp_path / "cut", clip=clip, save_every_s=0.0)
     monkeypatch.undo()
@@ -390,13 +391,13 @@ def test_so_many_synthetic_images_and_no_more_are_learned_from(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     seen: set[str] = set()
-    step = loop._Run._step
+    batch_of_step = FewShot.with_generated
 
-    def watched(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
+    def watched(self: FewShot, batch: Batch, epoch: int, step: int) -> Batch:
         seen.update("/".join(Path(file).parts[-2:]) for file in batch.files if Path(file).suffix == ".jpg")
-        return step(self, batch, rate, at)
+        return batch_of_step(self, batch, epoch, step)
 
-    monkeypatch.setattr(loop._Run, "_step", watched)
+    monkeypatch.setattr(FewShot, "with_generated", watched)
     _train(_config(clip, epochs=6, synthetic_shots=2), dataset, uneven, tmp_path / "best", clip=clip)
     assert seen == {"red/3.jpg", "red/2.jpg", "green/1.jpg", "white/5.jpg", "white/4.jpg"}
     assert "fewer than 2 synthetic images of 1 of 5 classes" in capsys.readouterr().err

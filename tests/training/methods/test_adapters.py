@@ -13,7 +13,7 @@ from torch import Tensor
 from clipship.core.errors import DataError, RecipeError
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.loop.loop import RunOptions, train
 from clipship.training.methods import Batch, ImageSet, Method, Task, build_method, config_of
 from clipship.training.methods.clip_adapter import ClipAdapterSettings

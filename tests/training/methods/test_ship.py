@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.loop.loop import RunOptions, train
 from clipship.training.methods import Batch, ImageSet, Task, build_method, config_of
 from clipship.training.methods.prompted import ContextSettings

@@ -12,15 +12,15 @@ from typing import Any
 
 from clipship.core.errors import RecipeError
 
-PRECISIONS = ("fp32", "bf16", "fp16")
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("epoch-cosine", "step-cosine", "constant")
-CLASSES = ("base", "all", "none")
-
 
 def at_least(minimum: float, default: Any) -> Any:
     """A field of :class:`Settings` whose values are None or at least ``minimum``."""
     return field(default=default, metadata={"minimum": minimum})
+
+
+def one_of(*choices: str) -> Any:
+    """A field of :class:`Settings` that takes one of ``choices``, by default the first."""
+    return field(default=choices[0], metadata={"choices": choices})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,8 @@ class Settings:
             value, minimum = getattr(self, one.name), one.metadata.get("minimum")
             if value is not None and minimum is not None:
                 self._require(value >= minimum, f"at least {minimum}", one.name)
+            choices = one.metadata.get("choices", (value,))
+            self._require(value in choices, f"one of {', '.join(map(str, choices))}", one.name)
 
     def _require(self, fine: bool, accepted: str, *names: str) -> None:
         if not fine:
@@ -60,7 +62,7 @@ class TrainConfig(Settings):
     generator: TrainConfig | None = None
     """The run that first learns a generator of features for classes that have only a name."""
 
-    classes: str = "base"
+    classes: str = one_of("base", "all", "none")
     """Which classes have real images: the "base" half, "all", or "none" (a generator makes every feature)."""
     shots: int = at_least(0, 16)
     """Real images a class; 0: all."""
@@ -77,11 +79,11 @@ class TrainConfig(Settings):
     """Real images a step (synthetic ones and generated features come on top)."""
     accumulate: int = at_least(1, 1)
     """Parts a batch is computed in, one after the other; the gradients are those of their mean loss."""
-    optimizer: str = "sgd"
-    """sgd or adamw."""
+    optimizer: str = one_of("sgd", "adamw")
+    """Of the learned tensors."""
     learning_rate: float = at_least(0, 0.0025)
     """After the warm-up, before the cosine."""
-    schedule: str = "epoch-cosine"
+    schedule: str = one_of("epoch-cosine", "step-cosine", "constant")
     """The rate falls epoch by epoch as in Dassl, step by step to 0, or is constant."""
     warmup_epochs: int = at_least(0, 1)
     """Epochs at the warm-up's rate."""
@@ -109,13 +111,11 @@ class TrainConfig(Settings):
     """Prompts that pass the text tower at once; its activations are computed again on the way back."""
     seed: int = 1
     """Of the few-shot sample, the initial tensors, the order and the crops."""
-    precision: str = "fp32"
-    """fp32, bf16 or fp16 (autocast; learned tensors stay float32)."""
+    precision: str = one_of("fp32", "bf16", "fp16")
+    """Of autocast; learned tensors stay float32."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, accepted in _CHOICES.items():
-            self._require(getattr(self, name) in accepted, f"one of {', '.join(accepted)}", name)
         self._require(0 <= self.momentum < 1, "in [0, 1)", "momentum")
         self._require(self.adam_epsilon > 0, "greater than 0", "adam_epsilon")
         self._require(0 < self.min_crop <= 1, "in (0, 1]", "min_crop")
@@ -145,6 +145,3 @@ class TrainConfig(Settings):
         lists = {name: list(value) for name, value in content.items() if isinstance(value, tuple)}
         generator = None if self.generator is None else self.generator.to_json()
         return {**content, **lists, "generator": generator}
-
-
-_CHOICES = {"precision": PRECISIONS, "optimizer": OPTIMIZERS, "schedule": SCHEDULES, "classes": CLASSES}

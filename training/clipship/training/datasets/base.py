@@ -21,17 +21,6 @@ Reader = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Numbers of classes, of base (or seen) classes among them, and of images."""
-
-    classes: int
-    base: int
-    train: int
-    val: int
-    test: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
     """What the files of a data set do not say about it."""
 
@@ -48,8 +37,6 @@ class DatasetRecord:
     template: str = DEFAULT_TEMPLATES[0]
     source: str = ""
     """Where to get it, for error messages."""
-    counts: Counts | None = None
-    """As published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,12 +84,6 @@ class Dataset:
     def task(self) -> Task:
         """What a method is built for."""
         return Task(class_names=self.class_names, num_base=self.num_base, templates=(self.record.template,))
-
-    @property
-    def counts(self) -> Counts:
-        """Equal to ``record.counts`` where a published data set is complete."""
-        sizes = {split: len(self.items(split)) for split in SPLITS}
-        return Counts(classes=len(self.class_names), base=self.num_base, **sizes)
 
     def items(self, split: str) -> tuple[LabelledImage, ...]:
         """The items of "train", "val" or "test"."""

@@ -170,11 +170,7 @@ def reliability_bins(
 
 def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Percent: the mean over all images of the gap between confidence and accuracy in their bin."""
-    total = sum(one.count for one in bins)
-    gaps = (
-        one.count * abs(one.confidence - one.accuracy) for one in bins if one.confidence and one.accuracy is not None
-    )
-    return sum(gaps) / total
+    return sum(one.count * one.gap for one in bins) / sum(one.count for one in bins)
 
 
 def _percent(shares: Tensor) -> float | None:

@@ -22,7 +22,7 @@ from clipship.core.errors import DataError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, decode_image, pixels_from_image
 from clipship.core.progress import progress
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import LabelledImage
+from clipship.training.datasets.base import LabelledImage
 from clipship.training.methods.base import Batch, ImageSet, Partners
 
 if TYPE_CHECKING:

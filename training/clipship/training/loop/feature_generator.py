@@ -5,7 +5,6 @@ Shapes: G generated features, D joint dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch
 
 from clipship.core.errors import RecipeError
 from clipship.core.files import sha256_of_text
-from clipship.training.checkpoint import Checkpoint, load_checkpoint, method_from_checkpoint
+from clipship.training.checkpoint import Checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
 from clipship.training.methods import FeatureGenerator, ImageSet, Task
 from clipship.training.model.clip import Clip, digest_of_tensors
@@ -48,19 +47,16 @@ def _keyed(key: str) -> torch.Generator:
     return torch.Generator().manual_seed(int(sha256_of_text(key)[:15], 16))
 
 
-def generation_for(
-    config: TrainConfig, task: Task, clip: Clip, given: Path | None, learn: Callable[[TrainConfig], Checkpoint]
-) -> Generation | None:
-    """The generator of a run: the checkpoint ``given``, or the one that its recipe learns first; None without one.
+def validate_generator(config: TrainConfig, task: Task, given: Path | None) -> None:
+    """Validate that the run has a use and a source for a generator; ``given`` is the checkpoint of one.
 
     Raises:
-        RecipeError: the recipe takes none, all classes have images, or ``given`` is a checkpoint of something else.
-        CheckpointError: ``given`` is damaged or was learned on another base model.
+        RecipeError: the recipe takes none, all classes have images, or it needs one of another data set.
     """
     if config.generator is None:
         if given is not None:
             raise RecipeError(f"recipe {config.recipe} takes no generator: leave --generator out, or take ship-coop")
-        return None
+        return
     if task.num_base == len(task.class_names):
         raise RecipeError(f"recipe {config.recipe}: all {task.num_base} classes have images: there is none to generate")
     if config.classes == "none" and given is None:
@@ -68,8 +64,18 @@ def generation_for(
             f"recipe {config.recipe} learns without images, so its generator comes from another data set: "
             "give the checkpoint of one (--generator DIR), learned with the recipe " + config.generator.recipe
         )
-    checkpoint = load_checkpoint(given) if given is not None else learn(config.generator)
+
+
+def generation_from_checkpoint(checkpoint: Checkpoint, where: Path, clip: Clip, task: Task) -> Generation:
+    """The generator in ``checkpoint`` for the classes of ``task``; ``where`` is named in errors.
+
+    Raises:
+        RecipeError: it holds another method.
+        CheckpointError: it was learned on another base model.
+    """
     method = method_from_checkpoint(checkpoint, clip)
     if not isinstance(method, FeatureGenerator):
-        raise RecipeError(f"{given} holds {method.name}: give a checkpoint of the recipe {config.generator.recipe}")
+        raise RecipeError(
+            f"{where} holds {method.name}: give a checkpoint of a generator, such as the recipe ship learns"
+        )
     return Generation(generator=method, digest=digest_of_tensors(dict(checkpoint.learned)), task=task)

@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,15 +20,16 @@ from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
 from clipship.training.checkpoint import GENERATOR, RECORD, Checkpoint, load_checkpoint, save_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.distributed import Distributed
+from clipship.training.evaluation.temperature import calibrate
 from clipship.training.inputs.batches import synthetic_paths
 from clipship.training.inputs.features import frozen_features
-from clipship.training.loop.feature_generator import generation_for
-from clipship.training.loop.few_shot import FewShot
+from clipship.training.loop.feature_generator import generation_from_checkpoint, validate_generator
+from clipship.training.loop.few_shot import FewShot, sample_of
 from clipship.training.loop.run_state import Losses, Position, RunState, WeightAverage
-from clipship.training.methods import Batch, Method, build_method
-from clipship.training.model.autocast import autocast, gradient_scaler
+from clipship.training.methods import Batch, FeatureGenerator, Method, build_method
+from clipship.training.model.autocast import autocast
 from clipship.training.model.clip import Clip, load_clip
 
 if TYPE_CHECKING:
@@ -99,33 +100,41 @@ def train(
         ClipshipError: out of memory; the message says what lowers it.
     """
     options = options or RunOptions()
-    data = FewShot(dataset, config, cache=options.cache)
-    finished = _finished_run(out, config, data.digest, resume=options.resume)
+    sample = sample_of(dataset, config)
+    finished = _finished_run(out, config, sample.digest, resume=options.resume)
     if finished is not None:
         return finished
     processes = Distributed(options.device)
     clip = (clip or load_clip(config.base_model)).to(processes.device)
-    learn_generator = _learner_of_generators(dataset, out / GENERATOR, clip, options, processes)
-    data.use(clip, generation_for(config, data.task, clip, generator, learn_generator))
-    method = build_method(clip, config, data.task)
+    validate_generator(config, sample.task, generator)
+    generation = None
+    if config.generator is not None:
+        where = generator or out / GENERATOR
+        if generator is None:
+            learned = _learned_generator(config.generator, dataset, where, clip, options, processes)
+        else:
+            learned = load_checkpoint(generator)
+        generation = generation_from_checkpoint(learned, where, clip, sample.task)
+    method = build_method(clip, config, sample.task)
     paths = _synthetic_images(method, synthetic)
     if processes.is_main:
-        _tell_missing(method.config, paths, dataset.class_names)
+        _tell_missing(config, paths, dataset.class_names)
     losses: Losses = []
     if method.learned():
-        run = _Run(method, data, paths, processes, options, out)
-        losses = run.learn()
+        data = FewShot(sample, config, clip, generation, options.cache)
+        losses = _Run(method, data, paths, processes, options, out).learn()
+    is_classifier = not isinstance(method, FeatureGenerator)
     checkpoint = Checkpoint(
         config=config,
-        task=data.task,
+        task=sample.task,
         dataset=dataset.record.name,
-        data_digest=data.digest,
+        data_digest=sample.digest,
         base_model_digest=clip.digest,
         learned=method.learned(),
         losses=losses,
         notes=method.notes,
         selection=_selection(method),
-        calibration=data.calibration_of(method),
+        calibration=calibrate(method, sample.validation, cache=options.cache).to_json() if is_classifier else None,
     )
     if processes.is_main:
         save_checkpoint(out, checkpoint)
@@ -133,23 +142,19 @@ def train(
     return checkpoint
 
 
-def _learner_of_generators(
-    dataset: Dataset, out: Path, clip: Clip, options: RunOptions, processes: Distributed
-) -> Callable[[TrainConfig], Checkpoint]:
-    """What learns the feature generator of a recipe, in ``out``; with a cache, once for all recipes that share it."""
-
-    def learn(config: TrainConfig) -> Checkpoint:
-        data = FewShot(dataset, config, cache=None)
-        depends = [config.digest, data.digest, clip.digest, [str(item.path.resolve()) for item in data.items[:1]]]
-        shared = None if options.cache is None else options.cache / GENERATOR / sha256_of_text(json.dumps(depends))
-        resumed = replace(options, resume=True, tensorboard=None)
-        checkpoint = train(config, dataset, out=shared or out, clip=clip, options=resumed)
-        if shared is not None and not out.exists() and processes.is_main:
-            with replace_folder(out) as copy:
-                shutil.copytree(shared, copy, dirs_exist_ok=True)
-        return checkpoint
-
-    return learn
+def _learned_generator(
+    config: TrainConfig, dataset: Dataset, out: Path, clip: Clip, options: RunOptions, processes: Distributed
+) -> Checkpoint:
+    """Learn a feature generator in ``out``; with a cache, once for all recipes that share it."""
+    sample = sample_of(dataset, config)
+    depends = [config.digest, sample.digest, clip.digest, [str(item.path.resolve()) for item in sample.train[:1]]]
+    shared = None if options.cache is None else options.cache / GENERATOR / sha256_of_text(json.dumps(depends))
+    resumed = replace(options, resume=True, tensorboard=None)
+    checkpoint = train(config, dataset, out=shared or out, clip=clip, options=resumed)
+    if shared is not None and not out.exists() and processes.is_main:
+        with replace_folder(out) as copy:
+            shutil.copytree(shared, copy, dirs_exist_ok=True)
+    return checkpoint
 
 
 def _selection(method: Method) -> str:
@@ -237,7 +242,7 @@ class _Run:
         self.folder = out / STATE
         _validate_batch(self.config, data, processes)
         average = WeightAverage(method, self.config) if self.config.average_std else None
-        scaler = gradient_scaler(self.config.precision, self.clip.device)
+        scaler = torch.amp.GradScaler(self.clip.device.type, enabled=self.config.precision == "fp16")
         self.state = RunState(module=method, optimizer=_optimizer(method), scaler=scaler, average=average)
         self.saved_at = time.monotonic()
 
@@ -250,18 +255,17 @@ class _Run:
             position = Position()
         self.method.train()
         steps = len(self.data.epoch(1, self.synthetic))
-        with ExitStack() as stack:
-            report = stack.enter_context(progress(self.config.recipe, self.config.epochs * steps))
-            write = stack.enter_context(self._tensorboard(position, steps))
+        done = (position.epoch - 1) * steps + position.step
+        with progress(self.config.recipe, self.config.epochs * steps) as report, self._tensorboard(done) as writer:
             while position.epoch <= self.config.epochs:
-                self._learn_epoch(position, report, write)
+                self._learn_epoch(position, report, writer)
         if self.state.average is not None:
             self.state.average.apply()
         self.method.eval()
         self.method.end(self.data)
         return position.losses
 
-    def _learn_epoch(self, position: Position, report: Report, write: Any) -> None:
+    def _learn_epoch(self, position: Position, report: Report, writer: Any) -> None:
         batches = self.data.epoch(position.epoch, self.synthetic)
         started, first = time.perf_counter(), position.step
         for batch in _batches(batches, position.step, self.options.workers):
@@ -271,7 +275,9 @@ class _Run:
             position.step += 1
             position.sums = {name: position.sums.get(name, 0.0) + value for name, value in values.items()}
             done = (position.epoch - 1) * len(batches) + position.step
-            write(done, {**values, "learning_rate": rate})
+            if writer is not None:
+                for name, value in {**values, "learning_rate": rate}.items():
+                    writer.add_scalar(name, value, done)
             speed = (position.step - first) * self.config.batch_size / (time.perf_counter() - started)
             report(done, f"epoch {position.epoch} loss {values['total']:.3f} {speed:.0f} images/s")
             self._save_in_time(position)
@@ -326,8 +332,8 @@ class _Run:
         return {
             "config": self.config.digest,
             "base_model": self.clip.digest,
-            "data": self.data.digest,
-            "generator": self.data.generator_digest,
+            "data": self.data.sample.digest,
+            "generator": "" if self.data.generation is None else self.data.generation.digest,
             "synthetic": [[path.name for path in paths] for paths in self.synthetic],
         }
 
@@ -341,26 +347,17 @@ class _Run:
         log(f"going on at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
         return position
 
-    @contextmanager
-    def _tensorboard(self, position: Position, steps: int) -> Iterator[Any]:
-        """What writes the losses of a step to TensorBoard's files, if there is a folder for them."""
+    def _tensorboard(self, done: int) -> Any:
+        """A context with TensorBoard's writer after ``done`` steps; without one where no folder is given."""
         if self.options.tensorboard is None or not self.processes.is_main:
-            yield lambda step, values: None
-            return
+            return nullcontext()
         from torch.utils.tensorboard import SummaryWriter
 
-        done = (position.epoch - 1) * steps + position.step
-        with SummaryWriter(str(self.options.tensorboard), purge_step=done + 1) as writer:
-
-            def write(step: int, values: Mapping[str, float]) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-
-            yield write
+        return SummaryWriter(str(self.options.tensorboard), purge_step=done + 1)
 
 
 def _validate_batch(config: TrainConfig, data: FewShot, processes: Distributed) -> None:
-    size = min(config.batch_size, len(data.items) or config.batch_size)
+    size = min(config.batch_size, len(data.sample.train) or config.batch_size)
     if size < processes.count:
         raise UsageError(f"{processes.count} processes share batches of {size}: start at most {size}")
 
