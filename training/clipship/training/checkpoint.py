@@ -28,6 +28,8 @@ LEARNED = "learned.safetensors"
 RECORD = "checkpoint.json"
 GENERATOR = "generator"
 """The folder below a checkpoint's that holds the checkpoint of its feature generator, if the run learned one."""
+_PLAIN = (*("dataset", "data_digest", "base_model_digest", "selection", "notes", "calibration", "scores", "versions"),)
+"""Fields that stand in the record as they are."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -76,16 +78,9 @@ class Checkpoint:
             "config": self.config.to_json(),
             "seed": self.config.seed,
             "base_model": self.config.base_model,
-            "base_model_digest": self.base_model_digest,
-            "dataset": self.dataset,
-            "data_digest": self.data_digest,
             **asdict(self.task),
-            "selection": self.selection,
-            "losses": [dict(epoch) for epoch in self.losses],
-            "notes": dict(self.notes),
-            "calibration": None if self.calibration is None else dict(self.calibration),
-            "scores": dict(self.scores),
-            "versions": dict(self.versions),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "losses": list(self.losses),
         }
 
 
@@ -149,16 +144,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 num_base=content["num_base"],
                 templates=tuple(content["templates"]),
             ),
-            dataset=content["dataset"],
-            data_digest=content["data_digest"],
-            base_model_digest=content["base_model_digest"],
             learned=load_file(path / LEARNED),
             losses=tuple(content["losses"]),
-            notes=content["notes"],
-            selection=content["selection"],
-            calibration=content["calibration"],
-            scores=content["scores"],
-            versions=content["versions"],
+            **{name: content[name] for name in _PLAIN},
         )
     except (KeyError, TypeError, RecipeError) as error:
         raise CheckpointError(f"{path / RECORD} is malformed ({error}): train again") from error

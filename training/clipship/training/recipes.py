@@ -61,7 +61,8 @@ TINY_TEMPLATES: tuple[str, ...] = (
 
 _COOP: Mapping[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "feature_views": FEATURE_VIEWS}
 """Of CoOp, and of the methods that are trained as it is."""
-_CACHE: Mapping[str, Any] = {"cache_alpha": 1.17, "cache_beta": 1.0, "min_crop": 0.5, "feature_views": FEATURE_VIEWS}
+_HALF_CROPS: Mapping[str, Any] = {"min_crop": 0.5, "feature_views": FEATURE_VIEWS}
+_CACHE: Mapping[str, Any] = {"cache_alpha": 1.17, "cache_beta": 1.0, **_HALF_CROPS}
 _ADAMW: Mapping[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_epochs": 0}
 
 
@@ -130,13 +131,9 @@ def cocoop_cross(dataset: str) -> TrainConfig:
 def kgcoop(dataset: str) -> TrainConfig:
     """KgCoOp: CoOp held to hand-written prompts with W = 8, 100 epochs of large batches."""
     textures = ("a photo of a {}, a type of texture.",)
-    return _published(
-        "kgcoop",
-        epochs=100,
-        text_consistency=8.0,
-        reference_templates=textures if dataset == "DescribableTextures" else (),
-        **{**_COOP, "batch_size": 128},
-    )
+    templates = textures if dataset == "DescribableTextures" else ()
+    own = {"epochs": 100, "batch_size": 128, "text_consistency": 8.0, "reference_templates": templates}
+    return _published("kgcoop", **{**_COOP, **own})
 
 
 @recipe
@@ -187,19 +184,10 @@ def promptsrc(dataset: str) -> TrainConfig:
     """
     from open_clip import OPENAI_IMAGENET_TEMPLATES
 
-    return _published(
-        "promptsrc",
-        epochs=20,
-        batch_size=4,
-        text_depth=9,
-        image_depth=9,
-        reference_templates=_forms(OPENAI_IMAGENET_TEMPLATES[:60]),
-        text_consistency=25.0,
-        image_consistency=10.0,
-        logit_consistency=1.0,
-        average_mean=15.0,
-        average_std=1.0,
-    )
+    run = {"epochs": 20, "batch_size": 4, "average_mean": 15.0, "average_std": 1.0}
+    weights = {"text_consistency": 25.0, "image_consistency": 10.0, "logit_consistency": 1.0}
+    templates = _forms(OPENAI_IMAGENET_TEMPLATES[:60])
+    return _published("promptsrc", text_depth=9, image_depth=9, reference_templates=templates, **run, **weights)
 
 
 @recipe
@@ -273,15 +261,8 @@ def tip_adapter(dataset: str) -> TrainConfig:
 @recipe
 def tip_adapter_f(dataset: str) -> TrainConfig:
     """Tip-Adapter-F: AdamW on the keys for 20 epochs, to the last one; its authors keep the best on test images."""
-    return _published(
-        "tip-adapter-f",
-        epochs=20,
-        batch_size=256,
-        schedule="step-cosine",
-        adam_epsilon=1e-4,
-        **_ADAMW,
-        **_CACHE,
-    )
+    own = {"epochs": 20, "batch_size": 256, "schedule": "step-cosine", "adam_epsilon": 1e-4}
+    return _published("tip-adapter-f", **own, **_ADAMW, **_CACHE)
 
 
 @recipe
@@ -293,16 +274,8 @@ def linear_probe(dataset: str) -> TrainConfig:
 @recipe
 def ship(dataset: str) -> TrainConfig:
     """SHIP's feature generator; the authors' settings for all data sets but ImageNet."""
-    return _published(
-        "ship",
-        epochs=50,
-        batch_size=256,
-        schedule="constant",
-        min_crop=0.5,
-        feature_views=FEATURE_VIEWS,
-        text_chunk=256,
-        **_ADAMW,
-    )
+    own = {"epochs": 50, "batch_size": 256, "schedule": "constant", "text_chunk": 256}
+    return _published("ship", **own, **_ADAMW, **_HALF_CROPS)
 
 
 @recipe
@@ -314,19 +287,9 @@ def ship_imagenet(dataset: str) -> TrainConfig:
 @recipe
 def ship_coop(dataset: str) -> TrainConfig:
     """CoOp on real features of classes with images and, one for one, generated features of the others."""
-    return _published(
-        "coop",
-        generator=ship(dataset),
-        epochs=200,
-        batch_size=256,
-        learning_rate=2e-3,
-        schedule="step-cosine",
-        warmup_epochs=0,
-        momentum=0.0,
-        weight_decay=0.0,
-        min_crop=0.5,
-        feature_views=FEATURE_VIEWS,
-    )
+    steps = {"epochs": 200, "batch_size": 256, "schedule": "step-cosine", "warmup_epochs": 0}
+    sgd = {"learning_rate": 2e-3, "momentum": 0.0, "weight_decay": 0.0}
+    return _published("coop", generator=ship(dataset), **steps, **sgd, **_HALF_CROPS)
 
 
 @recipe
@@ -358,8 +321,14 @@ def ship_tip_adapter_f(dataset: str) -> TrainConfig:
     return tip_adapter_f(dataset).with_settings(generator=ship(dataset))
 
 
+TINY_TWINS = (
+    *("zero-shot", "zero-shot-ensemble", "coop", "cocoop", "kgcoop", "vpt-shallow", "vpt-deep", "ivlp", "maple"),
+    *("promptsrc", "sync-clip", "ivlp-synthetic", "clip-adapter", "tip-adapter", "tip-adapter-f", "linear-probe"),
+    *("ship", "ship-clip-adapter", "ship-tip-adapter-f"),
+)
+"""The published recipes that have a twin with ``-tiny`` at its end."""
+
 TINY_EXCEPTIONS: dict[str, dict[str, Any]] = {
-    "zero-shot": {},
     "zero-shot-ensemble": {"templates": TINY_TEMPLATES},
     # Batches of 3 or 4 times the published size at as many times the rate: an epoch takes half the time or less, and on
     # validation images of prints and games the accuracies are the same within their noise. Open-vocabulary harmonic
@@ -374,24 +343,16 @@ TINY_EXCEPTIONS: dict[str, dict[str, Any]] = {
     "vpt-shallow": {"batch_size": 16, "learning_rate": 1e-2},
     "vpt-deep": {"batch_size": 16, "learning_rate": 1e-2},
     "ivlp": {"batch_size": 16, "learning_rate": 1e-2},
-    "maple": {},
     "promptsrc": {"batch_size": 16, "learning_rate": 1e-2, "reference_templates": TINY_TEMPLATES},
     # Features of two images differ by 1.6 a dimension in this model, and the alignment loss is of that size: with the
     # published lambda of 0.5 it outweighs the others and pulls all features together.
     "sync-clip": {"synthetic_weight": 0.5, "align_weight": 0.05},
-    "ivlp-synthetic": {},
-    "clip-adapter": {},
-    "tip-adapter": {},
-    "tip-adapter-f": {},
-    "linear-probe": {},
     # The published weight of 1 outweighs the reconstruction, and the posterior collapses: on prints (24 classes) it
     # ends at 0.0001 nats an image, and generated features of a base class vary by 0.002 where real ones vary by 0.27.
     # At 0.01 it is 9 nats and 0.17. A pass is one step there, so 200 passes are about the published number of steps.
     "ship": {"epochs": 200, "kl_weight": 0.01},
-    "ship-clip-adapter": {},
-    "ship-tip-adapter-f": {},
 }
-"""The published recipes that have a ``-tiny`` twin, and what in it is not by the rule of :func:`_tiny`."""
+"""Settings of ``-tiny`` twins that do not follow the rule of :func:`_tiny`."""
 
 
 def _tiny(config: TrainConfig) -> TrainConfig:
@@ -402,16 +363,16 @@ def _tiny(config: TrainConfig) -> TrainConfig:
     return config.with_settings(base_model=TINY, min_crop=0.6, flip=False, generator=generator, **own)
 
 
-def _add_tiny_twin(published: Recipe, name: str, exceptions: Mapping[str, Any]) -> None:
+def _add_tiny_twin(name: str) -> None:
     def tiny(dataset: str) -> TrainConfig:
-        return _tiny(published(dataset)).with_settings(**exceptions)
+        return _tiny(config_from_recipe(name, dataset)).with_settings(**TINY_EXCEPTIONS.get(name, {}))
 
     tiny.__name__, tiny.__doc__ = f"{name}-tiny", f"{name} with settings for the built-in model."
     recipe(tiny)
 
 
-for _name, _exceptions in TINY_EXCEPTIONS.items():
-    _add_tiny_twin(RECIPES[_name], _name, _exceptions)
+for _name in TINY_TWINS:
+    _add_tiny_twin(_name)
 
 
 @recipe

@@ -36,10 +36,7 @@ DOMAINS = "domain generalisation"
 PROTOCOLS = (BASE_TO_NEW, GENERALISED, ALL_CLASSES, CROSS_DATASET, DOMAINS)
 
 _PERCENTAGES = ("base", "new", "open_base", "open_new", "all", "seen", "unseen", "ece_before", "ece_after")
-_NUMBERS = (
-    *("num_images", "num_classes"),
-    *("num_base_images", "num_new_images", "num_base_classes", "num_new_classes"),
-)
+_NUMBERS = tuple(f"num_{half}{kind}" for half in ("", "base_", "new_") for kind in ("images", "classes"))
 _MEANS = ("harmonic_mean", "open_harmonic_mean", "generalised_harmonic_mean")
 
 
@@ -124,7 +121,8 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field and the harmonic means."""
-        return {**asdict(self), "reliability": [asdict(one) for one in self.reliability], **_means_of(self)}
+        means = {name: getattr(self, name) for name in _MEANS}
+        return {**asdict(self), "reliability": [asdict(one) for one in self.reliability], **means}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Scores:
@@ -147,10 +145,6 @@ class Scores:
 
 def _mean_of(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else harmonic_mean(first, second)
-
-
-def _means_of(scores: Scores) -> dict[str, float | None]:
-    return {name: getattr(scores, name) for name in _MEANS}
 
 
 def evaluate(

@@ -43,8 +43,10 @@ def synthetic_paths(
     Raises:
         DataError: no class has any, or none has as many as are asked for.
     """
-    every = _kept_images if config.synthetic_filter else _made_images
-    found = every(synthetic)
+    if config.synthetic_filter:
+        found = {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
+    else:
+        found = _made_images(synthetic)
     most = max((len(found.get(name, ())) for name in class_names), default=0)
     if not most:
         raise DataError(
@@ -57,11 +59,6 @@ def synthetic_paths(
             f"more than {most}: ask for fewer, or synthesize more"
         )
     return tuple(found.get(name, ())[: config.synthetic_shots] for name in class_names)
-
-
-def _kept_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
-    """Of every class the images that the filter kept, best score first."""
-    return {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
 
 
 def _made_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
