@@ -282,7 +282,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         (("sync-clip-published", "--data", "{data}"), "has no settings for 'Colours'"),
         (("sync-clip", "--data", "{data}", "--shots", "4"), "learns from synthetic images"),
         (("small-coop", "--data", "{data}", "--shots", "1", "2"), "take --protocol few-shot"),
-        (("small-coop", "--data", "{data}", "--shots", "7"), "7 are asked for"),
+        (("small-coop", "--data", "{data}", "--shots", "7"), "7 are needed"),
         (("small-coop", "--data", "{data}", "--protocol", "cross-dataset"), "give two data sets or more"),
         (("coop-cross", "--data", "{data}", "--shots", "4"), "coop-cross learns from all classes"),
         (

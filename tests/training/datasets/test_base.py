@@ -36,7 +36,7 @@ def test_the_number_of_base_classes_can_be_given(dataset: Dataset) -> None:
 
 @pytest.mark.parametrize("number", [0, 6, -1])
 def test_base_classes_are_some_of_the_classes(dataset: Dataset, number: int) -> None:
-    with pytest.raises(DataError, match=rf"Colours: {number} base classes are asked for: give 1 to 5"):
+    with pytest.raises(DataError, match=rf"Colours: {number} base classes requested: give 1 to 5"):
         replace(dataset, base_classes=number)
 
 

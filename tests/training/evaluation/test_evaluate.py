@@ -241,7 +241,7 @@ def test_a_closed_vocabulary_is_scored_on_its_own_classes_only(clip: Clip, datas
     assert scores.num_new_images == 8
     with pytest.raises(DataError, match="class 'cat'"):
         evaluate(method, animals)
-    with pytest.raises(DataError, match="no images of the 3 classes that linear-probe tells apart"):
+    with pytest.raises(DataError, match="no images of the 3 classes that linear-probe knows"):
         evaluate(method, replace(dataset, test=dataset.test[12:]))
 
 

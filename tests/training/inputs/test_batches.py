@@ -191,5 +191,5 @@ def test_a_set_that_has_nothing_to_give_is_refused(synthetic: SyntheticSet) -> N
         DataError, match=r"no image of any of the 2 classes, the first is 'violet'.*--synthetic-shots 0"
     ):
         batches.synthetic_paths(synthetic, ["violet", "mauve"], CONFIG)
-    with pytest.raises(DataError, match=r"4 synthetic images a class are asked for, and no class of .* more than 3"):
+    with pytest.raises(DataError, match=r"4 synthetic images a class requested, no class of .* more than 3"):
         batches.synthetic_paths(synthetic, NAMES, replace(CONFIG, synthetic_shots=4))

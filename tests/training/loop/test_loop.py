@@ -232,7 +232,7 @@ def test_a_cache_that_fails_costs_one_line_and_no_run(
     (tmp_path / "features").touch()
     config = _config(clip, "coop", feature_views=2)
     kept = _train(config, dataset, None, tmp_path / "a", clip=clip, cache=tmp_path / "features")
-    expected = f"{tmp_path / 'features'}: features cannot be kept (File exists): they are encoded in every run"
+    expected = f"{tmp_path / 'features'}: cannot cache features (File exists): every run encodes them again"
     assert capsys.readouterr().err.splitlines() == [expected]
     plain = _train(config, dataset, None, tmp_path / "b", clip=clip)
     assert digest_of_tensors(dict(kept.learned)) == digest_of_tensors(dict(plain.learned))
@@ -440,7 +440,7 @@ def test_synthetic_images_that_a_recipe_does_not_learn_from_are_refused(
 
 
 def test_too_few_shots_are_refused_before_anything_is_written(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="16 are asked for"):
+    with pytest.raises(DataError, match="16 are needed"):
         _train(_config(clip, "coop", shots=16), dataset, None, tmp_path / "run", clip=clip)
     assert not (tmp_path / "run").exists()
 

@@ -29,7 +29,7 @@ RECORD = "checkpoint.json"
 GENERATOR = "generator"
 """The folder below a checkpoint's that holds the checkpoint of its feature generator, if the run learned one."""
 _PLAIN = (*("dataset", "data_digest", "base_model_digest", "selection", "notes", "calibration", "scores", "versions"),)
-"""Fields that stand in the record as they are."""
+"""Fields that the record holds unchanged."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -113,7 +113,7 @@ def _names(settings: type[Settings]) -> set[str]:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to the folder ``path``, in the place of whatever the run has left there."""
+    """Write ``checkpoint`` to the folder ``path``, replacing what the run has left there."""
     from safetensors.torch import save
 
     with replace_folder(path) as folder:

@@ -45,15 +45,15 @@ class Prediction:
 
 
 class Classifier:
-    """A trained method with the names it chooses from; each image is told apart among all of them.
+    """A trained method and the class names it chooses from.
 
     Args:
         method: a trained method.
-        names: what to choose from; default: the classes of its task that it can tell apart.
+        names: what to choose from; default: the classes of its task that it can classify.
         calibration: its temperature; None: the method's own probabilities.
 
     Raises:
-        DataError: names that are empty, repeated, too long, or that the method cannot tell apart.
+        DataError: names that are empty, repeated, too long, or unknown to the method.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""The settings of a training run: frozen, validated when they are made, stored whole in the checkpoint.
+"""The settings of a training run: frozen, validated on creation, stored in the checkpoint.
 
 :class:`TrainConfig` holds what every run has. What only some methods have is in a :class:`Settings` beside the method.
 """
@@ -25,7 +25,7 @@ def one_of(*choices: str) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Settings that are valid, or were never made.
+    """Settings that validate themselves on creation.
 
     Raises:
         RecipeError: a setting is out of range, or two contradict each other.
@@ -69,16 +69,16 @@ class TrainConfig(Settings):
     synthetic_shots: int | None = at_least(0, None)
     """Synthetic images a class, where a class has as many; None: all that the set kept; 0: none."""
     synthetic_filter: bool = True
-    """Whether they are those with CLIP's best scores, or the first by seed, whatever their score."""
+    """Whether to take those with CLIP's best scores, or the first by seed."""
     redraw_synthetic: bool = False
     """Whether synthetic images get a new crop each time; the published method draws it once."""
 
     epochs: int = at_least(0, 0)
-    """Passes over the few-shot set; 0 where nothing is learned step by step."""
+    """Passes over the few-shot set; 0 if no step is learned."""
     batch_size: int = at_least(1, 8)
     """Real images a step (synthetic ones and generated features come on top)."""
     accumulate: int = at_least(1, 1)
-    """Parts a batch is computed in, one after the other; the gradients are those of their mean loss."""
+    """Parts that a batch is split into; their gradients add up to those of the mean loss."""
     optimizer: str = one_of("sgd", "adamw")
     """Of the learned tensors."""
     learning_rate: float = at_least(0, 0.0025)
@@ -96,21 +96,21 @@ class TrainConfig(Settings):
     adam_epsilon: float = 1e-8
     """Of AdamW."""
     average_mean: float = at_least(0, 0.0)
-    """With ``average_std``: the epoch that weighs most in the Gaussian average of the weights."""
+    """With ``average_std``: the epoch with the largest weight in the Gaussian average of the parameters."""
     average_std: float = at_least(0, 0.0)
-    """The spread of that average, in epochs; 0: the weights of the last step are kept."""
+    """The standard deviation of that average, in epochs; 0: keep the weights of the last step."""
 
     min_crop: float = 0.08
     """Smallest share of an image's area that a training crop keeps."""
     flip: bool = True
     """Whether half of the training images are mirrored."""
     feature_views: int = at_least(0, 0)
-    """Where the image tower is frozen: augmented views of the training set that are encoded once and kept on disk;
-    epoch e learns from view e modulo their number. 0: every epoch is encoded anew."""
+    """With a frozen image tower: augmented views of the training set that are encoded once and cached on disk; epoch e
+    uses view e modulo this number. 0: every epoch encodes its own."""
     text_chunk: int = at_least(1, 128)
-    """Prompts that pass the text tower at once; its activations are computed again on the way back."""
+    """Prompts per pass through the text tower; activations are recomputed in the backward pass."""
     seed: int = 1
-    """Of the few-shot sample, the initial tensors, the order and the crops."""
+    """Of the few-shot sample, the initial tensors, the order of images and the crops."""
     precision: str = one_of("fp32", "bf16", "fp16")
     """Of autocast; learned tensors stay float32."""
 

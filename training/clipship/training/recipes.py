@@ -23,7 +23,7 @@ RECIPES: dict[str, Recipe] = {}
 
 PUBLISHED_MODEL = "ViT-B-16/openai"
 FEATURE_VIEWS = 10
-"""Where the image tower is frozen; the authors encode every epoch anew, or 10 views for a cache."""
+"""For frozen image towers. The authors encode every epoch anew, or 10 views for a cache."""
 
 SYNC_CLIP_PUBLISHED: dict[str, tuple[int, float, float]] = {
     "ImageNet": (5, 0.5, 0.5),
@@ -41,7 +41,7 @@ SYNC_CLIP_PUBLISHED: dict[str, tuple[int, float, float]] = {
 """Epochs, w, lambda of the authors' released configuration, by data set."""
 
 PROMPTSRC_LATE_AVERAGE = ("StanfordCars", "OxfordFlowers", "FGVCAircraft", "DescribableTextures", "EuroSAT")
-"""Where PromptSRC's authors average the last few-shot epochs; elsewhere nearly all of them."""
+"""Data sets on which PromptSRC's authors average the last few-shot epochs; on others nearly all."""
 
 TINY_TEMPLATES: tuple[str, ...] = (
     "a photo of a {}.",
@@ -60,7 +60,7 @@ TINY_TEMPLATES: tuple[str, ...] = (
 """Prompts for class names, of the forms that pre-training has seen: for ensembles on the built-in model."""
 
 _COOP: Mapping[str, Any] = {"batch_size": 32, "learning_rate": 2e-3, "feature_views": FEATURE_VIEWS}
-"""Of CoOp, and of the methods that are trained as it is."""
+"""Training of CoOp and of the methods that share it."""
 _HALF_CROPS: Mapping[str, Any] = {"min_crop": 0.5, "feature_views": FEATURE_VIEWS}
 _CACHE: Mapping[str, Any] = {"cache_alpha": 1.17, "cache_beta": 1.0, **_HALF_CROPS}
 _ADAMW: Mapping[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.01, "warmup_epochs": 0}
@@ -84,13 +84,13 @@ def _published(method: str, **settings: Any) -> TrainConfig:
 
 @recipe
 def zero_shot(dataset: str) -> TrainConfig:
-    """CLIP as it is, with the data set's template."""
+    """Plain CLIP with the data set's template."""
     return _published("zero-shot")
 
 
 @recipe
 def zero_shot_ensemble(dataset: str) -> TrainConfig:
-    """CLIP as it is, with the mean of the seven ImageNet templates of Tip-Adapter and SHIP."""
+    """Plain CLIP with the mean of the seven ImageNet templates of Tip-Adapter and SHIP."""
     from open_clip import SIMPLE_IMAGENET_TEMPLATES
 
     return _published("zero-shot", templates=_forms(SIMPLE_IMAGENET_TEMPLATES))
@@ -107,7 +107,7 @@ def coop(dataset: str) -> TrainConfig:
 
 @recipe
 def coop_cross(dataset: str) -> TrainConfig:
-    """CoOp on all classes of ImageNet, to be judged on other data sets: 50 epochs."""
+    """CoOp on all classes of ImageNet, for evaluation on other data sets: 50 epochs."""
     return coop(dataset).with_settings(classes="all", epochs=50)
 
 
@@ -123,7 +123,7 @@ def cocoop(dataset: str) -> TrainConfig:
 
 @recipe
 def cocoop_cross(dataset: str) -> TrainConfig:
-    """CoCoOp on all classes of ImageNet, to be judged on other data sets."""
+    """CoCoOp on all classes of ImageNet, for evaluation on other data sets."""
     return cocoop(dataset).with_settings(classes="all")
 
 
@@ -144,7 +144,7 @@ def vpt_shallow(dataset: str) -> TrainConfig:
 
 @recipe
 def vpt_deep(dataset: str) -> TrainConfig:
-    """Deep visual prompt tuning: 8 tokens in each of 12 image layers, the text side as it is.
+    """Deep visual prompt tuning: 8 tokens in each of 12 image layers, an unchanged text side.
 
     The settings are those of the runs that MaPLe's authors compare with (arXiv 2210.03117).
     """
@@ -172,7 +172,7 @@ def maple(dataset: str) -> TrainConfig:
 
 @recipe
 def maple_cross(dataset: str) -> TrainConfig:
-    """MaPLe on all classes of ImageNet, to be judged on other data sets: 3 layers, 2 epochs."""
+    """MaPLe on all classes of ImageNet, for evaluation on other data sets: 3 layers, 2 epochs."""
     return maple(dataset).with_settings(classes="all", epochs=2, learning_rate=2.6e-3, text_depth=3)
 
 
@@ -192,7 +192,7 @@ def promptsrc(dataset: str) -> TrainConfig:
 
 @recipe
 def promptsrc_cross(dataset: str) -> TrainConfig:
-    """PromptSRC on all classes of ImageNet, to be judged on other data sets: 3 layers, a flatter average."""
+    """PromptSRC on all classes of ImageNet, for evaluation on other data sets: 3 layers, a flatter average."""
     changes = {"text_depth": 3, "image_depth": 3, "average_mean": 6.0, "average_std": 10.0}
     return promptsrc(dataset).with_settings(classes="all", **changes)
 
@@ -230,7 +230,7 @@ def sync_clip_published(dataset: str) -> TrainConfig:
 
 @recipe
 def sync_clip_cross(dataset: str) -> TrainConfig:
-    """SYNC-CLIP on all classes of ImageNet, to be judged on other data sets: 3 layers, 5 epochs.
+    """SYNC-CLIP on all classes of ImageNet, for evaluation on other data sets: 3 layers, 5 epochs.
 
     Its authors released no such run; layers and epochs are those of the methods it builds on.
     """

@@ -160,7 +160,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> tuple[tuple[LabelledIma
     counts = Counter(item.label for item in dataset.train)
     for label, name in enumerate(dataset.class_names[: dataset.num_base]):
         if counts[label] < max(shots, 1):
-            raise DataError(f"class {name!r} has {counts[label]} training images, {shots} are asked for: lower --shots")
+            raise DataError(f"class {name!r} has {counts[label]} training images, {shots} are needed: lower --shots")
     if not shots:
         return dataset.train, dataset.val
     generator = random.Random(seed)

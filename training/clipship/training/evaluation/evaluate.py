@@ -49,7 +49,7 @@ def harmonic_mean(first: float, second: float) -> float:
 class Scores:
     """Top-1 accuracies in percent, over all images of a half unless it says otherwise.
 
-    None where the protocol does not ask for a number, a half has no images, or the method cannot name its classes.
+    None if the protocol has no such score, a half has no images, or the method does not know its classes.
 
     Raises:
         DataError: an unknown protocol, or a number out of range.
@@ -86,7 +86,7 @@ class Scores:
     temperature: float | None = None
     """What logits were divided by for ``ece_after`` and ``reliability``; None: they are the method's own."""
     ece_before: float | None = None
-    """Expected calibration error of the method's own probabilities over all names that it can tell apart."""
+    """Expected calibration error of the method's own probabilities over all names that it knows."""
     ece_after: float | None = None
     """The same with the temperature."""
     reliability: tuple[ReliabilityBin, ...] = ()
@@ -165,7 +165,7 @@ def evaluate(
     features of the frozen image tower.
 
     Raises:
-        DataError: no images to classify, one that cannot be decoded, or classes that the method cannot tell apart.
+        DataError: no images to classify, one that cannot be decoded, or classes that the method does not know.
     """
     protocol = protocol_of(method, dataset, trained_on)
     method = method_for(method, dataset)
@@ -174,7 +174,7 @@ def evaluate(
     logits_of = logits_over(method, names)
     items = [item for item in dataset.items(split) if item.label < len(names)]
     if not items:
-        known = f"the {len(names)} classes that {method.name} tells apart"
+        known = f"the {len(names)} classes that {method.name} knows"
         raise DataError(f"{dataset.record.name}: the list {split} has no images of {known}: give another list")
     labels = torch.tensor([item.label for item in items])
     logits = logits_of(features_of_files(method, [item.path for item in items], cache=cache))

@@ -11,7 +11,7 @@ from clipship.training.synthetic_set import SYNTHETIC, SyntheticSet
 
 
 def synthetic_beside(data: Path) -> Path:
-    """Where the synthetic set of a data set lies if nobody says: in its folder, or beside its list of images."""
+    """The default folder of a data set's synthetic images: in its folder, or beside its list of images."""
     return (data if data.is_dir() else data.parent) / SYNTHETIC
 
 
@@ -25,7 +25,7 @@ def synthetic_set_for(config: TrainConfig, folder: Path) -> SyntheticSet | None:
         return None
     if not folder.is_dir():
         raise DataError(
-            f"recipe {config.recipe} learns from synthetic images and {folder} is not there: "
+            f"recipe {config.recipe} learns from synthetic images and {folder} does not exist: "
             "give a synthetic set with --synthetic DIR, or make one with clipship synthesize"
         )
     return SyntheticSet.load(folder)

@@ -20,7 +20,7 @@ from clipship.training.model.clip import Clip, digest_of_tensors
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """A feature generator, and the classes it stands in for."""
+    """A feature generator and the classes that it generates."""
 
     generator: FeatureGenerator
     digest: str

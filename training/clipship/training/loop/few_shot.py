@@ -6,7 +6,7 @@ Shapes: N images, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -51,25 +51,20 @@ def sample_of(dataset: Dataset, config: TrainConfig) -> Sample:
     return Sample(task=replace(dataset.task, num_base=learned), train=train, validation=validation)
 
 
+@dataclass(frozen=True, kw_only=True)
 class FewShot:
-    """What a run learns from; a :class:`clipship.training.methods.Source`.
+    """What a run learns from; a :class:`clipship.training.methods.Source`."""
 
-    Args:
-        sample: the images.
-        config: the settings of the run.
-        clip: the model that images are for.
-        generation: what makes features of classes without images.
-        cache: a folder for features of the frozen image tower.
-    """
-
-    def __init__(
-        self, sample: Sample, config: TrainConfig, clip: Clip, generation: Generation | None, cache: Path | None
-    ) -> None:
-        self.sample = sample
-        self.generation = generation
-        self._config, self._clip, self._cache = config, clip, cache
-        self._images = ImageCache()
-        self._views: dict[int, Tensor] = {}
+    sample: Sample
+    config: TrainConfig
+    clip: Clip
+    """The model that images are for."""
+    generation: Generation | None
+    """Makes features of classes without images."""
+    cache: Path | None
+    """A folder for features of the frozen image tower."""
+    _images: ImageCache = field(default_factory=ImageCache)
+    _views: dict[int, Tensor] = field(default_factory=dict)
 
     def preload(self, synthetic: Sequence[Path]) -> None:
         """Read every image, or encode every view, so that a bad file stops a run before it starts.
@@ -81,7 +76,7 @@ class FewShot:
         if not self._keeps_features:
             self._images.preload([*paths, *synthetic])
             return
-        for view in range(1, min(self._config.feature_views, self._config.epochs) + 1):
+        for view in range(1, min(self.config.feature_views, self.config.epochs) + 1):
             self._view(view)
 
     def epoch(self, number: int, synthetic: Sequence[Sequence[Path]]) -> Epoch:
@@ -90,11 +85,11 @@ class FewShot:
             self.sample.train,
             synthetic,
             num_base=self.sample.task.num_base,
-            config=self._config,
-            size_px=self._clip.image_spec.size_px,
+            config=self.config,
+            size_px=self.clip.image_spec.size_px,
             cache=self._images,
             epoch=number,
-            features=self._view(views_of(self._config, number)) if self._keeps_features else None,
+            features=self._view(views_of(self.config, number)) if self._keeps_features else None,
             num_classes=len(self.sample.task.class_names),
         )
 
@@ -102,8 +97,8 @@ class FewShot:
         """``batch`` with as many generated features as it has images, where the run has a generator."""
         if self.generation is None:
             return batch
-        count = len(batch.real) or self._config.batch_size
-        made = self.generation.features(count, f"{self._config.seed} {epoch} {step} generated")
+        count = len(batch.real) or self.config.batch_size
+        made = self.generation.features(count, f"{self.config.seed} {epoch} {step} generated")
         return replace(batch, generated=made)
 
     def train(self, views: int) -> ImageSet:
@@ -114,24 +109,24 @@ class FewShot:
     def validation(self) -> ImageSet:
         """The few-shot validation images of the learned classes, as at test time."""
         paths = [item.path for item in self.sample.validation]
-        features = evaluation_features(self._clip, paths, cache=self._cache)
+        features = evaluation_features(self.clip, paths, cache=self.cache)
         return ImageSet(images=features, labels=_labels(self.sample.validation))
 
     def generated(self, per_class: int) -> ImageSet | None:
         """``per_class`` generated features of every class without images; None without a generator."""
         if self.generation is None:
             return None
-        return self.generation.per_class(per_class, f"{self._config.seed} generated")
+        return self.generation.per_class(per_class, f"{self.config.seed} generated")
 
     @property
     def _keeps_features(self) -> bool:
-        return method_named(self._config.method).image_side_frozen and self._config.feature_views > 0
+        return method_named(self.config.method).image_side_frozen and self.config.feature_views > 0
 
     def _view(self, epoch: int) -> Tensor:
         """Features [N, D] under the crops of ``epoch``."""
         if epoch not in self._views:
             paths = [item.path for item in self.sample.train]
-            self._views[epoch] = view_features(self._clip, paths, self._config, epoch, self._images, cache=self._cache)
+            self._views[epoch] = view_features(self.clip, paths, self.config, epoch, self._images, cache=self.cache)
         return self._views[epoch]
 
 

@@ -1,4 +1,4 @@
-"""The one training loop: a method's own tensors, learned step by step, saved in between, resumed to the bit."""
+"""The one training loop: learns a method's tensors, saves its state, resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
     from clipship.training.synthetic_set import SyntheticSet
 
 STATE = "state"
-SAVE_EVERY_S = 30.0
-"""Seconds of training that a kill can cost."""
 
 
 def learning_rate(config: TrainConfig, epoch: int, step: int = 0, steps: int = 1) -> float:
@@ -60,20 +58,20 @@ def learning_rate(config: TrainConfig, epoch: int, step: int = 0, steps: int = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is carried out; none of it changes what is learned."""
+    """How a run is carried out; no option changes the result."""
 
     resume: bool = False
-    """Go on with an interrupted run; a finished one is returned as it is."""
+    """Continue an interrupted run; a finished one is returned."""
     device: str | None = None
     """A torch device; None: the GPU if there is one."""
     workers: int = 0
-    """Distributed that prepare images."""
+    """Processes that prepare images."""
     cache: Path | None = None
     """Folder for what other runs can use again, features of frozen image towers and generators; None: for this run."""
     tensorboard: Path | None = None
     """Folder for TensorBoard's event files; None: none are written."""
-    save_every_s: float = SAVE_EVERY_S
-    """Seconds of training between two states on disk."""
+    save_every_s: float = 30.0
+    """Seconds of training between two states on disk: what a kill can cost."""
 
 
 def train(
@@ -88,8 +86,8 @@ def train(
 ) -> Checkpoint:
     """Learn ``config.method`` from a few images of ``dataset`` and write the checkpoint to the folder ``out``.
 
-    The state is saved in ``out/state`` twice a minute; an interrupted run that is resumed ends with the very tensors
-    and losses of an uninterrupted one. ``clip`` is the loaded base model if there is one already, ``generator`` the
+    The state is saved in ``out/state`` twice a minute; a resumed run ends with exactly the tensors and losses of an
+    uninterrupted one. ``clip`` is the loaded base model if there is one already, ``generator`` the
     checkpoint of a feature generator that takes the place of the one the recipe would learn first.
 
     Raises:
@@ -118,10 +116,10 @@ def train(
     method = build_method(clip, config, sample.task)
     paths = _synthetic_images(method, synthetic)
     if processes.is_main:
-        _tell_missing(config, paths, dataset.class_names)
+        _log_missing(config, paths, dataset.class_names)
     losses: Losses = []
     if method.learned():
-        data = FewShot(sample, config, clip, generation, options.cache)
+        data = FewShot(sample=sample, config=config, clip=clip, generation=generation, cache=options.cache)
         losses = _Run(method, data, paths, processes, options, out).learn()
     is_classifier = not isinstance(method, FeatureGenerator)
     checkpoint = Checkpoint(
@@ -170,8 +168,8 @@ def _synthetic_images(method: Method, synthetic: SyntheticSet | None) -> tuple[t
     """The synthetic images of every class; () where the run has none.
 
     Raises:
-        RecipeError: the method needs a set and there is none, or it needs none and images are asked for.
-        DataError: no class has any, or as many as are asked for.
+        RecipeError: the method needs a set and there is none, or it needs none and images are requested.
+        DataError: no class has any, or enough.
     """
     config = method.config
     if not method.needs_synthetic and (config.synthetic_shots is not None or not config.synthetic_filter):
@@ -188,8 +186,8 @@ def _synthetic_images(method: Method, synthetic: SyntheticSet | None) -> tuple[t
     return synthetic_paths(synthetic, method.task.class_names, config)
 
 
-def _tell_missing(config: TrainConfig, synthetic: Sequence[Sequence[Path]], class_names: Sequence[str]) -> None:
-    """Say how many classes have no synthetic image, or fewer than are asked for."""
+def _log_missing(config: TrainConfig, synthetic: Sequence[Sequence[Path]], class_names: Sequence[str]) -> None:
+    """Log how many classes have no synthetic image, or fewer than requested."""
     missing = [name for name, paths in zip(class_names, synthetic, strict=False) if not paths]
     fewer = sum(0 < len(paths) < (config.synthetic_shots or 0) for paths in synthetic)
     if missing:
@@ -202,7 +200,7 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
     """The finished run in ``out`` if it is to be reused, None if there is something to learn.
 
     Raises:
-        RecipeError: a run is there that is not this one, or that is not to be resumed.
+        RecipeError: another run, or one that must not be resumed.
         UsageError: ``out`` is a file, or a folder with other things in it.
     """
     if out.exists() and not out.is_dir():
@@ -214,13 +212,13 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
         raise UsageError(f"{out} holds other files: give a new folder for the checkpoint")
     if not resume:
         kind = "a finished" if has_checkpoint else "an unfinished"
-        raise RecipeError(f"{out} holds {kind} run: add --resume to go on with it, or give another folder")
+        raise RecipeError(f"{out} holds {kind} run: add --resume to continue it, or give another folder")
     if not has_checkpoint:
         return None
     checkpoint = load_checkpoint(out)
     if (checkpoint.config.digest, checkpoint.data_digest) != (config.digest, data_digest):
         raise RecipeError(f"{out} holds a finished run with other settings or data: give another folder")
-    log(f"{out} is finished already: nothing to do")
+    log(f"{out} is already finished: nothing to do")
     return checkpoint
 
 
@@ -328,7 +326,7 @@ class _Run:
         return replace(batch, real=replace(batch.real, images=frozen_features(self.clip, batch.real.images)))
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """What must be equal for a run to be continued."""
         return {
             "config": self.config.digest,
             "base_model": self.clip.digest,
@@ -344,7 +342,7 @@ class _Run:
 
     def _restored(self) -> Position:
         position = self.state.restore(self.folder, self._identity(), self.clip.device)
-        log(f"going on at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
+        log(f"continuing at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
         return position
 
     def _tensorboard(self, done: int) -> Any:

@@ -41,7 +41,7 @@ def method_named(name: str) -> type[Method]:
 
 
 def build_method(clip: Clip, config: TrainConfig, task: Task) -> Method:
-    """A fresh method of ``config.method``, initialised from ``config.seed``, its learned tensors where ``clip`` lives.
+    """A fresh method on the device of ``clip``, initialised from ``config.seed``.
 
     Raises:
         RecipeError: an unknown method, settings of another one, or such that the model cannot take.

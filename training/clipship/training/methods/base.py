@@ -28,7 +28,7 @@ Classify = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be told apart."""
+    """The classes to distinguish."""
 
     class_names: tuple[str, ...]
     """All classes, base ones first."""
@@ -61,7 +61,7 @@ class ImageSet:
         return replace(self, images=self.images[part], labels=self.labels[part])
 
     def on(self, clip: Clip) -> Self:
-        """The same where ``clip`` lives, uint8 pixels normalised."""
+        """The same on the device of ``clip``, uint8 pixels normalised."""
         images = self.images.to(clip.device)
         images = clip.normalize(images) if images.dtype == torch.uint8 else images
         return replace(self, images=images, labels=self.labels.to(clip.device))
@@ -83,7 +83,7 @@ class Partners(ImageSet):
         return replace(self, images=self.images[chosen], labels=self.labels[chosen], rows=rows)
 
     def on(self, clip: Clip) -> Partners:
-        """The same where ``clip`` lives, uint8 pixels normalised."""
+        """The same on the device of ``clip``, uint8 pixels normalised."""
         return replace(super().on(clip), rows=self.rows.to(clip.device))
 
 
@@ -94,7 +94,7 @@ class Batch:
     real: ImageSet
     """B real images; none where all features are generated."""
     files: tuple[str, ...] = ()
-    """Where the images came from, for error messages."""
+    """Paths of the images, for error messages."""
     synthetic_base: Partners | None = None
     """Synthetic images of the classes of ``real``."""
     synthetic_new: ImageSet | None = None
@@ -131,7 +131,7 @@ class Batch:
         return replace(self, **parts)
 
     def on(self, clip: Clip) -> Batch:
-        """The batch where ``clip`` lives, with uint8 pixels normalised."""
+        """The batch on the device of ``clip``, uint8 pixels normalised."""
         moved: dict[str, Any] = {name: images.on(clip) for name, images in self._sets.items()}
         return replace(self, **moved)
 
@@ -147,7 +147,7 @@ def _bounds(size: int, number: int, count: int) -> slice:
 
 
 class Source(Protocol):
-    """What a method can ask for before its first step and after its last one."""
+    """Data for a method before its first step and after its last one."""
 
     def train(self, views: int) -> ImageSet:
         """The few-shot images of the learned classes: the renormalised mean over ``views`` augmented views of each."""
@@ -167,10 +167,18 @@ class FeatureGenerator(Protocol):
         """Unit features [G, D] of the classes ``names[label]``, labels int64 [G]; equal generators give equal ones."""
 
 
-class Method(nn.Module):
-    """The plain CLIP; a method overrides the prompts it learns and, where it must, the loss.
+def chunked(function: Callable[..., Tensor], *rows: Tensor, size: int) -> Tensor:
+    """``function`` of ``rows``, ``size`` at once; several chunks recompute their activations in the backward pass."""
+    chunks = list(zip(*(torch.split(one, size) for one in rows), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
 
-    A module of this package defines a method by a subclass with a ``name``; nothing lists it by hand.
+
+class Method(nn.Module):
+    """Plain CLIP; a method overrides the prompts it learns and, if needed, the loss.
+
+    A module of this package defines a method by a subclass with a ``name``; there is no list to add it to.
 
     The frozen model is no submodule, so parameters and state hold learned tensors only.
     """
@@ -182,13 +190,13 @@ class Method(nn.Module):
     settings: Any
     """Of that type."""
     image_side_frozen = True
-    """Whether images pass the image tower as it is, so that their features can be kept."""
+    """Whether the image tower has no learned tensors, so that its features can be cached."""
     needs_synthetic = False
     """Whether a batch must hold synthetic images."""
     closed_vocabulary = False
-    """Whether only classes with real images can be told apart."""
+    """Whether the method knows only classes with real images."""
     selection = ""
-    """What is chosen on validation images besides the weights, in a few words; empty: nothing."""
+    """What else is chosen on validation images, in a few words; empty: nothing."""
     not_exportable = ""
     """Why ``clipship pack`` cannot take the method; empty: it can."""
 
@@ -200,7 +208,7 @@ class Method(nn.Module):
         self.task = task
         self.templates: tuple[str, ...] = config.templates or task.templates
         self.notes: dict[str, float] = {}
-        """What a run has measured besides its losses; stored in the checkpoint's record."""
+        """Measurements of a run besides its losses; stored in the checkpoint."""
         self._tokens: dict[tuple[str, ...], list[Tensor]] = {}
         self._constant: dict[tuple[str, ...], Tensor] = {}
 
@@ -246,7 +254,7 @@ class Method(nn.Module):
         return self._constant[key]
 
     def classifier(self, names: Sequence[str]) -> Classify:
-        """What tells classes apart by name; made once, then given the features of any number of images."""
+        """A classifier over ``names``, made once for any number of images."""
         classes = self.class_features(names)
         return lambda features: self.logits(features, classes)
 
@@ -255,7 +263,7 @@ class Method(nn.Module):
         """:meth:`classifier` as arrays, one row a name: what ``clipship pack`` writes.
 
         Raises:
-            DataError: a prompt is too long for the text tower, or the method cannot tell these classes apart.
+            DataError: a prompt is too long for the text tower, or the method does not know a class.
         """
         features = self.class_features(names).float().cpu().numpy()
         return VocabularyFeatures(features=features, logit_scale=self.clip.logit_scale)
@@ -272,7 +280,7 @@ class Method(nn.Module):
         return {"total": classification, "real": classification.detach()}
 
     def examples(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Frozen features [B + G, D], labels [B + G], and the names they are told apart among.
+        """Frozen features [B + G, D], labels [B + G], and the candidate class names.
 
         Real images among the base classes; with generated features both among all classes, as SHIP does.
         """
@@ -293,20 +301,17 @@ class Method(nn.Module):
         return functional.normalize(torch.stack(each).mean(dim=0), dim=-1)
 
     def _tokens_of(self, names: tuple[str, ...]) -> list[Tensor]:
-        """Tokens [C, L'] a template, cut after the last end token; kept, as training asks for the same names again."""
+        """Tokens [C, L'] per template, cut after the last end token; cached, since training repeats the names."""
         if names not in self._tokens:
             tokens = [self.clip.tokenize([prompt_of(name, form) for name in names]) for form in self.templates]
             self._tokens = {names: [prompts.without_padding(self.clip, one).to(self.clip.device) for one in tokens]}
         return self._tokens[names]
 
     def _chunked_text_features(self, tokens: Tensor) -> Tensor:
-        chunks = torch.split(tokens, self.config.text_chunk)
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._shared_text_features(chunk) for chunk in chunks])
-        return torch.cat([checkpoint(self._shared_text_features, chunk, use_reentrant=False) for chunk in chunks])
+        return chunked(self._shared_text_features, tokens, size=self.config.text_chunk)
 
     def _shared_text_features(self, tokens: Tensor) -> Tensor:
-        """As :meth:`text_features`, but what all classes have in common, the context, is computed once."""
+        """As :meth:`text_features`, but the context that all classes share is computed once."""
         context = self.text_prompts()
         if context is None or not prompts.can_share_context(self.clip):
             return self.text_features(tokens)

@@ -1,4 +1,4 @@
-"""CLIP-Adapter: a small bottleneck after the image tower, text side as it is (arXiv 2110.04544).
+"""CLIP-Adapter: a small bottleneck after the image tower, an unchanged text side (arXiv 2110.04544).
 
 Shapes: N images, D joint dimensions, H hidden dimensions.
 """

@@ -27,7 +27,7 @@ class Maple(PromptedImages, LearnedContext):
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        validate_depth(clip, image_depth=self.settings.text_depth, text_depth=0)
+        validate_depth(clip, "image", self.settings.text_depth)
 
     def draw(self, generator: torch.Generator) -> None:
         """The maps: weights [J, W, V], biases [J, V]."""

@@ -1,4 +1,4 @@
-"""What methods with learned prompts have in common: a context for the text tower, prompts for the image tower.
+"""Shared by methods with learned prompts: a context for the text tower, prompts for the image tower.
 
 Shapes: J prompted layers, M tokens a layer, S and U synthetic images of classes with and without real ones, C classes,
 D joint dimensions.
@@ -49,7 +49,7 @@ class ImagePromptSettings(Settings):
 class LearnedContext(Method):
     """Learned tokens in the place of the first words of the prompt, in one or more layers of the text tower.
 
-    Of ``context_init``'s words as many are learned as ``text_tokens`` says; those after them stay as they are.
+    The first ``text_tokens`` words of ``context_init`` are learned, those after them stay fixed.
     """
 
     settings: ContextSettings
@@ -57,7 +57,7 @@ class LearnedContext(Method):
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
         depth, tokens = self.settings.text_depth, self.settings.text_tokens
-        validate_depth(clip, image_depth=0, text_depth=depth)
+        validate_depth(clip, "text", depth)
         generator = torch.Generator().manual_seed(config.seed)
         words = self.settings.context_init.split()
         learned, fixed = words[:tokens], words[tokens:]
@@ -86,7 +86,7 @@ class PromptedImages(Method):
             RecipeError: the settings ask for more layers than the tower has.
         """
         settings: ImagePromptSettings = self.settings
-        validate_depth(self.clip, image_depth=settings.image_depth, text_depth=0)
+        validate_depth(self.clip, "image", settings.image_depth)
         return random_prompts(settings.image_depth, settings.image_tokens, self.clip.image_width, generator)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""The frozen text features that learned ones are held to.
+"""The frozen text features that regularise learned ones.
 
 Shapes: C classes, L tokens, D joint dimensions.
 """
@@ -19,16 +19,16 @@ from clipship.training.model.clip import Clip
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceSettings(Settings):
-    """The frozen class features, and how closely they are kept to."""
+    """The frozen class features and the weight of the distance to them."""
 
     reference_templates: tuple[str, ...] = ()
-    """Prompts of the frozen model that learned ones are held to; empty: the data set's own."""
+    """Prompts of the frozen model; empty: the data set's own."""
     text_consistency: float = at_least(0, 0.0)
     """The weight of the distance between learned and frozen class features."""
 
 
 class Reference(Method):
-    """CLIP as it is, under ``reference_templates``; it has no learned tensors and no state.
+    """Plain CLIP under ``reference_templates``, without learned tensors or state.
 
     Templates are averaged before the features are normalised, as in PromptSRC (arXiv 2307.06948); zero-shot ensembles
     normalise each one first.

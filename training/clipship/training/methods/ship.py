@@ -16,20 +16,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from clipship.core.progress import log
 from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import raised
-from clipship.training.methods.base import Batch, Method, Source, Task
+from clipship.training.methods.base import Batch, Method, Source, Task, chunked
 from clipship.training.methods.layers import normal_linear
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
 
 COLLAPSED_NATS = math.log(2)
-"""The divergence bounds what the latent can tell about an image; below one bit it cannot tell two images apart."""
+"""The divergence bounds the information of the latent about an image; one bit distinguishes two images."""
 COLLAPSED_SHARE = 0.05
-"""Generated features of a class that vary less than this share of the real ones are as good as copies of its name's."""
+"""Generated features of a class that vary less than this share of the real ones are nearly copies of each other."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,10 +91,7 @@ class ShipGenerator(Method):
         tokens_BL = self._tokens_of(tuple(names))[0][labels]
         hidden = functional.leaky_relu(self.decoder_in(latent), self.settings.decoder_slope)
         shift_B1W = self.decoder_out(hidden)[:, None]
-        chunks = zip(*(torch.split(one, self.config.text_chunk) for one in (tokens_BL, shift_B1W)), strict=True)
-        if torch.is_grad_enabled() and len(tokens_BL) > self.config.text_chunk:
-            return torch.cat([checkpoint(self._through_text_tower, *one, use_reentrant=False) for one in chunks])
-        return torch.cat([self._through_text_tower(*one) for one in chunks])
+        return chunked(self._through_text_tower, tokens_BL, shift_B1W, size=self.config.text_chunk)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Squared error of the decoded feature plus ``kl_weight`` times the posterior's divergence from N(0, I)."""

@@ -26,12 +26,12 @@ BETAS = tuple(0.1 + step * (7 - 0.1) / 200 for step in range(200))
 
 @dataclass(frozen=True, kw_only=True)
 class TipAdapterSettings(Settings):
-    """The cache and where the search for its weights starts."""
+    """The cache, and the start of the search for its weights."""
 
     cache_alpha: float = at_least(0, 1.0)
-    """The weight of the cache's votes beside CLIP's logits; where the search starts."""
+    """The weight of the cache's votes beside CLIP's logits; start of the search."""
     cache_beta: float = at_least(0, 5.5)
-    """How fast a vote falls with the distance to the key; where the search starts."""
+    """How fast a vote falls with the distance to the key; start of the search."""
     cache_views: int = at_least(1, 10)
     """Augmented views of an image whose mean feature is its key."""
     generated_shots: int = at_least(0, 16)
@@ -43,9 +43,8 @@ class TipAdapter(Method):
 
     Keys are the means of ``cache_views`` augmented views of the few-shot images, ``shots`` a class; a run with a
     generator adds ``generated_shots`` for each class without images. Classes without keys get no votes. alpha and beta
-    are those with the best accuracy on the few-shot validation images, which are of the classes with real images only:
-    with a generator they are told apart among all classes, and nothing is known of what the others would need. Where
-    there are no validation images the settings stay as they are.
+    are those with the best accuracy on the few-shot validation images. These show classes with real images only; with a
+    generator they are classified among all classes. Without validation images the settings are kept.
     """
 
     name = "tip-adapter"
@@ -78,7 +77,7 @@ class TipAdapter(Method):
         """Fill the cache.
 
         Raises:
-            DataError: a class has not the number of images that the settings ask for.
+            DataError: a class has another number of images than the settings require.
         """
         parts = [source.train(self.settings.cache_views)]
         if self.config.generator is not None and self.settings.generated_shots:
@@ -156,7 +155,7 @@ class TipAdapter(Method):
 
 
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter whose keys are learned on from the cached ones, at the alpha and beta of the settings."""
+    """Tip-Adapter with learned keys, trained at the alpha and beta of the settings."""
 
     name = "tip-adapter-f"
 
