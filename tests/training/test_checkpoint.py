@@ -122,3 +122,15 @@ def test_damage_is_one_line(saved: Path, tmp_path: Path) -> None:
         handle.write(b"\xff")
     with pytest.raises(CheckpointError, match="is missing or has changed"):
         load_checkpoint(saved)
+
+
+def test_a_checkpoint_of_version_0_5_is_read(saved: Path, checkpoint: Checkpoint, clip: Clip) -> None:
+    """Its settings are those of all methods in one flat object."""
+    golden = json.loads((Path(__file__).parent / "recipes-0.5.json").read_text(encoding="utf-8"))
+    record = json.loads((saved / "checkpoint.json").read_text())
+    assert golden["defaults"].keys() > record["config"].keys()
+    record["config"] = {**golden["defaults"], **record["config"]}
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    loaded = load_checkpoint(saved)
+    assert loaded.config == checkpoint.config
+    assert torch.equal(method_from_checkpoint(loaded, clip).learned()["context"], checkpoint.learned["context"])

@@ -16,6 +16,7 @@ from clipship.training.datasets.base import Dataset
 from clipship.training.datasets.load import few_shot
 from clipship.training.inputs import batches
 from clipship.training.inputs.batches import Epoch, ImageCache, crop_box
+from clipship.training.inputs.synthetic import synthetic_paths
 from clipship.training.methods import Batch, Partners, config_of
 from clipship.training.synthetic_set import SyntheticSet
 
@@ -79,7 +80,7 @@ def test_evaluation_pixels_are_the_clients(dataset: Dataset) -> None:
 
 def _epoch(dataset: Dataset, synthetic: SyntheticSet | None, epoch: int, config: TrainConfig = CONFIG) -> Epoch:
     base = [item for item in few_shot(dataset, 2, 1)[0] if item.label < dataset.num_base]
-    paths = batches.synthetic_paths(synthetic, dataset.class_names, config) if synthetic else ()
+    paths = synthetic_paths(synthetic, dataset.class_names, config) if synthetic else ()
     return Epoch(base, paths, num_base=dataset.num_base, config=config, size_px=32, cache=ImageCache(), epoch=epoch)
 
 
@@ -157,39 +158,3 @@ def test_where_every_class_has_images_every_row_has_a_partner(dataset: Dataset, 
     batch = _epoch(dataset, synthetic, 1)[0]
     assert _partners(batch).rows.tolist() == [0, 1, 2, 3]
     assert (_partners(batch).share, batch.partner_weight, batch.part(0, 2).partner_weight) == (1.0, 1.0, 1.0)
-
-
-NAMES = ("red", "green", "blue_sky", "white", "black")
-
-
-def _seeds(synthetic: SyntheticSet, **changes: object) -> list[list[int]]:
-    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
-    return [[int(path.stem) for path in paths] for paths in batches.synthetic_paths(synthetic, NAMES, config)]
-
-
-def test_synthetic_images_are_the_best_or_the_first(uneven: SyntheticSet) -> None:
-    """Seeds of every class; red 0 was refused before it had a score."""
-    assert _seeds(uneven) == [[3, 2], [1], [], [5, 4, 0], []]
-    assert _seeds(uneven, synthetic_shots=2) == [[3, 2], [1], [], [5, 4], []]
-    assert _seeds(uneven, synthetic_filter=False) == [[1, 2, 3], [1], [], [0, 1, 4, 5], []]
-    assert _seeds(uneven, synthetic_filter=False, synthetic_shots=1) == [[1], [1], [], [0], []]
-
-
-def test_images_that_were_deleted_are_not_learned_from(uneven: SyntheticSet) -> None:
-    gone = next(image.path for image in uneven.images if (image.class_name, image.seed) == ("white", 1))
-    content = gone.read_bytes()
-    gone.unlink()
-    try:
-        assert _seeds(uneven, synthetic_filter=False)[3] == [0, 4, 5]
-    finally:
-        gone.write_bytes(content)
-
-
-def test_a_set_that_has_nothing_to_give_is_refused(synthetic: SyntheticSet) -> None:
-    assert batches.synthetic_paths(synthetic, ["violet", "red"], CONFIG)[0] == ()
-    with pytest.raises(
-        DataError, match=r"no image of any of the 2 classes, the first is 'violet'.*--synthetic-shots 0"
-    ):
-        batches.synthetic_paths(synthetic, ["violet", "mauve"], CONFIG)
-    with pytest.raises(DataError, match=r"4 synthetic images a class requested, no class of .* more than 3"):
-        batches.synthetic_paths(synthetic, NAMES, replace(CONFIG, synthetic_shots=4))

@@ -67,7 +67,7 @@ class Checkpoint:
 
     @property
     def temperature(self) -> float | None:
-        """What logits are divided by before the softmax, so that probabilities mean what they say."""
+        """What logits are divided by before the softmax, for calibrated probabilities."""
         return None if self.calibration is None else float(self.calibration["temperature"])
 
     def to_json(self) -> dict[str, Any]:
@@ -197,6 +197,6 @@ def load_learned(method: Method, learned: Mapping[str, Tensor]) -> None:
         name = odd[0]
         raise CheckpointError(
             f"learned tensor {name!r} is {given.get(name, 'missing')}, {method.name} takes {wanted.get(name, 'none')}: "
-            "load the checkpoint that belongs to these settings"
+            "load the checkpoint of these settings"
         )
     method.load_state_dict(dict(learned))

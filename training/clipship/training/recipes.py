@@ -23,7 +23,7 @@ RECIPES: dict[str, Recipe] = {}
 
 PUBLISHED_MODEL = "ViT-B-16/openai"
 FEATURE_VIEWS = 10
-"""For frozen image towers. The authors encode every epoch anew, or 10 views for a cache."""
+"""For frozen image towers. The authors encode each epoch again, or 10 views for a cache."""
 
 SYNC_CLIP_PUBLISHED: dict[str, tuple[int, float, float]] = {
     "ImageNet": (5, 0.5, 0.5),
@@ -67,7 +67,7 @@ _ADAMW: Mapping[str, Any] = {"optimizer": "adamw", "learning_rate": 1e-3, "weigh
 
 
 def recipe(function: Recipe) -> Recipe:
-    """Add a recipe under the name of its function, and note the name in its settings."""
+    """Register a recipe under the name of its function, and set the name in its settings."""
     name = function.__name__.replace("_", "-")
 
     @wraps(function)
@@ -100,7 +100,7 @@ def zero_shot_ensemble(dataset: str) -> TrainConfig:
 def coop(dataset: str) -> TrainConfig:
     """CoOp as run for base-to-new generalisation: 4 context words from "a photo of a".
 
-    The authors' code encodes the images anew in every epoch; for that set ``feature_views`` to 0.
+    The authors' code encodes the images again in every epoch; for that, set ``feature_views`` to 0.
     """
     return _published("coop", epochs=50 if dataset == "ImageNet" else 200, **_COOP)
 

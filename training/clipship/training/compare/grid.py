@@ -194,8 +194,7 @@ def _synthetic_choices(request: Request, config: TrainConfig) -> list[dict[str, 
 
 def _validate_synthetic(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
     """Say now that there are too few synthetic images."""
-    from clipship.training.inputs.batches import synthetic_paths
-    from clipship.training.inputs.synthetic import synthetic_set_for
+    from clipship.training.inputs.synthetic import synthetic_paths, synthetic_set_for
 
     images = synthetic_set_for(config, folder)
     if images is not None:

@@ -29,7 +29,7 @@ class DatasetRecord:
     split_file: str = ""
     """For the reader "split-file"."""
     folders: tuple[str, ...] = ()
-    """Names of a folder that is taken for this data set."""
+    """Folder names that identify this data set."""
     marks: tuple[str, ...] = ()
     """Paths that together identify this data set in a folder of another name."""
     image_dir: str = "."

@@ -56,11 +56,11 @@ def known_records() -> dict[str, DatasetRecord]:
 
 
 def load_dataset(path: Path) -> Dataset:
-    """Read the data set that ``path`` is: a folder, or a CSV or Parquet list.
+    """Read a data set: a folder, or a CSV or Parquet list.
 
     A folder with a ``split_zhou_NAME.json`` is in the CoOp layout. One without is a published data set if it has the
     name that the CoOp code base gives it (``dtd``, ``fgvc_aircraft``, ``imagenet-sketch``; ``awa2``, ``cub`` and
-    ``sun`` for the proposed zero-shot splits), or the files that tell it. Anything else is a tree with a folder for
+    ``sun`` for the proposed zero-shot splits), or the files that identify it. Anything else is a tree with a folder for
     each class. What is not published has the template "a photo of a {}.". ``train`` may be empty.
 
     Raises:

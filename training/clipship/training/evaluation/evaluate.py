@@ -47,7 +47,7 @@ def harmonic_mean(first: float, second: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Top-1 accuracies in percent, over all images of a half unless it says otherwise.
+    """Top-1 accuracies in percent, over all images of a half unless stated otherwise.
 
     None if the protocol has no such score, a half has no images, or the method does not know its classes.
 
@@ -202,7 +202,7 @@ def protocol_of(method: Method, dataset: Dataset, trained_on: str | None = None)
 def method_for(method: Method, dataset: Dataset) -> Method:
     """The same learned tensors, asking with the templates of ``dataset`` where the method asks with a data set's.
 
-    Its task keeps its own classes, which a cache of their features belongs to; ``classifier`` takes any others.
+    Its task keeps its own classes, to which a cache of features belongs; ``classifier`` takes any others.
     """
     templates = dataset.task.templates
     if templates == method.task.templates:

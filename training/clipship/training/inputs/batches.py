@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,53 +24,9 @@ from clipship.training.config import TrainConfig
 from clipship.training.datasets.base import LabelledImage
 from clipship.training.methods.base import Batch, ImageSet, Partners
 
-if TYPE_CHECKING:
-    from clipship.training.synthetic_set import SyntheticSet
-
 _CACHE_BYTES = 1 << 30
 _ASPECT = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
-
-
-def synthetic_paths(
-    synthetic: SyntheticSet, class_names: Sequence[str], config: TrainConfig
-) -> tuple[tuple[Path, ...], ...]:
-    """The synthetic images that each class learns from, in the order of ``class_names``; a class may have none.
-
-    ``config`` chooses them: the kept ones with the best scores, or the first by seed.
-
-    Raises:
-        DataError: no class has any, or none has enough.
-    """
-    if config.synthetic_filter:
-        found = {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
-    else:
-        found = _made_images(synthetic)
-    most = max((len(found.get(name, ())) for name in class_names), default=0)
-    if not most:
-        raise DataError(
-            f"{synthetic.folder} has no image of any of the {len(class_names)} classes, the first is "
-            f"{class_names[0]!r}: write it for the class names of the data set, or take --synthetic-shots 0"
-        )
-    if config.synthetic_shots is not None and config.synthetic_shots > most:
-        raise DataError(
-            f"{config.synthetic_shots} synthetic images a class requested, no class of {synthetic.folder} has "
-            f"more than {most}: request fewer, or synthesize more"
-        )
-    return tuple(found.get(name, ())[: config.synthetic_shots] for name in class_names)
-
-
-def _made_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
-    """Of every class the images in the order of their seeds, whatever their score.
-
-    Images that were rejected before scoring (by the safety checker, for example) or deleted are left out.
-    """
-    found: dict[str, list[Path]] = {}
-    for image in sorted(synthetic.images, key=lambda image: image.seed):
-        usable = image.kept or image.score is not None
-        if usable and image.path.is_file():
-            found.setdefault(image.class_name, []).append(image.path)
-    return {name: tuple(paths) for name, paths in found.items()}
 
 
 def decoded(path: Path) -> Image.Image:

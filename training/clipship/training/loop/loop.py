@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,8 +23,8 @@ from clipship.training.config import TrainConfig
 from clipship.training.datasets.base import Dataset
 from clipship.training.distributed import Distributed
 from clipship.training.evaluation.temperature import calibrate
-from clipship.training.inputs.batches import synthetic_paths
 from clipship.training.inputs.features import frozen_features
+from clipship.training.inputs.synthetic import log_missing, synthetic_images
 from clipship.training.loop.feature_generator import generation_from_checkpoint, validate_generator
 from clipship.training.loop.few_shot import FewShot, sample_of
 from clipship.training.loop.run_state import Losses, Position, RunState, WeightAverage
@@ -114,9 +114,9 @@ def train(
             learned = load_checkpoint(generator)
         generation = generation_from_checkpoint(learned, where, clip, sample.task)
     method = build_method(clip, config, sample.task)
-    paths = _synthetic_images(method, synthetic)
+    paths = synthetic_images(config, sample.task.class_names, synthetic)
     if processes.is_main:
-        _log_missing(config, paths, dataset.class_names)
+        log_missing(config, paths, dataset.class_names)
     losses: Losses = []
     if method.learned():
         data = FewShot(sample=sample, config=config, clip=clip, generation=generation, cache=options.cache)
@@ -162,38 +162,6 @@ def _selection(method: Method) -> str:
     if config.average_std:
         rule = f"Gaussian average over epochs (mean {config.average_mean:g}, std {config.average_std:g})"
     return f"{rule}; {method.selection}" if method.selection else rule
-
-
-def _synthetic_images(method: Method, synthetic: SyntheticSet | None) -> tuple[tuple[Path, ...], ...]:
-    """The synthetic images of every class; () where the run has none.
-
-    Raises:
-        RecipeError: the method needs a set and there is none, or it needs none and images are requested.
-        DataError: no class has any, or enough.
-    """
-    config = method.config
-    if not method.needs_synthetic and (config.synthetic_shots is not None or not config.synthetic_filter):
-        raise RecipeError(
-            f"recipe {config.recipe} does not learn from synthetic images: leave out --synthetic-shots and "
-            "--no-synthetic-filter, or take a recipe that does, such as sync-clip"
-        )
-    if not method.needs_synthetic or config.synthetic_shots == 0:
-        return ()
-    if synthetic is None:
-        raise RecipeError(
-            f"recipe {config.recipe} learns from synthetic images: give a synthetic set (--synthetic DIR)"
-        )
-    return synthetic_paths(synthetic, method.task.class_names, config)
-
-
-def _log_missing(config: TrainConfig, synthetic: Sequence[Sequence[Path]], class_names: Sequence[str]) -> None:
-    """Log how many classes have no synthetic image, or fewer than requested."""
-    missing = [name for name, paths in zip(class_names, synthetic, strict=False) if not paths]
-    fewer = sum(0 < len(paths) < (config.synthetic_shots or 0) for paths in synthetic)
-    if missing:
-        log(f"no synthetic image of {len(missing)} of {len(class_names)} classes, the first is {missing[0]!r}")
-    if fewer:
-        log(f"fewer than {config.synthetic_shots} synthetic images of {fewer} of {len(class_names)} classes")
 
 
 def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: bool) -> Checkpoint | None:

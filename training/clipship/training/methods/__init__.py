@@ -1,6 +1,6 @@
 """The methods by name. Each is a module of its own: settings, learned tensors and a loss, never a training loop.
 
-A module in this folder is found by itself: every subclass of :class:`Method` with a ``name`` of its own is a method.
+Modules of this folder are found by themselves: each subclass of :class:`Method` with its own ``name`` is a method.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class CoCoOp(LearnedContext):
     name = "cocoop"
     settings_type = CoCoOpSettings
     settings: CoCoOpSettings
-    not_exportable = "it computes the class features for every image anew, so there is no vocabulary to pack"
+    not_exportable = "it computes other class features for every image, so there is no vocabulary to pack"
 
     def draw(self, generator: torch.Generator) -> None:
         """The net from features to shifts: D -> D / reduction -> W."""
