@@ -246,18 +246,14 @@ def _class_mean(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def _counts(dataset: Dataset, split: str, protocol: str) -> dict[str, Any]:
-    num_images, num_classes = len(dataset.items(split)), len(dataset.class_names)
-    counts = {"num_images": num_images, "num_classes": num_classes}
+    items, num_base = dataset.items(split), dataset.num_base
+    counts = {"num_images": len(items), "num_classes": len(dataset.class_names)}
     if protocol not in (BASE_TO_NEW, GENERALISED):
         return counts
-    num_base_images = sum(item.label < dataset.num_base for item in dataset.items(split))
-    return {
-        **counts,
-        "num_base_images": num_base_images,
-        "num_new_images": num_images - num_base_images,
-        "num_base_classes": dataset.num_base,
-        "num_new_classes": num_classes - dataset.num_base,
-    }
+    num_base_images = sum(item.label < num_base for item in items)
+    base = {"num_base_images": num_base_images, "num_base_classes": num_base}
+    new = {"num_new_images": len(items) - num_base_images, "num_new_classes": len(dataset.class_names) - num_base}
+    return counts | base | new
 
 
 def _reliability(logits: Tensor, labels: Tensor, temperature: float | None) -> dict[str, Any]:

@@ -120,7 +120,7 @@ def train(
     losses: Losses = []
     if method.learned():
         data = FewShot(sample=sample, config=config, clip=clip, generation=generation, cache=options.cache)
-        losses = _Run(method, data, paths, processes, options, out).learn()
+        losses = _Run(method, data, paths, processes, options, out / STATE).learn()
     is_classifier = not isinstance(method, FeatureGenerator)
     checkpoint = Checkpoint(
         config=config,
@@ -190,26 +190,23 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
     return checkpoint
 
 
+@dataclass
 class _Run:
     """A method, what it learns from, and where its state is kept."""
 
-    def __init__(
-        self,
-        method: Method,
-        data: FewShot,
-        synthetic: tuple[tuple[Path, ...], ...],
-        processes: Distributed,
-        options: RunOptions,
-        out: Path,
-    ) -> None:
-        self.method, self.data, self.processes, self.options = method, data, processes, options
-        self.config, self.clip = method.config, method.clip
-        self.synthetic = synthetic
-        self.folder = out / STATE
-        _validate_batch(self.config, data, processes)
-        average = WeightAverage(method, self.config) if self.config.average_std else None
+    method: Method
+    data: FewShot
+    synthetic: tuple[tuple[Path, ...], ...]
+    processes: Distributed
+    options: RunOptions
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.config, self.clip = self.method.config, self.method.clip
+        _validate_batch(self.config, self.data, self.processes)
+        average = WeightAverage(self.method, self.config) if self.config.average_std else None
         scaler = torch.amp.GradScaler(self.clip.device.type, enabled=self.config.precision == "fp16")
-        self.state = RunState(module=method, optimizer=_optimizer(method), scaler=scaler, average=average)
+        self.state = RunState(module=self.method, optimizer=_optimizer(self.method), scaler=scaler, average=average)
         self.saved_at = time.monotonic()
 
     def learn(self) -> Losses:
