@@ -8,6 +8,7 @@ import torch
 from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
 from clipship.training.methods import (
+    METHODS,
     Batch,
     ImageSet,
     Method,
@@ -244,6 +245,13 @@ def test_settings_of_another_method_are_refused(clip: Clip) -> None:
     config = replace(_config("ivlp"), settings=ContextSettings())
     with pytest.raises(RecipeError, match="recipe test: method ivlp takes IvlpSettings, not ContextSettings"):
         build_method(clip, config, TASK)
+
+
+def test_methods_are_found_in_their_modules() -> None:
+    assert set(METHODS) == {
+        *SETTINGS, "clip-adapter", "tip-adapter", "tip-adapter-f", "linear-probe", "ship",
+    }  # fmt: skip
+    assert all(method_named(name).name == name for name in METHODS)
 
 
 def test_unknown_methods_get_the_near_names() -> None:
