@@ -43,7 +43,9 @@ def epoch_times(model: str, recipe: str, data: Path, shots: int, rounds: int, ca
     from clipship.training.recipes import config_from_recipe
 
     clip, dataset = load_clip(model), load_dataset(data)
-    config = dataclasses.replace(config_from_recipe(recipe), base_model=model, shots=shots, cache_views=1)
+    config = dataclasses.replace(config_from_recipe(recipe), base_model=model, shots=shots)
+    if config.method.startswith("tip-adapter"):
+        config = config.with_settings(cache_views=1)
     with tempfile.TemporaryDirectory() as scratch:
 
         def seconds(views: int, epochs: int, name: str) -> float:

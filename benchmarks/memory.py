@@ -34,7 +34,7 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     import torch
     from open_clip import IMAGENET_CLASSNAMES
 
-    from clipship.training.methods import Batch, Task, build_method
+    from clipship.training.methods import Batch, ImageSet, Partners, Task, build_method
     from clipship.training.model.autocast import autocast
     from clipship.training.model.clip import load_clip
     from clipship.training.recipes import config_from_recipe
@@ -44,8 +44,9 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
         base_model=MODEL,
         text_chunk=chunk,
         precision=precision,
-        reference_templates=("a photo of a {}.",),
     )
+    if config.method in ("kgcoop", "promptsrc"):
+        config = config.with_settings(reference_templates=("a photo of a {}.",))
     names = tuple(dict.fromkeys(IMAGENET_CLASSNAMES))  # two of the thousand are called alike
     clip = load_clip(MODEL)
     whole = config.method not in ("sync-clip", "ivlp-synthetic")  # they learn from half and classify among all
@@ -56,14 +57,12 @@ def measured(recipe: str, chunk: int, precision: str) -> dict[str, Any]:
     size, side = config.batch_size, clip.image_spec.size_px
     images = [torch.randn(size, 3, side, side, generator=draw) for _ in range(3)]
     labels = torch.arange(size) * 7
-    synthetic: dict[str, Any] = {"seen": images[1], "unseen": images[2], "unseen_labels": labels + task.num_base - 1}
-    batch = Batch(
-        labels=labels,
-        files=(),
-        pixels=None if method.image_side_frozen else images[0],
-        features=torch.nn.functional.normalize(torch.randn(size, clip.embed_dim, generator=draw), dim=-1),
-        **(synthetic if method.needs_synthetic else {}),
-    )
+    features = torch.nn.functional.normalize(torch.randn(size, clip.embed_dim, generator=draw), dim=-1)
+    batch = Batch(real=ImageSet(images=features if method.image_side_frozen else images[0], labels=labels))
+    if method.needs_synthetic:
+        partners = Partners(images=images[1], labels=labels, rows=torch.arange(size), share=1.0)
+        new = ImageSet(images=images[2], labels=labels + task.num_base - 1)
+        batch = dataclasses.replace(batch, synthetic_base=partners, synthetic_new=new)
     times_s = []
     for _ in range(STEPS):
         started = time.perf_counter()

@@ -99,7 +99,7 @@ def method_of(clip: Clip, recipe: str) -> Method:
     """A method whose learned tensors are large enough that leaving them out of an export would be seen."""
     config = replace(config_from_recipe(recipe), base_model=clip.name)
     if recipe == "sync-clip":
-        config = replace(config, text_depth=2, image_depth=3)
+        config = config.with_settings(text_depth=2, image_depth=3)
     task = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.", "a drawing of {}."))
     method = build_method(clip, config, task).eval()
     with torch.no_grad():

@@ -41,7 +41,7 @@ def trained(clip: Clip, recipe: str, pictures: Sequence[Picture]) -> Method:
     """A method whose cache holds features of ``pictures`` with a large vote, or whose weights are not small."""
     config = replace(config_from_recipe(recipe), base_model=clip.name)
     if "tip" in recipe:
-        config = replace(config, shots=SHOTS, generated_shots=2, cache_alpha=9.0, cache_beta=4.5)
+        config = config.with_settings(shots=SHOTS, generated_shots=2, cache_alpha=9.0, cache_beta=4.5)
     method = build_method(clip, config, TASK).eval()
     draw = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_linear_probe_names_all_that_it_does_not_know(clip: Clip, pictures: li
 @pytest.mark.parametrize("recipe", ["cocoop", "ship"])
 def test_what_cannot_be_packed_says_why(recipe: str, clip: Clip, pictures: list[Picture], tmp_path: Path) -> None:
     config = replace(config_from_recipe(recipe), base_model=clip.name)
-    reason = {"cocoop": "computes the class features for every image anew", "ship": "is no classifier"}[recipe]
+    reason = {"cocoop": "computes other class features for every image", "ship": "is no classifier"}[recipe]
     method = build_method(clip, config, TASK)
     with pytest.raises(UsageError, match=f"{recipe} cannot be packed: .*{reason}"):
         bundle_from_method(method, Vocabulary(names=NAMES), pictures, tmp_path / "bundle", provenance={})

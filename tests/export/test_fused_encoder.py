@@ -28,10 +28,9 @@ PROMPTED = ("vpt-shallow", "vpt-deep", "ivlp", "ivlp-synthetic", "maple", "promp
 def _method(clip: Clip, recipe: str) -> Method:
     """Prompts in as many layers as the recipe may have in a small model, and large enough to be missed."""
     config = replace(config_from_recipe(recipe), base_model=clip.name)
-    depth = {
-        name: min(getattr(config, name), 3 if name == "image_depth" else 2) for name in ("image_depth", "text_depth")
-    }
-    config = replace(config, **depth)
+    layers = {"image_depth": 3, "text_depth": 2}.items()
+    depth = {name: min(getattr(config.settings, name), most) for name, most in layers if hasattr(config.settings, name)}
+    config = config.with_settings(**depth)
     method = build_method(clip, config, Task(class_names=NAMES, num_base=2, templates=("a {}.",))).eval()
     with torch.no_grad():
         for tensor in method.parameters():

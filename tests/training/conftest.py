@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clipship.training.datasets.load import Dataset, load_dataset
+from clipship.training.datasets.base import Dataset
+from clipship.training.datasets.load import load_dataset
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.synthetic_set import SyntheticSet, write_synthetic_set
 

@@ -16,8 +16,7 @@ from clipship.training.checkpoint import (
     save_checkpoint,
     save_scores,
 )
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Task, build_method
+from clipship.training.methods import Task, build_method, config_of
 from clipship.training.model.clip import Clip, load_clip
 
 from .conftest import write_model
@@ -27,7 +26,7 @@ TASK = Task(class_names=("red", "green", "blue"), num_base=2, templates=("a phot
 
 @pytest.fixture
 def checkpoint(clip: Clip) -> Checkpoint:
-    config = TrainConfig(recipe="test", method="coop", base_model=clip.name, epochs=1, seed=7, context_init="")
+    config = config_of("coop", recipe="test", base_model=clip.name, epochs=1, seed=7, context_init="")
     return Checkpoint(
         config=config,
         task=TASK,
@@ -123,3 +122,15 @@ def test_damage_is_one_line(saved: Path, tmp_path: Path) -> None:
         handle.write(b"\xff")
     with pytest.raises(CheckpointError, match="is missing or has changed"):
         load_checkpoint(saved)
+
+
+def test_a_checkpoint_of_version_0_5_is_read(saved: Path, checkpoint: Checkpoint, clip: Clip) -> None:
+    """Its settings are those of all methods in one flat object."""
+    golden = json.loads((Path(__file__).parent / "recipes-0.5.json").read_text(encoding="utf-8"))
+    record = json.loads((saved / "checkpoint.json").read_text())
+    assert golden["defaults"].keys() > record["config"].keys()
+    record["config"] = {**golden["defaults"], **record["config"]}
+    (saved / "checkpoint.json").write_text(json.dumps(record))
+    loaded = load_checkpoint(saved)
+    assert loaded.config == checkpoint.config
+    assert torch.equal(method_from_checkpoint(loaded, clip).learned()["context"], checkpoint.learned["context"])

@@ -16,17 +16,16 @@ from clipship.core.images.decoding import pixels_from_bytes, pixels_from_image
 from clipship.core.images.inputs import ImageLike
 from clipship.training.checkpoint import RECORD, Checkpoint, method_from_checkpoint, save_checkpoint
 from clipship.training.classifier import Classifier, Prediction
-from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.evaluation.temperature import Calibration
-from clipship.training.methods import build_method
+from clipship.training.methods import build_method, config_of
 from clipship.training.model.clip import Clip
 
 CALIBRATION = Calibration(temperature=2.5, num_images=40, classes="base", ece_before=9.0, ece_after=3.0)
 
 
 def _checkpoint(clip: Clip, dataset: Dataset, name: str, calibration: Calibration | None) -> Checkpoint:
-    config = TrainConfig(recipe="test", method=name, base_model=clip.name)
+    config = config_of(name, recipe="test", base_model=clip.name)
     method = build_method(clip, config, dataset.task)
     with torch.no_grad():
         for parameter in method.parameters():

@@ -68,7 +68,7 @@ def test_sync_clip_takes_its_synthetic_set(
     train = ("train", "sync-clip-tiny", "--data", data_folder, "--out", tmp_path / "run", "--shots", 2, "--epochs", 1)
     code, _, err = _run(capsys, *train, "--base-model", model_folder)
     assert code == 2
-    assert f"{data_folder / 'synthetic'} is not there: give a synthetic set with --synthetic DIR" in err
+    assert f"{data_folder / 'synthetic'} does not exist: give a synthetic set with --synthetic DIR" in err
     code, _, err = _run(capsys, *train, "--base-model", model_folder, "--synthetic", synthetic.folder)
     assert code == 2  # the recipe is made for the built-in model, which is deeper than the tests'
     assert "prompts in" in err
@@ -78,7 +78,7 @@ def test_train_takes_so_many_synthetic_images(
     capsys: pytest.CaptureFixture[str], data_folder: Path, model_folder: Path, uneven: SyntheticSet,
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
-    small = replace(RECIPES["ivlp-synthetic-tiny"](""), text_depth=2, image_depth=3, shots=2, epochs=1)
+    small = RECIPES["ivlp-synthetic-tiny"]("").with_settings(text_depth=2, image_depth=3, shots=2, epochs=1)
     monkeypatch.setitem(RECIPES, "small", lambda dataset: replace(small, base_model=str(model_folder)))
     train = ("train", "small", "--data", data_folder, "--synthetic", uneven.folder, "--out", tmp_path / "run")
     code, _, err = _run(capsys, *train, "--synthetic-shots", 9)
@@ -142,7 +142,7 @@ def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     [
         (("train", "sink-clip", "--data", "{data}", "--out", "x"), "did you mean sync-clip"),
         (("train", "coop", "--data", "absent", "--out", "x"), "absent: no such folder"),
-        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "16"), "16 are asked for"),
+        (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "16"), "16 are needed"),
         (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--shots", "-1"), "-1 is not in the range"),
         (("train", "coop-tiny", "--data", "{data}", "--out", "x", "--device", "abacus"), "give cpu, cuda or cuda:N"),
         (("evaluate", "{data}", "--data", "{data}"), "no checkpoint there"),

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from clipship.training import losses
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Batch, Method, SyncClip, Task, build_method
+from clipship.training.methods import Batch, ImageSet, Method, Partners, Task, build_method, config_of
 from clipship.training.methods.cocoop import CoCoOp
+from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
 
@@ -162,7 +162,7 @@ def exact(clip: Clip) -> Clip:
 
 
 def _method(clip: Clip, name: str, **settings: object) -> Method:
-    config = TrainConfig(recipe="t", method=name, base_model="small", **settings)  # type: ignore[arg-type]
+    config = config_of(name, recipe="t", base_model="small", **settings)
     method = build_method(clip, config, TASK).double()
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_coops_total(exact: Clip) -> None:
     method = _method(exact, "coop")
     features = _array(method.image_features(_pixels(1)))
     classes = _array(method.class_features(NAMES[:3]))
-    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    batch = Batch(real=ImageSet(images=torch.from_numpy(features), labels=torch.tensor(LABELS)))
     want = _classification(features, classes, LABELS, exact.logit_scale)
     assert _values(method.loss(batch)) == {"total": _near(want), "real": _near(want)}
 
@@ -206,9 +206,9 @@ def test_coops_total_with_generated_features_is_over_all_classes(exact: Clip) ->
     method = _method(exact, "coop")
     features, generated = _array(method.image_features(_pixels(1))), _array(method.image_features(_pixels(2)))
     batch = Batch(
-        features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=(),
-        generated=torch.from_numpy(generated), generated_labels=torch.tensor([3, 4, 4, 3]),
-    )  # fmt: skip
+        real=ImageSet(images=torch.from_numpy(features), labels=torch.tensor(LABELS)),
+        generated=ImageSet(images=torch.from_numpy(generated), labels=torch.tensor([3, 4, 4, 3])),
+    )
     classes = _array(method.class_features(NAMES))
     both = np.concatenate([features, generated])
     want = _classification(both, classes, [*LABELS, 3, 4, 4, 3], exact.logit_scale)
@@ -228,7 +228,7 @@ def test_cocoops_total(exact: Clip) -> None:
         context = torch.from_numpy(_array(method.context) + shift)
         classes = _unit(_array(prompts.text_features(exact, tokens, context)))
         rows.append([exact.logit_scale * float(one @ feature) for one in classes])
-    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    batch = Batch(real=ImageSet(images=torch.from_numpy(features), labels=torch.tensor(LABELS)))
     assert _values(method.loss(batch))["total"] == _near(_cross_entropy(rows, LABELS))
 
 
@@ -240,7 +240,7 @@ def test_kgcoops_total(exact: Clip, template: str) -> None:
     real = _classification(features, classes, LABELS, exact.logit_scale)
     text = _cosine_distance(classes, _unit(_frozen_text(exact, template, NAMES[:3])))
     assert text > 1e-3
-    batch = Batch(features=torch.from_numpy(features), labels=torch.tensor(LABELS), files=())
+    batch = Batch(real=ImageSet(images=torch.from_numpy(features), labels=torch.tensor(LABELS)))
     want = {"total": _near(real + 8.0 * text), "real": _near(real), "text": _near(text)}
     assert _values(method.loss(batch)) == want
 
@@ -261,7 +261,7 @@ def test_totals_of_prompted_images(exact: Clip, name: str) -> None:
     if name == "vpt":
         np.testing.assert_allclose(classes, _unit(_frozen_text(exact, TASK.templates[0], NAMES[:3])), rtol=1e-9)
     want = _classification(raw, classes, LABELS, exact.logit_scale)
-    values = _values(method.loss(Batch(pixels=_pixels(1), labels=torch.tensor(LABELS), files=())))
+    values = _values(method.loss(Batch(real=ImageSet(images=_pixels(1), labels=torch.tensor(LABELS)))))
     assert values == {"total": _near(want), "real": _near(want)}
 
 
@@ -285,7 +285,7 @@ def test_promptsrcs_total(exact: Clip) -> None:
     }
     assert min(want.values()) > 1e-3
     total = want["real"] + 25 * want["text"] + 10 * want["image"] + 1.5 * want["logits"]
-    values = _values(method.loss(Batch(pixels=_pixels(1), labels=torch.tensor(LABELS), files=())))
+    values = _values(method.loss(Batch(real=ImageSet(images=_pixels(1), labels=torch.tensor(LABELS)))))
     assert values == {"total": _near(total), **{part: _near(value) for part, value in want.items()}}
 
 
@@ -295,21 +295,17 @@ def test_sync_clips_total(exact: Clip) -> None:
         align_weight=0.7,
     )  # fmt: skip
     assert isinstance(method, SyncClip)
-    pixels, seen, unseen = (_pixels(seed) for seed in (1, 2, 3))
-    unseen_labels = [3, 4, 4, 3]
-    parts = method.loss(
-        Batch(pixels=pixels, labels=torch.tensor(LABELS), files=(), seen=seen, unseen=unseen,
-              unseen_labels=torch.tensor(unseen_labels))
-    )  # fmt: skip
+    pixels, partners, new = (_pixels(seed) for seed in (1, 2, 3))
+    parts = method.loss(_synthetic_batch([0, 1, 2, 3], new=True))
     with torch.no_grad():
         real = _array(prompts.image_features(exact, pixels, method.image_prompts()))
-        pairs = _array(prompts.image_features(exact, seen, method.synthetic_image_prompts()))
-        others = _array(prompts.image_features(exact, unseen, method.synthetic_image_prompts()))
+        pairs = _array(prompts.image_features(exact, partners, method.synthetic_image_prompts()))
+        others = _array(prompts.image_features(exact, new, method.synthetic_image_prompts()))
     classes, scale = _array(method.class_features(NAMES)), exact.logit_scale
     want = {
         "real": _classification(real, classes[:3], LABELS, scale),
         "synthetic": _classification(pairs, classes, LABELS, scale)
-        + _classification(others, classes, unseen_labels, scale),
+        + _classification(others, classes, NEW_LABELS, scale),
         "align": _alignment(pairs, real, LABELS),
     }
     total = want["real"] + 0.3 * want["synthetic"] + 0.7 * want["align"]
@@ -320,44 +316,45 @@ SYNTHETIC_METHODS: dict[str, dict[str, object]] = {
     "sync-clip": {"domain_tokens": 2, "synthetic_weight": 0.3, "align_weight": 0.7},
     "ivlp-synthetic": {"synthetic_weight": 0.3},
 }
-UNSEEN_LABELS = [3, 4, 4, 3]
+NEW_LABELS = [3, 4, 4, 3]
 
 
 def _synthetic_method(clip: Clip, name: str) -> Method:
     return _method(clip, name, text_depth=2, image_tokens=4, image_depth=3, **SYNTHETIC_METHODS[name])
 
 
-def _synthetic_batch(rows: list[int], unseen: bool) -> Batch:
+def _synthetic_batch(rows: list[int], new: bool) -> Batch:
     """A batch whose real images in ``rows`` have synthetic partners."""
+    labels = torch.tensor(LABELS)
     return Batch(
-        pixels=_pixels(1), labels=torch.tensor(LABELS), files=(), seen_share=len(rows) / 4,
-        seen=_pixels(2)[rows] if rows else None, seen_rows=torch.tensor(rows) if 0 < len(rows) < 4 else None,
-        unseen=_pixels(3) if unseen else None, unseen_labels=torch.tensor(UNSEEN_LABELS) if unseen else None,
+        real=ImageSet(images=_pixels(1), labels=labels),
+        synthetic_base=Partners(
+            images=_pixels(2)[rows], labels=labels[rows], rows=torch.tensor(rows), share=len(rows) / 4
+        ) if rows else None,
+        synthetic_new=ImageSet(images=_pixels(3), labels=torch.tensor(NEW_LABELS)) if new else None,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("unseen", [True, False])
+@pytest.mark.parametrize("new", [True, False])
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [2], []])
 @pytest.mark.parametrize("name", sorted(SYNTHETIC_METHODS))
-def test_totals_with_as_many_synthetic_images_as_there_are(
-    exact: Clip, name: str, rows: list[int], unseen: bool
-) -> None:
-    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, unseen)
+def test_totals_with_as_many_synthetic_images_as_there_are(exact: Clip, name: str, rows: list[int], new: bool) -> None:
+    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, new)
     own = method.synthetic_image_prompts() if isinstance(method, SyncClip) else method.image_prompts()
     with torch.no_grad():
-        real = _array(prompts.image_features(exact, batch.pixels, method.image_prompts()))  # type: ignore[arg-type]
+        real = _array(prompts.image_features(exact, batch.real.images, method.image_prompts()))
         pairs = _array(prompts.image_features(exact, _pixels(2), own))[rows]
-        others = _array(prompts.image_features(exact, _pixels(3), own))[: 4 * unseen]
+        others = _array(prompts.image_features(exact, _pixels(3), own))[: 4 * new]
     classes, scale = _array(method.class_features(NAMES)), exact.logit_scale
     labels = [LABELS[row] for row in rows]
     want = {"real": _classification(real, classes[:3], LABELS, scale), "synthetic": 0.0}
     if name == "sync-clip":  # a mean for each of the two kinds of classes
         want["synthetic"] += _classification(pairs, classes, labels, scale) if rows else 0.0
-        want["synthetic"] += _classification(others, classes, UNSEEN_LABELS, scale) if unseen else 0.0
+        want["synthetic"] += _classification(others, classes, NEW_LABELS, scale) if new else 0.0
         want["align"] = _alignment(pairs, real, LABELS, rows=rows) if rows else 0.0
-    elif rows or unseen:  # one mean over all
+    elif rows or new:  # one mean over all
         both = np.concatenate([pairs, others])
-        want["synthetic"] = _classification(both, classes, [*labels, *UNSEEN_LABELS][: len(both)], scale)
+        want["synthetic"] = _classification(both, classes, [*labels, *NEW_LABELS][: len(both)], scale)
     total = want["real"] + 0.3 * want["synthetic"] + 0.7 * want.get("align", 0.0)
     expected = {"total": _near(total), **{part: _near(value) for part, value in want.items()}}
     assert _values(method.loss(batch)) == expected
@@ -366,7 +363,7 @@ def test_totals_with_as_many_synthetic_images_as_there_are(
 @pytest.mark.parametrize("rows", [[0, 1, 2, 3], [0, 3], [2]])
 @pytest.mark.parametrize("name", sorted(SYNTHETIC_METHODS))
 def test_parts_of_a_batch_have_the_synthetic_loss_of_the_whole(exact: Clip, name: str, rows: list[int]) -> None:
-    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, unseen=True)
+    method, batch = _synthetic_method(exact, name), _synthetic_batch(rows, new=True)
     want = float(method.loss(batch)["synthetic"])
     for count in (2, 3, 4):
         parts = [batch.part(number, count) for number in range(count)]

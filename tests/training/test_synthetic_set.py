@@ -168,7 +168,7 @@ def test_a_class_may_have_no_image(tmp_path: Path) -> None:
 
 def test_an_unfinished_set_says_how_to_go_on(tmp_path: Path) -> None:
     (tmp_path / "unfinished.json").write_text("{}")
-    with pytest.raises(DataError, match="is not finished; the same clipship synthesize again goes on where it stopped"):
+    with pytest.raises(DataError, match="is not finished; run the same clipship synthesize again to continue"):
         SyntheticSet.load(tmp_path)
 
 

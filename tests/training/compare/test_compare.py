@@ -20,6 +20,7 @@ from clipship.training.compare import workers
 from clipship.training.compare.grid import GridRun, Request, plan_of
 from clipship.training.compare.results import RunResult
 from clipship.training.config import TrainConfig
+from clipship.training.methods import config_of
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.synthetic_set import SyntheticSet
 from tests.training.conftest import write_data, write_model
@@ -28,17 +29,18 @@ VERB = ("clipship.training.compare.cli:compare", "")
 
 
 def small_zero_shot(model: Path) -> TrainConfig:
-    return TrainConfig(recipe="small-zero-shot", method="zero-shot", base_model=str(model), shots=4)
+    return config_of("zero-shot", recipe="small-zero-shot", base_model=str(model), shots=4)
 
 
 def small_coop(model: Path) -> TrainConfig:
-    config = replace(small_zero_shot(model), recipe="small-coop", method="coop")
-    return replace(config, epochs=2, batch_size=5, feature_views=1)
+    run = {"shots": 4, "epochs": 2, "batch_size": 5, "feature_views": 1}
+    return config_of("coop", recipe="small-coop", base_model=str(model), **run)
 
 
 def small_synthetic(model: Path) -> TrainConfig:
-    config = replace(small_zero_shot(model), recipe="small-synthetic", method="ivlp-synthetic", epochs=1, batch_size=6)
-    return replace(config, text_depth=2, image_tokens=2, image_depth=2, synthetic_weight=0.25)
+    run = {"shots": 4, "epochs": 1, "batch_size": 6}
+    own = {"text_depth": 2, "image_tokens": 2, "image_depth": 2, "synthetic_weight": 0.25}
+    return config_of("ivlp-synthetic", recipe="small-synthetic", base_model=str(model), **run, **own)
 
 
 def add_recipe(monkeypatch: pytest.MonkeyPatch, config: TrainConfig) -> None:
@@ -280,7 +282,7 @@ def test_other_settings_in_the_same_folder_are_refused(
         (("sync-clip-published", "--data", "{data}"), "has no settings for 'Colours'"),
         (("sync-clip", "--data", "{data}", "--shots", "4"), "learns from synthetic images"),
         (("small-coop", "--data", "{data}", "--shots", "1", "2"), "take --protocol few-shot"),
-        (("small-coop", "--data", "{data}", "--shots", "7"), "7 are asked for"),
+        (("small-coop", "--data", "{data}", "--shots", "7"), "7 are needed"),
         (("small-coop", "--data", "{data}", "--protocol", "cross-dataset"), "give two data sets or more"),
         (("coop-cross", "--data", "{data}", "--shots", "4"), "coop-cross learns from all classes"),
         (
@@ -435,9 +437,9 @@ from pathlib import Path
 from dataclasses import replace
 from clipship.core.cli import main as cli
 from clipship.training import recipes
-from clipship.training.config import TrainConfig
+from clipship.training.methods import config_of
 from clipship.training.synthetic_set import SyntheticSet
-config = TrainConfig(recipe="small", method="coop", base_model=sys.argv[1], shots=4, epochs=40, batch_size=5)
+config = config_of("coop", recipe="small", base_model=sys.argv[1], shots=4, epochs=40, batch_size=5)
 recipes.RECIPES["small"] = lambda dataset: config
 cli.VERBS["compare"] = ("clipship.training.compare.cli:compare", "")
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from clipship.training.compare.plots import losses_over_seeds, mean_error, plots
 from clipship.training.compare.report import how_made, json_of, markdown_of, tables_of
 from clipship.training.compare.results import RunResult, read_result
 from clipship.training.compare.summary import Numbers, Summary, averaged, row_of
-from clipship.training.datasets.load import PUBLISHED_DATASETS
+from clipship.training.datasets.records import PUBLISHED_DATASETS
 from clipship.training.evaluation.evaluate import harmonic_mean
 from clipship.training.recipes import RECIPES
 

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from clipship.core.errors import DataError
+from clipship.training.datasets.base import Dataset, LabelledImage
 from clipship.training.datasets.folders import split_rows
-from clipship.training.datasets.load import Dataset, LabelledImage, few_shot, load_dataset
+from clipship.training.datasets.load import few_shot, load_dataset
 from clipship.training.synthetic_set import SyntheticSet
 from tests.training.pictures import write_jpegs
 
@@ -73,7 +74,7 @@ def test_other_files_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "a" / "Thumbs.db").write_text("")
     (tmp_path / "a" / ".DS_Store").write_text("")
     dataset = load_dataset(tmp_path)
-    assert (dataset.class_names, dataset.counts.train) == (("a", "b"), 10)
+    assert (dataset.class_names, len(dataset.train)) == (("a", "b"), 10)
 
 
 def test_synthetic_images_beside_the_classes_are_no_class(tmp_path: Path, synthetic: SyntheticSet) -> None:

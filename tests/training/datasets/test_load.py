@@ -9,12 +9,14 @@ import pytest
 
 from clipship.core.errors import DataError
 from clipship.training.datasets import load as data
-from clipship.training.datasets.load import Dataset, base_new_split, few_shot, load_dataset
+from clipship.training.datasets.base import Dataset, base_new_split
+from clipship.training.datasets.load import few_shot, load_dataset
+from clipship.training.datasets.split_file import read_split
 
 
 def _published(folder: Path) -> tuple[Dataset, Path]:
     split = next(folder.glob("split_zhou_*.json"))
-    return data.read_split(split, data.known_records()[split.name]), folder
+    return read_split(split, data.known_records()[split.name]), folder
 
 
 @pytest.mark.parametrize("name", ["caltech-101", "dtd", "eurosat"])
@@ -101,7 +103,7 @@ def test_the_folder_may_be_the_one_commands_run_in(tmp_path: Path, monkeypatch: 
 
 
 def test_a_class_with_too_few_images_is_named(dataset: Dataset) -> None:
-    with pytest.raises(DataError, match="class 'red' has 6 training images, 7 are asked for"):
+    with pytest.raises(DataError, match="class 'red' has 6 training images, 7 are needed"):
         few_shot(dataset, 7, seed=1)
 
 
@@ -112,7 +114,7 @@ def test_a_data_set_without_training_images_is_named(dataset: Dataset) -> None:
 
 def test_all_given_base_classes_need_training_images(dataset: Dataset) -> None:
     some = tuple(item for item in dataset.train if item.label < 3)
-    with pytest.raises(DataError, match="class 'white' has 0 training images, 1 are asked for"):
+    with pytest.raises(DataError, match="class 'white' has 0 training images, 1 are needed"):
         few_shot(replace(dataset, train=some, base_classes=4), 1, seed=1)
 
 

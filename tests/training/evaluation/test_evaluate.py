@@ -11,8 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipship.core.errors import DataError
-from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset, LabelledImage
+from clipship.training.datasets.base import Dataset, LabelledImage
 from clipship.training.evaluation.evaluate import (
     PROTOCOLS,
     Scores,
@@ -23,14 +22,14 @@ from clipship.training.evaluation.evaluate import (
     protocol_of,
 )
 from clipship.training.evaluation.temperature import ReliabilityBin, expected_calibration_error
-from clipship.training.methods import Method, build_method
+from clipship.training.methods import Method, build_method, config_of
 from clipship.training.model.clip import Clip
 
-DEEP = {"text_depth": 2, "image_tokens": 2, "image_depth": 2}
+DEEP = {"image_tokens": 2, "image_depth": 2}
 
 
 def _method(clip: Clip, dataset: Dataset, name: str = "zero-shot", **settings: object) -> Method:
-    config = TrainConfig(recipe="test", method=name, base_model=clip.name, **settings)  # type: ignore[arg-type]
+    config = config_of(name, recipe="test", base_model=clip.name, **settings)
     return build_method(clip, config, dataset.task)
 
 
@@ -242,7 +241,7 @@ def test_a_closed_vocabulary_is_scored_on_its_own_classes_only(clip: Clip, datas
     assert scores.num_new_images == 8
     with pytest.raises(DataError, match="class 'cat'"):
         evaluate(method, animals)
-    with pytest.raises(DataError, match="no images of the 3 classes that linear-probe tells apart"):
+    with pytest.raises(DataError, match="no images of the 3 classes that linear-probe knows"):
         evaluate(method, replace(dataset, test=dataset.test[12:]))
 
 

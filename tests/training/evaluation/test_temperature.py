@@ -13,8 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from clipship.core.errors import DataError
-from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset, LabelledImage
+from clipship.training.datasets.base import Dataset, LabelledImage
 from clipship.training.evaluation.temperature import (
     BINS,
     MIN_IMAGES,
@@ -26,7 +25,7 @@ from clipship.training.evaluation.temperature import (
     fit_temperature,
     reliability_bins,
 )
-from clipship.training.methods import Method, build_method
+from clipship.training.methods import Method, build_method, config_of
 from clipship.training.model.clip import Clip
 
 
@@ -44,7 +43,7 @@ def _drawn(rows: int, classes: int, seed: int, spread: float = 2.0) -> tuple[Ten
 
 
 def _method(clip: Clip, dataset: Dataset, name: str = "zero-shot") -> Method:
-    return build_method(clip, TrainConfig(recipe="test", method=name, base_model=clip.name), dataset.task)
+    return build_method(clip, config_of(name, recipe="test", base_model=clip.name), dataset.task)
 
 
 @pytest.mark.parametrize("factor", [0.25, 1.0, 5.0])

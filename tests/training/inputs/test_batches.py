@@ -12,12 +12,15 @@ from PIL import Image
 from clipship.core.errors import DataError
 from clipship.core.images.decoding import ImageSpec
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset, few_shot
+from clipship.training.datasets.base import Dataset
+from clipship.training.datasets.load import few_shot
 from clipship.training.inputs import batches
 from clipship.training.inputs.batches import Epoch, ImageCache, crop_box
+from clipship.training.inputs.synthetic import synthetic_paths
+from clipship.training.methods import Batch, Partners, config_of
 from clipship.training.synthetic_set import SyntheticSet
 
-CONFIG = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, batch_size=4, epochs=2)
+CONFIG = config_of("coop", recipe="test", base_model="none", shots=2, batch_size=4, epochs=2)
 
 
 def test_crops_stay_inside_and_keep_the_share() -> None:
@@ -47,7 +50,7 @@ def test_training_pixels_follow_their_key() -> None:
 
 def test_a_recipe_can_keep_left_and_right() -> None:
     image = Image.fromarray(np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3)))
-    still = TrainConfig(recipe="test", method="coop", base_model="none", flip=False)
+    still = config_of("coop", recipe="test", base_model="none", flip=False)
     rising = [batches.training_pixels(image, 16, still, str(key))[8, :, 0] for key in range(20)]
     assert all(row[-1] > row[0] for row in rising)
     mirrored = [batches.training_pixels(image, 16, CONFIG, str(key))[8, :, 0] for key in range(20)]
@@ -77,7 +80,7 @@ def test_evaluation_pixels_are_the_clients(dataset: Dataset) -> None:
 
 def _epoch(dataset: Dataset, synthetic: SyntheticSet | None, epoch: int, config: TrainConfig = CONFIG) -> Epoch:
     base = [item for item in few_shot(dataset, 2, 1)[0] if item.label < dataset.num_base]
-    paths = batches.synthetic_paths(synthetic, dataset.class_names, config) if synthetic else ()
+    paths = synthetic_paths(synthetic, dataset.class_names, config) if synthetic else ()
     return Epoch(base, paths, num_base=dataset.num_base, config=config, size_px=32, cache=ImageCache(), epoch=epoch)
 
 
@@ -85,28 +88,25 @@ def test_batches_pair_real_images_with_synthetic_ones(dataset: Dataset, syntheti
     epoch = _epoch(dataset, synthetic, 1)
     assert len(epoch) == 1  # 6 images, batches of 4: the rest waits for the next epoch's order
     batch = epoch[0]
-    assert batch.pixels is not None
-    assert batch.pixels.shape == (4, 32, 32, 3)
-    assert batch.seen is not None
-    assert batch.unseen is not None
-    assert batch.unseen_labels is not None
-    assert set(batch.unseen_labels.tolist()) <= {3, 4}
-    real, seen, unseen = batch.files[:4], batch.files[4:8], batch.files[8:]
-    for files, labels in ((real, batch.labels), (seen, batch.labels), (unseen, batch.unseen_labels)):
-        assert [Path(file).parent.name for file in files] == [dataset.class_names[label] for label in labels]
+    real, partners, new = batch.real, batch.synthetic_base, batch.synthetic_new
+    assert partners is not None
+    assert new is not None
+    assert real.images.shape == (4, 32, 32, 3)
+    assert set(new.labels.tolist()) <= {3, 4}
+    for files, images in ((batch.files[:4], real), (batch.files[4:8], partners), (batch.files[8:], new)):
+        assert [Path(file).parent.name for file in files] == [dataset.class_names[label] for label in images.labels]
+    assert torch.equal(partners.labels, real.labels)
 
 
 def test_batches_repeat_for_an_epoch_and_change_with_it(dataset: Dataset, synthetic: SyntheticSet) -> None:
     first, again, later = (_epoch(dataset, synthetic, number)[0] for number in (1, 1, 2))
     assert first.files == again.files
-    assert first.pixels is not None
-    assert again.pixels is not None
-    assert torch.equal(first.pixels, again.pixels)
+    assert torch.equal(first.real.images, again.real.images)
     assert first.files != later.files
 
 
 def test_synthetic_images_keep_their_crop_unless_redrawn(dataset: Dataset, synthetic: SyntheticSet) -> None:
-    redrawn = TrainConfig(recipe="test", method="coop", base_model="none", shots=2, redraw_synthetic=True)
+    redrawn = config_of("coop", recipe="test", base_model="none", shots=2, redraw_synthetic=True)
     path = synthetic.kept("white")[0].path
     once = [_epoch(dataset, synthetic, number)._synthetic_pixels([path], "0 seen") for number in (1, 2)]
     assert torch.equal(once[0], once[1])
@@ -115,79 +115,46 @@ def test_synthetic_images_keep_their_crop_unless_redrawn(dataset: Dataset, synth
 
 
 def test_a_batch_larger_than_the_data_is_one_step(dataset: Dataset) -> None:
-    config = TrainConfig(recipe="test", method="coop", base_model="none", batch_size=64)
+    config = config_of("coop", recipe="test", base_model="none", batch_size=64)
     assert len(_epoch(dataset, None, 1, config)) == 1
-    assert len(_epoch(dataset, None, 1, config)[0].labels) == 6
+    assert len(_epoch(dataset, None, 1, config)[0].real) == 6
 
 
 def test_a_class_without_synthetic_images_has_no_partners(dataset: Dataset, uneven: SyntheticSet) -> None:
     config = replace(CONFIG, batch_size=6)
     for number in range(1, 6):
         batch = _epoch(dataset, uneven, number, config)[0]
-        assert batch.seen is not None
-        assert batch.seen_rows is not None
-        assert batch.unseen_labels is not None
+        assert batch.synthetic_base is not None
+        assert batch.synthetic_new is not None
         real, synthetic = batch.files[:6], batch.files[6:]
-        with_images = [row for row, label in enumerate(batch.labels.tolist()) if label != 2]
-        assert batch.seen_rows.tolist() == with_images
-        assert (len(batch.seen), batch.seen_share) == (4, 4 / 6)
+        with_images = [row for row, label in enumerate(batch.real.labels.tolist()) if label != 2]
+        assert batch.synthetic_base.rows.tolist() == with_images
+        assert (len(batch.synthetic_base), batch.synthetic_base.share) == (4, 4 / 6)
         partners = [Path(synthetic[place]).parent.name for place in range(4)]
         assert partners == [Path(real[row]).parent.name for row in with_images]
-        assert batch.unseen_labels.tolist() == [3] * 6, "the other new class has none"
+        assert batch.synthetic_new.labels.tolist() == [3] * 6, "the other new class has none"
 
 
 def test_partners_stay_with_their_images_in_the_parts_of_a_batch(dataset: Dataset, uneven: SyntheticSet) -> None:
     batch = _epoch(dataset, uneven, 1, replace(CONFIG, batch_size=6))[0]
-    assert batch.seen is not None
     parts = [batch.part(number, 4) for number in range(4)]  # 1, 2, 1 and 2 real images
     assert [len(part) for part in parts] == [1, 2, 1, 2]
-    assert torch.equal(torch.cat([part.seen for part in parts if part.seen is not None]), batch.seen)
-    assert torch.equal(torch.cat([part.seen_labels for part in parts if part.seen is not None]), batch.seen_labels)
-    shares = [len(part) / 6 * part.seen_weight / len(part.seen) for part in parts if part.seen is not None]
+    whole, with_partners = _partners(batch), [part for part in parts if len(_partners(part))]
+    assert torch.equal(torch.cat([_partners(part).images for part in with_partners]), whole.images)
+    assert torch.equal(torch.cat([_partners(part).labels for part in with_partners]), whole.labels)
+    shares = [len(part) / 6 * part.partner_weight / len(_partners(part)) for part in with_partners]
     assert shares == pytest.approx([1 / 4] * len(shares)), "each of the four partners counts the same"
     halves = batch.part(0, 2)
     again = [halves.part(number, 3) for number in range(3)]
-    known = torch.cat([part.seen_labels for part in again if part.seen is not None])
-    assert torch.equal(known, halves.seen_labels)
+    assert torch.equal(torch.cat([_partners(part).labels for part in again]), _partners(halves).labels)
 
 
-def test_where_every_class_has_images_nothing_is_said_about_rows(dataset: Dataset, synthetic: SyntheticSet) -> None:
+def _partners(batch: Batch) -> Partners:
+    assert batch.synthetic_base is not None
+    return batch.synthetic_base
+
+
+def test_where_every_class_has_images_every_row_has_a_partner(dataset: Dataset, synthetic: SyntheticSet) -> None:
     batch = _epoch(dataset, synthetic, 1)[0]
-    assert batch.seen_rows is None
-    assert (batch.seen_share, batch.seen_weight, batch.part(0, 2).seen_weight) == (1.0, 1.0, 1.0)
-
-
-NAMES = ("red", "green", "blue_sky", "white", "black")
-
-
-def _seeds(synthetic: SyntheticSet, **changes: object) -> list[list[int]]:
-    config = replace(CONFIG, **changes)  # type: ignore[arg-type]
-    return [[int(path.stem) for path in paths] for paths in batches.synthetic_paths(synthetic, NAMES, config)]
-
-
-def test_synthetic_images_are_the_best_or_the_first(uneven: SyntheticSet) -> None:
-    """Seeds of every class; red 0 was refused before it had a score."""
-    assert _seeds(uneven) == [[3, 2], [1], [], [5, 4, 0], []]
-    assert _seeds(uneven, synthetic_shots=2) == [[3, 2], [1], [], [5, 4], []]
-    assert _seeds(uneven, synthetic_filter=False) == [[1, 2, 3], [1], [], [0, 1, 4, 5], []]
-    assert _seeds(uneven, synthetic_filter=False, synthetic_shots=1) == [[1], [1], [], [0], []]
-
-
-def test_images_that_were_deleted_are_not_learned_from(uneven: SyntheticSet) -> None:
-    gone = next(image.path for image in uneven.images if (image.class_name, image.seed) == ("white", 1))
-    content = gone.read_bytes()
-    gone.unlink()
-    try:
-        assert _seeds(uneven, synthetic_filter=False)[3] == [0, 4, 5]
-    finally:
-        gone.write_bytes(content)
-
-
-def test_a_set_that_has_nothing_to_give_is_refused(synthetic: SyntheticSet) -> None:
-    assert batches.synthetic_paths(synthetic, ["violet", "red"], CONFIG)[0] == ()
-    with pytest.raises(
-        DataError, match=r"no image of any of the 2 classes, the first is 'violet'.*--synthetic-shots 0"
-    ):
-        batches.synthetic_paths(synthetic, ["violet", "mauve"], CONFIG)
-    with pytest.raises(DataError, match=r"4 synthetic images a class are asked for, and no class of .* more than 3"):
-        batches.synthetic_paths(synthetic, NAMES, replace(CONFIG, synthetic_shots=4))
+    assert _partners(batch).rows.tolist() == [0, 1, 2, 3]
+    assert (_partners(batch).share, batch.partner_weight, batch.part(0, 2).partner_weight) == (1.0, 1.0, 1.0)

@@ -18,22 +18,25 @@ from torch import Tensor
 from clipship.core.errors import CheckFailed, ClipshipError, DataError, RecipeError, UsageError
 from clipship.training.checkpoint import Checkpoint, load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.evaluation.evaluate import evaluate
 from clipship.training.loop import loop
+from clipship.training.loop.few_shot import FewShot
 from clipship.training.loop.loop import RunOptions
-from clipship.training.methods import Batch
+from clipship.training.methods import Batch, config_of
 from clipship.training.methods.coop import CoOp
 from clipship.training.model.clip import Clip, digest_of_tensors
 from clipship.training.synthetic_set import SyntheticSet
 
 
 def _config(clip: Clip, method: str = "sync-clip", **changes: object) -> TrainConfig:
-    config = TrainConfig(
-        recipe="test", method=method, base_model=clip.name, shots=4, epochs=3, batch_size=4, learning_rate=0.02,
-        text_depth=2, image_tokens=4, image_depth=3, domain_tokens=2, synthetic_weight=0.2, align_weight=0.1,
-    )  # fmt: skip
-    return replace(config, **changes)  # type: ignore[arg-type]
+    config = config_of(method, recipe="test", base_model=clip.name, shots=4, epochs=3, batch_size=4, learning_rate=0.02)
+    own = {
+        **{"text_depth": 2, "image_tokens": 4, "image_depth": 3, "domain_tokens": 2},
+        **{"synthetic_weight": 0.2, "align_weight": 0.1},
+    }
+    used = {name: value for name, value in own.items() if hasattr(config.settings, name)}
+    return config.with_settings(**{**used, **changes})
 
 
 def _train(
@@ -49,7 +52,7 @@ def _train(
 
 
 def test_the_learning_rate_is_the_published_schedule() -> None:
-    config = TrainConfig(recipe="t", method="coop", base_model="x", epochs=5, learning_rate=0.0035)
+    config = config_of("coop", recipe="t", base_model="x", epochs=5, learning_rate=0.0035)
     rates = [loop.learning_rate(config, epoch) for epoch in range(1, 6)]
     assert rates[:2] == [1e-5, 0.0035]
     assert rates[3] == pytest.approx(2.2908e-3, abs=5e-8)
@@ -76,7 +79,8 @@ def test_sync_clip_tells_the_colours_apart_better_than_zero_shot(
     """On random weights zero-shot is chance; prompts learned from a few images are not."""
     scores: dict[str, float] = {}
     for method in ("zero-shot", "sync-clip"):
-        config = _config(clip, method, epochs=15, learning_rate=0.1, synthetic_weight=1.0)
+        own = {"synthetic_weight": 1.0} if method == "sync-clip" else {}
+        config = _config(clip, method, epochs=15, learning_rate=0.1, **own)
         checkpoint = _train(config, dataset, synthetic, tmp_path / method, clip=clip)
         mean = evaluate(method_from_checkpoint(checkpoint, clip), dataset).open_harmonic_mean
         assert mean is not None
@@ -131,14 +135,14 @@ def test_an_interrupted_run_ends_with_the_tensors_of_a_whole_one(
 ) -> None:
     config = _config(clip, method, **changes)
     whole = _train(config, dataset, synthetic, tmp_path / "whole", clip=clip)
-    step = loop._Run._step
+    batch_of_step = FewShot.with_generated
 
-    def stops(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
-        if at == place:
+    def stops(self: FewShot, batch: Batch, epoch: int, step: int) -> Batch:
+        if f"epoch {epoch} step {step + 1}" == place:
             raise _Stop
-        return step(self, batch, rate, at)
+        return batch_of_step(self, batch, epoch, step)
 
-    monkeypatch.setattr(loop._Run, "_step", stops)
+    monkeypatch.setattr(FewShot, "with_generated", stops)
     with pytest.raises(_Stop):
         _train(config, dataset, synthetic, tmp_path / "cut", clip=clip, save_every_s=0.0)
     monkeypatch.undo()
@@ -156,14 +160,14 @@ _KILLED = """
 import sys
 from pathlib import Path
 import torch
-from clipship.training.config import TrainConfig
+from clipship.training.checkpoint import config_from_json
 from clipship.training.datasets.load import load_dataset
 from clipship.training.loop.loop import RunOptions, train
 from clipship.training.synthetic_set import SyntheticSet
 
 torch.set_num_threads(1)
 content, data, synthetic, out = sys.argv[1:]
-train(TrainConfig.from_json(__import__("json").loads(content)), load_dataset(Path(data)), out=Path(out),
+train(config_from_json(__import__("json").loads(content)), load_dataset(Path(data)), out=Path(out),
       synthetic=SyntheticSet.load(Path(synthetic)), options=RunOptions(device="cpu", resume=True, save_every_s=0.0))
 """
 
@@ -228,7 +232,7 @@ def test_a_cache_that_fails_costs_one_line_and_no_run(
     (tmp_path / "features").touch()
     config = _config(clip, "coop", feature_views=2)
     kept = _train(config, dataset, None, tmp_path / "a", clip=clip, cache=tmp_path / "features")
-    expected = f"{tmp_path / 'features'}: features cannot be kept (File exists): they are encoded in every run"
+    expected = f"{tmp_path / 'features'}: cannot cache features (File exists): every run encodes them again"
     assert capsys.readouterr().err.splitlines() == [expected]
     plain = _train(config, dataset, None, tmp_path / "b", clip=clip)
     assert digest_of_tensors(dict(kept.learned)) == digest_of_tensors(dict(plain.learned))
@@ -387,13 +391,13 @@ def test_so_many_synthetic_images_and_no_more_are_learned_from(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     seen: set[str] = set()
-    step = loop._Run._step
+    batch_of_step = FewShot.with_generated
 
-    def watched(self: loop._Run, batch: Batch, rate: float, at: str) -> dict[str, float]:
+    def watched(self: FewShot, batch: Batch, epoch: int, step: int) -> Batch:
         seen.update("/".join(Path(file).parts[-2:]) for file in batch.files if Path(file).suffix == ".jpg")
-        return step(self, batch, rate, at)
+        return batch_of_step(self, batch, epoch, step)
 
-    monkeypatch.setattr(loop._Run, "_step", watched)
+    monkeypatch.setattr(FewShot, "with_generated", watched)
     _train(_config(clip, epochs=6, synthetic_shots=2), dataset, uneven, tmp_path / "best", clip=clip)
     assert seen == {"red/3.jpg", "red/2.jpg", "green/1.jpg", "white/5.jpg", "white/4.jpg"}
     assert "fewer than 2 synthetic images of 1 of 5 classes" in capsys.readouterr().err
@@ -436,7 +440,7 @@ def test_synthetic_images_that_a_recipe_does_not_learn_from_are_refused(
 
 
 def test_too_few_shots_are_refused_before_anything_is_written(clip: Clip, dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="16 are asked for"):
+    with pytest.raises(DataError, match="16 are needed"):
         _train(_config(clip, "coop", shots=16), dataset, None, tmp_path / "run", clip=clip)
     assert not (tmp_path / "run").exists()
 

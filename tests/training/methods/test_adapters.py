@@ -13,10 +13,11 @@ from torch import Tensor
 from clipship.core.errors import DataError, RecipeError
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.loop.loop import RunOptions, train
-from clipship.training.methods import Batch, FeatureSamples, Method, Task, build_method
-from clipship.training.methods.tip_adapter import ALPHAS, BETAS, TipAdapter, TipAdapterF
+from clipship.training.methods import Batch, ImageSet, Method, Task, build_method, config_of
+from clipship.training.methods.clip_adapter import ClipAdapterSettings
+from clipship.training.methods.tip_adapter import ALPHAS, BETAS, TipAdapter, TipAdapterF, TipAdapterSettings
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
 
@@ -24,12 +25,12 @@ Array = NDArray[np.float64]
 
 NAMES = ("red", "green_grass", "blue", "white", "black")
 TASK = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.",))
-GENERATOR = TrainConfig(recipe="test", method="ship", base_model="small")
+GENERATOR = config_of("ship", recipe="test", base_model="small")
 DIM = 24
 
 
 def _config(method: str, **changes: object) -> TrainConfig:
-    return TrainConfig(recipe="test", method=method, base_model="small", shots=2, **changes)  # type: ignore[arg-type]
+    return config_of(method, recipe="test", base_model="small", shots=2, **changes)
 
 
 def _unit(rows: int, seed: int) -> Tensor:
@@ -40,25 +41,25 @@ def _unit(rows: int, seed: int) -> Tensor:
 class _Source:
     """Samples from memory; asking for anything else fails."""
 
-    def __init__(self, *, validation: FeatureSamples, train: FeatureSamples | None = None, shots: int = 2) -> None:
+    def __init__(self, *, validation: ImageSet, train: ImageSet | None = None, shots: int = 2) -> None:
         labels = torch.arange(3).repeat(shots)  # not in the order of the cache
-        self._train = train or FeatureSamples(features=_unit(len(labels), 5), labels=labels)
+        self._train = ImageSet(images=_unit(len(labels), 5), labels=labels) if train is None else train
         self._validation = validation
         self.views: list[int] = []
 
-    def train(self, views: int) -> FeatureSamples:
+    def train(self, views: int) -> ImageSet:
         self.views.append(views)
         return self._train
 
-    def validation(self) -> FeatureSamples:
+    def validation(self) -> ImageSet:
         return self._validation
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         labels = torch.tensor([3, 4]).repeat_interleave(per_class)
-        return FeatureSamples(features=_unit(len(labels), 6), labels=labels)
+        return ImageSet(images=_unit(len(labels), 6), labels=labels)
 
 
-NO_VALIDATION = FeatureSamples(features=torch.empty(0, DIM), labels=torch.empty(0, dtype=torch.long))
+NO_VALIDATION = ImageSet(images=torch.empty(0, DIM), labels=torch.empty(0, dtype=torch.long))
 
 
 def _filled(clip: Clip, name: str = "tip-adapter", **changes: object) -> TipAdapter:
@@ -92,7 +93,7 @@ def test_the_adapter_is_its_formula(clip: Clip) -> None:
     mixed = 0.3 * np.maximum(np.maximum(plain @ down.T, 0) @ up.T, 0) + 0.7 * plain
     adapted = mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
     np.testing.assert_allclose(method.adapted(features).detach().numpy(), adapted, atol=1e-6)
-    total = method.loss(Batch(labels=torch.tensor(labels), files=(), features=features))["total"]
+    total = method.loss(Batch(real=ImageSet(images=features, labels=torch.tensor(labels))))["total"]
     want = _cross_entropy(clip.logit_scale * adapted @ _text(method, NAMES[:3]).T, labels)
     assert float(total.detach()) == pytest.approx(want, rel=1e-6)
 
@@ -141,7 +142,7 @@ def test_keys_are_the_mean_views_in_the_order_of_the_classes(clip: Clip) -> None
     source = _Source(validation=NO_VALIDATION)
     method.begin(source)
     assert source.views == [7]
-    assert torch.equal(method.state_dict()["keys"], source.train(7).features[[0, 3, 1, 4, 2, 5]])
+    assert torch.equal(method.state_dict()["keys"], source.train(7).images[[0, 3, 1, 4, 2, 5]])
 
 
 def test_generated_keys_follow_the_real_ones(clip: Clip) -> None:
@@ -161,7 +162,7 @@ def test_only_the_keys_learn_and_at_the_configured_weights(clip: Clip) -> None:
     method = _filled(clip, "tip-adapter-f", cache_alpha=1.7, cache_beta=3.0)
     assert isinstance(method, TipAdapterF)
     features, labels = _unit(3, 3), [0, 1, 2]
-    parts = method.loss(Batch(labels=torch.tensor(labels), files=(), features=features))
+    parts = method.loss(Batch(real=ImageSet(images=features, labels=torch.tensor(labels))))
     parts["total"].backward()  # type: ignore[no-untyped-call]
     assert [name for name, _ in method.named_parameters()] == ["keys"]
     assert method.keys.grad is not None
@@ -172,9 +173,9 @@ def test_only_the_keys_learn_and_at_the_configured_weights(clip: Clip) -> None:
 
 def test_the_search_takes_the_best_on_validation_and_the_smallest_of_equals(clip: Clip) -> None:
     method = _filled(clip)
-    validation = FeatureSamples(features=_unit(9, 8), labels=torch.tensor([0, 1, 2] * 3))
-    plain = clip.logit_scale * validation.features.double().numpy() @ _text(method, NAMES[:3]).T
-    affinity = validation.features.double().numpy() @ _double(method, "keys").T
+    validation = ImageSet(images=_unit(9, 8), labels=torch.tensor([0, 1, 2] * 3))
+    plain = clip.logit_scale * validation.images.double().numpy() @ _text(method, NAMES[:3]).T
+    affinity = validation.images.double().numpy() @ _double(method, "keys").T
     votes = np.eye(3)[[0, 0, 1, 1, 2, 2]]
     found = {
         (alpha, beta): int(
@@ -205,7 +206,7 @@ def test_the_searched_grid_is_the_published_one() -> None:
 def test_a_linear_probe_is_its_formula_and_starts_from_nothing(clip: Clip) -> None:
     method = build_method(clip, _config("linear-probe"), TASK)
     features, labels = _unit(4, 1), [0, 1, 2, 2]
-    batch = Batch(labels=torch.tensor(labels), files=(), features=features)
+    batch = Batch(real=ImageSet(images=features, labels=torch.tensor(labels)))
     assert float(method.loss(batch)["total"].detach()) == pytest.approx(np.log(3), rel=1e-6)
     draw = torch.Generator().manual_seed(1)
     for parameter in method.parameters():
@@ -226,26 +227,25 @@ def test_a_linear_probe_refuses_classes_it_has_not_seen(clip: Clip) -> None:
 @pytest.mark.parametrize("name", ["clip-adapter", "tip-adapter-f", "linear-probe", "coop"])
 def test_generated_features_alone_are_enough(clip: Clip, name: str) -> None:
     task = replace(TASK, num_base=0)
-    method = build_method(clip, _config(name, classes="none", generator=GENERATOR, generated_shots=2), task)
-    nothing = FeatureSamples(features=torch.empty(0, DIM), labels=torch.empty(0, dtype=torch.long))
-    everything = FeatureSamples(features=_unit(10, 4), labels=torch.arange(5).repeat_interleave(2))
+    own = {"generated_shots": 2} if name == "tip-adapter-f" else {}
+    method = build_method(clip, _config(name, classes="none", generator=GENERATOR, **own), task)
+    nothing = ImageSet(images=torch.empty(0, DIM), labels=torch.empty(0, dtype=torch.long))
+    everything = ImageSet(images=_unit(10, 4), labels=torch.arange(5).repeat_interleave(2))
     method.begin(_Generated(nothing, everything))
-    for features in (torch.empty(0, DIM), None):
-        batch = Batch(
-            labels=nothing.labels, files=(), features=features, generated=_unit(4, 9),
-            generated_labels=torch.tensor([0, 4, 2, 1]),
-        )  # fmt: skip
+    for features in (torch.empty(0, DIM), torch.empty(0)):
+        generated = ImageSet(images=_unit(4, 9), labels=torch.tensor([0, 4, 2, 1]))
+        batch = Batch(real=ImageSet(images=features, labels=nothing.labels), generated=generated)
         total = method.loss(batch)["total"]
         total.backward()  # type: ignore[no-untyped-call]
         assert bool(total.isfinite())
 
 
 class _Generated(_Source):
-    def __init__(self, nothing: FeatureSamples, everything: FeatureSamples) -> None:
+    def __init__(self, nothing: ImageSet, everything: ImageSet) -> None:
         super().__init__(validation=nothing, train=nothing)
         self._everything = everything
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         return self._everything
 
 
@@ -272,10 +272,11 @@ def test_a_run_learns_is_stored_and_loads(clip: Clip, dataset: Dataset, tmp_path
 
 def test_published_settings() -> None:
     adapter, cache = config_from_recipe("clip-adapter"), config_from_recipe("tip-adapter-f")
-    assert (adapter.adapter_reduction, adapter.adapter_ratio) == (4, 0.2)
+    assert adapter.settings == ClipAdapterSettings(adapter_reduction=4, adapter_ratio=0.2)
     assert (adapter.optimizer, adapter.learning_rate, adapter.batch_size, adapter.epochs) == ("sgd", 2e-3, 32, 200)
     assert (cache.optimizer, cache.learning_rate, cache.adam_epsilon, cache.epochs) == ("adamw", 1e-3, 1e-4, 20)
-    assert (cache.schedule, cache.batch_size, cache.cache_views, cache.min_crop) == ("step-cosine", 256, 10, 0.5)
+    assert (cache.schedule, cache.batch_size, cache.min_crop) == ("step-cosine", 256, 0.5)
+    assert cache.settings == TipAdapterSettings(cache_alpha=1.17, cache_beta=1.0, cache_views=10, generated_shots=16)
     assert config_from_recipe("tip-adapter").epochs == 0
 
 

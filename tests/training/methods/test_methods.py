@@ -1,11 +1,25 @@
 """What each method learns, and what it answers."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
-from clipship.training.methods import Batch, Method, SyncClip, Task, build_method, method_named
+from clipship.training.methods import (
+    METHODS,
+    Batch,
+    ImageSet,
+    Method,
+    Partners,
+    Task,
+    build_method,
+    config_of,
+    method_named,
+)
+from clipship.training.methods.prompted import ContextSettings
+from clipship.training.methods.sync_clip import SyncClip
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
 
@@ -34,7 +48,7 @@ WITH_CLASS_FEATURES = sorted({*SETTINGS} - {"cocoop"})
 
 def _config(method: str, **changes: object) -> TrainConfig:
     settings = {**SETTINGS[method], **changes}
-    return TrainConfig(recipe="test", method=method, base_model="small", **settings)  # type: ignore[arg-type]
+    return config_of(method, recipe="test", base_model="small", **settings)
 
 
 def _method(clip: Clip, name: str, **changes: object) -> Method:
@@ -46,13 +60,14 @@ def _batch(method: Method) -> Batch:
     pixels, labels = torch.randn(3, 3, 32, 32, generator=draw), torch.tensor([0, 1, 2])
     if method.image_side_frozen:
         with torch.no_grad():
-            return Batch(features=method.image_features(pixels), labels=labels, files=())
+            return Batch(real=ImageSet(images=method.image_features(pixels), labels=labels))
     if not method.needs_synthetic:
-        return Batch(pixels=pixels, labels=labels, files=())
+        return Batch(real=ImageSet(images=pixels, labels=labels))
     return Batch(
-        pixels=pixels, labels=labels, files=(), seen=pixels + 0.1, unseen=pixels - 0.1,
-        unseen_labels=torch.tensor([3, 4, 3]),
-    )  # fmt: skip
+        real=ImageSet(images=pixels, labels=labels),
+        synthetic_base=Partners(images=pixels + 0.1, labels=labels, rows=torch.arange(3), share=1.0),
+        synthetic_new=ImageSet(images=pixels - 0.1, labels=torch.tensor([3, 4, 3])),
+    )
 
 
 PUBLISHED_COUNTS = {
@@ -180,7 +195,9 @@ def test_the_synthetic_path_shares_all_but_the_first_tokens(clip: Clip) -> None:
 def test_sync_clip_works_where_all_classes_are_real(clip: Clip) -> None:
     method = build_method(clip, _config("sync-clip"), Task(class_names=NAMES, num_base=5, templates=TASK.templates))
     images = torch.randn(3, 3, 32, 32)
-    parts = method.loss(Batch(pixels=images, labels=torch.tensor([0, 1, 4]), files=(), seen=images))
+    labels = torch.tensor([0, 1, 4])
+    partners = Partners(images=images, labels=labels, rows=torch.arange(3), share=1.0)
+    parts = method.loss(Batch(real=ImageSet(images=images, labels=labels), synthetic_base=partners))
     assert bool(parts["total"].isfinite())
 
 
@@ -218,9 +235,23 @@ def test_deep_prompts_need_the_layers(clip: Clip, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["vpt", "ivlp", "ivlp-synthetic", "promptsrc", "sync-clip"])
-def test_image_prompts_are_not_left_out_in_silence(clip: Clip, name: str) -> None:
-    with pytest.raises(RecipeError, match=f"{name} learns image prompts: set image_tokens and image_depth"):
-        _method(clip, name, image_depth=0, image_tokens=0, domain_tokens=0)
+def test_image_prompts_are_not_left_out_in_silence(name: str) -> None:
+    for setting in ("image_depth", "image_tokens"):
+        with pytest.raises(RecipeError, match=f"{setting}=0: must be at least 1"):
+            _config(name, **{setting: 0})
+
+
+def test_settings_of_another_method_are_refused(clip: Clip) -> None:
+    config = replace(_config("ivlp"), settings=ContextSettings())
+    with pytest.raises(RecipeError, match="recipe test: method ivlp takes IvlpSettings, not ContextSettings"):
+        build_method(clip, config, TASK)
+
+
+def test_methods_are_found_in_their_modules() -> None:
+    assert set(METHODS) == {
+        *SETTINGS, "clip-adapter", "tip-adapter", "tip-adapter-f", "linear-probe", "ship",
+    }  # fmt: skip
+    assert all(method_named(name).name == name for name in METHODS)
 
 
 def test_unknown_methods_get_the_near_names() -> None:

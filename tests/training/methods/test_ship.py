@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
-from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.loop.loop import RunOptions, train
-from clipship.training.methods import Batch, FeatureSamples, Task, build_method
+from clipship.training.methods import Batch, ImageSet, Task, build_method, config_of
+from clipship.training.methods.prompted import ContextSettings
 from clipship.training.methods.ship import (
     ShipGenerator,
+    ShipSettings,
     posterior_divergence,
     reconstruction_loss,
     variance_within_classes,
@@ -25,8 +26,8 @@ from clipship.training.recipes import config_from_recipe
 
 NAMES = ("red", "green_grass", "blue", "white", "black")
 TASK = Task(class_names=NAMES, num_base=3, templates=("a photo of a {}.",))
-CONFIG = TrainConfig(
-    recipe="test", method="ship", base_model="small", context_init="", encoder_width=32, decoder_width=40,
+CONFIG = config_of(
+    "ship", recipe="test", base_model="small", context_init="", encoder_width=32, decoder_width=40,
     decoder_slope=0.2, kl_weight=0.3, shots=3, epochs=2, batch_size=9, optimizer="adamw", schedule="constant",
     warmup_epochs=0, feature_views=2,
 )  # fmt: skip
@@ -34,7 +35,7 @@ DIM = 24
 
 
 def _method(clip: Clip, **changes: object) -> ShipGenerator:
-    method = build_method(clip, replace(CONFIG, **changes), TASK)  # type: ignore[arg-type]
+    method = build_method(clip, CONFIG.with_settings(**changes), TASK)
     assert isinstance(method, ShipGenerator)
     return method
 
@@ -69,7 +70,7 @@ def test_the_total_is_the_sum_of_its_parts_and_everything_learns(clip: Clip) -> 
     mean, log_variance = method.posterior(features)
     noise = torch.randn(6, DIM, generator=torch.Generator().manual_seed(1 << 32))
     made = method.decoded(mean + (log_variance / 2).exp() * noise, labels, NAMES)
-    parts = method.loss(Batch(labels=labels, files=(), features=features))
+    parts = method.loss(Batch(real=ImageSet(images=features, labels=labels)))
     reconstruction = float(((made - features).detach().double().numpy() ** 2).sum()) / 6
     assert float(parts["reconstruction"]) == pytest.approx(reconstruction, rel=1e-5)
     assert float(parts["kl"]) == pytest.approx(float(posterior_divergence(mean, log_variance).detach()), rel=1e-6)
@@ -104,7 +105,7 @@ def test_the_first_tensors_are_the_published_ones(clip: Clip) -> None:
 def test_building_leaves_the_global_generator_alone(clip: Clip) -> None:
     before = torch.get_rng_state()
     method = _method(clip)
-    method.loss(Batch(labels=torch.tensor([0]), files=(), features=_unit(1, 1)))
+    method.loss(Batch(real=ImageSet(images=_unit(1, 1), labels=torch.tensor([0]))))
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -112,7 +113,7 @@ def test_many_rows_pass_in_chunks_with_the_same_result(clip: Clip) -> None:
     results = []
     for chunk in (128, 4):
         method = _widened(_method(clip, text_chunk=chunk))
-        batch = Batch(labels=torch.tensor([0, 1, 2] * 3), files=(), features=_unit(9, 1))
+        batch = Batch(real=ImageSet(images=_unit(9, 1), labels=torch.tensor([0, 1, 2] * 3)))
         total = method.loss(batch)["total"]
         total.backward()  # type: ignore[no-untyped-call]
         results.append((total.detach(), method.encoder.weight.grad))
@@ -120,7 +121,7 @@ def test_many_rows_pass_in_chunks_with_the_same_result(clip: Clip) -> None:
 
 
 def test_the_noise_goes_on_where_the_state_was_saved(clip: Clip) -> None:
-    batch = Batch(labels=torch.tensor([0, 1]), files=(), features=_unit(2, 1))
+    batch = Batch(real=ImageSet(images=_unit(2, 1), labels=torch.tensor([0, 1])))
     method = _method(clip)
     totals = [float(method.loss(batch)["total"].detach()) for _ in range(3)]
     assert len(set(totals)) == 3
@@ -155,13 +156,13 @@ def test_variance_within_classes_is_its_formula() -> None:
 
 
 class _Source:
-    def train(self, views: int) -> FeatureSamples:
-        return FeatureSamples(features=_unit(12, 7), labels=torch.arange(3).repeat(4))
+    def train(self, views: int) -> ImageSet:
+        return ImageSet(images=_unit(12, 7), labels=torch.arange(3).repeat(4))
 
-    def validation(self) -> FeatureSamples:
+    def validation(self) -> ImageSet:
         raise AssertionError("a generator has nothing to choose")
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         raise AssertionError("a generator learns from real features")
 
 
@@ -220,9 +221,10 @@ def test_a_run_learns_a_generator_and_resumes_to_the_bit(
 @pytest.mark.parametrize("name", ["coop", "clip-adapter", "tip-adapter-f"])
 def test_methods_learn_from_a_generator(clip: Clip, dataset: Dataset, tmp_path: Path, name: str) -> None:
     generator = replace(CONFIG, base_model=clip.name)
-    config = TrainConfig(
-        recipe="test", method=name, base_model=clip.name, generator=generator, shots=3, epochs=2, batch_size=9,
-        feature_views=2, cache_views=2, generated_shots=4, warmup_epochs=0,
+    own = {"cache_views": 2, "generated_shots": 4} if name == "tip-adapter-f" else {}
+    config = config_of(
+        name, recipe="test", base_model=clip.name, generator=generator, shots=3, epochs=2, batch_size=9,
+        feature_views=2, warmup_epochs=0, **own,
     )  # fmt: skip
     train(config, dataset, out=tmp_path / "run", clip=clip, options=RunOptions(device="cpu"))
     method = method_from_checkpoint(load_checkpoint(tmp_path / "run"), clip)
@@ -238,8 +240,8 @@ def test_context_is_learned_for_names_alone_from_a_generator_of_another_data_set
     source = replace(CONFIG, base_model=clip.name, classes="all")
     options = RunOptions(device="cpu")
     train(source, dataset, out=tmp_path / "generator", clip=clip, options=options)
-    config = TrainConfig(
-        recipe="test", method="coop", base_model=clip.name, generator=source, classes="none", epochs=2, shots=3,
+    config = config_of(
+        "coop", recipe="test", base_model=clip.name, generator=source, classes="none", epochs=2, shots=3,
         batch_size=5, feature_views=2, warmup_epochs=0,
     )  # fmt: skip
     checkpoint = train(
@@ -255,17 +257,18 @@ def test_published_settings() -> None:
     assert (generator.learning_rate, generator.weight_decay, generator.batch_size, generator.epochs) == (
         1e-3, 0.01, 256, 50,
     )  # fmt: skip
-    assert (generator.schedule, generator.warmup_epochs, generator.kl_weight) == ("constant", 0, 1.0)
-    assert (generator.encoder_width, generator.decoder_width, generator.decoder_slope) == (2048, 4096, 0.0)
-    assert (generator.text_tokens, generator.context_init, generator.min_crop) == (4, "", 0.5)
+    assert (generator.schedule, generator.warmup_epochs, generator.min_crop) == ("constant", 0, 0.5)
+    assert generator.settings == ShipSettings(
+        text_tokens=4, context_init="", encoder_width=2048, decoder_width=4096, decoder_slope=0.0, kl_weight=1.0
+    )
     imagenet = config_from_recipe("ship-imagenet")
-    assert (imagenet.epochs, imagenet.encoder_width, imagenet.decoder_slope) == (10, 4096, 0.2)
+    assert imagenet.settings == replace(generator.settings, encoder_width=4096, decoder_slope=0.2)
+    assert imagenet.epochs == 10
     coop = config_from_recipe("ship-coop")
     assert coop.generator == generator
     assert (coop.learning_rate, coop.momentum, coop.weight_decay, coop.batch_size) == (2e-3, 0, 0, 256)
-    assert (coop.schedule, coop.warmup_epochs, coop.epochs, coop.context_init) == (
-        "step-cosine", 0, 200, "a photo of a",
-    )  # fmt: skip
+    assert (coop.schedule, coop.warmup_epochs, coop.epochs) == ("step-cosine", 0, 200)
+    assert coop.settings == ContextSettings(context_init="a photo of a")
 
 
 @pytest.mark.parametrize("name", ["ship-coop", "ship-clip-adapter", "ship-tip-adapter-f", "ship-coop-cross"])

@@ -1,5 +1,7 @@
 """Where learned tokens enter the towers, against a slow reference made of open_clip's own blocks."""
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
@@ -97,8 +99,8 @@ def test_placeholders_of_a_tokenizer_that_merges_them_are_refused(clip: Clip, mo
         prompts.placeholder_template(clip, 4)
 
 
-@pytest.mark.parametrize(("image_depth", "text_depth", "tower"), [(4, 2, "image"), (3, 3, "text")])
-def test_depth_is_never_capped_in_silence(clip: Clip, image_depth: int, text_depth: int, tower: str) -> None:
-    prompts.validate_depth(clip, image_depth=3, text_depth=2)
-    with pytest.raises(RecipeError, match=f"the {tower} tower of .* set {tower}_depth to at most"):
-        prompts.validate_depth(clip, image_depth=image_depth, text_depth=text_depth)
+@pytest.mark.parametrize(("tower", "layers"), [("image", 3), ("text", 2)])
+def test_depth_is_never_capped_in_silence(clip: Clip, tower: Literal["image", "text"], layers: int) -> None:
+    prompts.validate_depth(clip, tower, layers)
+    with pytest.raises(RecipeError, match=f"the {tower} tower of .* set the depth to at most {layers}"):
+        prompts.validate_depth(clip, tower, layers + 1)

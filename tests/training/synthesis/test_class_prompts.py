@@ -116,5 +116,5 @@ def test_real_images_are_the_few_shot_sample_of_the_base_classes(
     other = Subjects(class_names=("cat",), template="{}", prompts={"cat": ("cat",)}, plain_prompts={"cat": ("cat",)})
     with pytest.raises(DataError, match="has images of none of the classes"):
         with_images(other, data_folder, config)
-    with pytest.raises(DataError, match="20 are asked for"):
+    with pytest.raises(DataError, match="20 are needed"):
         with_images(subjects, data_folder, smaller(shots=20, strength=0.5))

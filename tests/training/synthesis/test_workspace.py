@@ -69,7 +69,7 @@ def test_only_the_same_settings_go_on(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"other settings \(steps 50 -> 30; class_names - 'b', \+ 'c'\): give the same"):
         workspace.begin({"steps": 30, "batch_size": 8, "class_names": ["a", "c"]})
     assert not is_finished(tmp_path, {})
-    with pytest.raises(DataError, match="is not finished; the same clipship synthesize again goes on"):
+    with pytest.raises(DataError, match="is not finished; run the same clipship synthesize again"):
         SyntheticSet.load(tmp_path)
 
 

@@ -16,7 +16,9 @@ from PIL import Image
 from clipship.core.errors import DataError
 from clipship.training.config import TrainConfig
 from clipship.training.losses import classification_loss
-from clipship.training.methods import CoOp, Task, ZeroShot
+from clipship.training.methods import Task
+from clipship.training.methods.coop import CoOp
+from clipship.training.methods.zero_shot import ZeroShot
 from clipship.training.model.builtin import MODELS, TINY
 from clipship.training.model.clip import load_clip
 from clipship.training.recipes import TINY_TEMPLATES, config_from_recipe

@@ -10,7 +10,7 @@ import importlib.metadata
 import platform
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from torch import Tensor
 
 from clipship.core.errors import CheckpointError, RecipeError
 from clipship.core.files import read_record, replace_folder, sha256_of, write_json_atomic
-from clipship.training.config import TrainConfig
-from clipship.training.methods import Method, Task, build_method
+from clipship.training.config import Settings, TrainConfig
+from clipship.training.methods import METHODS, Method, Task, build_method, config_of, method_named
 from clipship.training.model.clip import Clip, load_clip
 
 FORMAT = "clipship-checkpoint"
@@ -28,6 +28,8 @@ LEARNED = "learned.safetensors"
 RECORD = "checkpoint.json"
 GENERATOR = "generator"
 """The folder below a checkpoint's that holds the checkpoint of its feature generator, if the run learned one."""
+_PLAIN = (*("dataset", "data_digest", "base_model_digest", "selection", "notes", "calibration", "scores", "versions"),)
+"""Fields that the record holds unchanged."""
 
 
 def tool_versions() -> dict[str, str]:
@@ -65,7 +67,7 @@ class Checkpoint:
 
     @property
     def temperature(self) -> float | None:
-        """What logits are divided by before the softmax, so that probabilities mean what they say."""
+        """What logits are divided by before the softmax, for calibrated probabilities."""
         return None if self.calibration is None else float(self.calibration["temperature"])
 
     def to_json(self) -> dict[str, Any]:
@@ -76,21 +78,42 @@ class Checkpoint:
             "config": self.config.to_json(),
             "seed": self.config.seed,
             "base_model": self.config.base_model,
-            "base_model_digest": self.base_model_digest,
-            "dataset": self.dataset,
-            "data_digest": self.data_digest,
             **asdict(self.task),
-            "selection": self.selection,
-            "losses": [dict(epoch) for epoch in self.losses],
-            "notes": dict(self.notes),
-            "calibration": None if self.calibration is None else dict(self.calibration),
-            "scores": dict(self.scores),
-            "versions": dict(self.versions),
+            **{name: getattr(self, name) for name in _PLAIN},
+            "losses": list(self.losses),
         }
 
 
+def config_from_json(content: Mapping[str, Any]) -> TrainConfig:
+    """The inverse of :meth:`TrainConfig.to_json`, and of the form that versions up to 0.5 wrote.
+
+    Those wrote the settings of all methods; the other methods' are left out. The oldest lack those of synthetic images.
+
+    Raises:
+        RecipeError: a setting is missing, unknown or out of range, or the method is unknown.
+    """
+    content = {**_ADDED_LATER, **content}
+    own = {*_names(TrainConfig), *_names(method_named(content.get("method", "")).settings_type)} - {"settings"}
+    of_any_method = {name for method in METHODS.values() for name in _names(method.settings_type)}
+    odd = sorted((own - set(content)) | (set(content) - own - of_any_method))
+    if odd:
+        raise RecipeError(f"not the settings of a run: {', '.join(odd)} missing or unknown: train again")
+    values: dict[str, Any] = {name: content[name] for name in own}
+    values |= {name: tuple(value) for name, value in values.items() if isinstance(value, list)}
+    generator = None if content["generator"] is None else config_from_json(content["generator"])
+    return config_of(**{**values, "generator": generator})
+
+
+_ADDED_LATER = {"synthetic_shots": None, "synthetic_filter": True}
+"""What the settings that the oldest checkpoints lack were then."""
+
+
+def _names(settings: type[Settings]) -> set[str]:
+    return {one.name for one in fields(settings)}
+
+
 def save_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
-    """Write ``checkpoint`` to the folder ``path``, in the place of whatever the run has left there."""
+    """Write ``checkpoint`` to the folder ``path``, replacing what the run has left there."""
     from safetensors.torch import save
 
     with replace_folder(path) as folder:
@@ -115,22 +138,15 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path}: {LEARNED} is missing or has changed: copy the checkpoint again, or train again")
     try:
         return Checkpoint(
-            config=TrainConfig.from_json(content["config"]),
+            config=config_from_json(content["config"]),
             task=Task(
                 class_names=tuple(content["class_names"]),
                 num_base=content["num_base"],
                 templates=tuple(content["templates"]),
             ),
-            dataset=content["dataset"],
-            data_digest=content["data_digest"],
-            base_model_digest=content["base_model_digest"],
             learned=load_file(path / LEARNED),
             losses=tuple(content["losses"]),
-            notes=content["notes"],
-            selection=content["selection"],
-            calibration=content["calibration"],
-            scores=content["scores"],
-            versions=content["versions"],
+            **{name: content[name] for name in _PLAIN},
         )
     except (KeyError, TypeError, RecipeError) as error:
         raise CheckpointError(f"{path / RECORD} is malformed ({error}): train again") from error
@@ -181,6 +197,6 @@ def load_learned(method: Method, learned: Mapping[str, Tensor]) -> None:
         name = odd[0]
         raise CheckpointError(
             f"learned tensor {name!r} is {given.get(name, 'missing')}, {method.name} takes {wanted.get(name, 'none')}: "
-            "load the checkpoint that belongs to these settings"
+            "load the checkpoint of these settings"
         )
     method.load_state_dict(dict(learned))

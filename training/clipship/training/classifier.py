@@ -45,15 +45,15 @@ class Prediction:
 
 
 class Classifier:
-    """A trained method with the names it chooses from; each image is told apart among all of them.
+    """A trained method and the class names it chooses from.
 
     Args:
         method: a trained method.
-        names: what to choose from; default: the classes of its task that it can tell apart.
+        names: what to choose from; default: the classes of its task that it can classify.
         calibration: its temperature; None: the method's own probabilities.
 
     Raises:
-        DataError: names that are empty, repeated, too long, or that the method cannot tell apart.
+        DataError: names that are empty, repeated, too long, or unknown to the method.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Classifier:
     ) -> Classifier:
         """The classifier of the checkpoint in the folder ``path``.
 
-        ``base_model`` says where the model is now if its folder was moved; ``device`` is a torch device, by default the
+        ``base_model`` is the model's folder if it was moved; ``device`` is a torch device, by default the
         GPU if there is one.
 
         Raises:
@@ -93,7 +93,7 @@ class Classifier:
         """One prediction an image, in order; ``images`` may be mixed, and is read batch by batch.
 
         Raises:
-            DataError: something that is no image or cannot be decoded; says which.
+            DataError: something that is no image or cannot be decoded, by position and path.
             UsageError: a number is out of range, or ``images`` is a single image.
         """
         if top_k < 1 or batch_size < 1:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 @click.command()
 @json_option
 def recipes(as_json: bool) -> None:
-    """List the recipes of synthesis and of training.
+    """List the recipes of training and synthesis.
 
     Example: clipship recipes
     """
@@ -62,10 +62,10 @@ def _first_line(function: Callable[..., Any]) -> str:
 @click.option("--base-model", metavar="NAME", help="clipship-tiny, ARCHITECTURE/PRETRAINED of open_clip, or a folder.")
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Distributed that prepare images."
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes that prepare images."
 )
 @click.option("--tensorboard", type=click.Path(path_type=Path), help="Folder for TensorBoard's event files.")
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run; a finished one is kept as it is.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run; a finished one is left unchanged.")
 @json_option
 def train(
     recipe: str,
@@ -114,27 +114,27 @@ def train(
 
 
 def feature_cache() -> Path | None:
-    """Where features of frozen image towers are kept between runs; None: nowhere."""
+    """The folder that caches features of frozen image towers between runs; None: no cache."""
     folder = cache_folder()
     return folder and folder / "features"
 
 
 def _absolute(base_model: str | None) -> str | None:
-    """A folder is noted with its whole path, so that the checkpoint can be used from anywhere."""
+    """A folder as an absolute path, so that the checkpoint works from any working directory."""
     return str(Path(base_model).resolve()) if base_model and Path(base_model).is_dir() else base_model
 
 
 @click.command()
 @click.argument("checkpoint")
 @click.option("--data", required=True, multiple=True, help="A data set; several times: the learned one and others.")
-@click.option("--base-model", metavar="NAME", help="Where the base model is now, if its folder was moved.")
+@click.option("--base-model", metavar="NAME", help="The base model's folder, if it was moved.")
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @json_option
 def evaluate(checkpoint: str, data: tuple[str, ...], base_model: str | None, device: str | None, as_json: bool) -> None:
     """Classify test images and store the scores in CHECKPOINT.
 
-    On the data set it was trained on: each half among its own class names, and among all (open vocabulary). On others:
-    their images among their class names, nothing learned from them.
+    On the data set it was trained on, each half is scored among its own class names and among all (open vocabulary).
+    Other data sets are scored among their own class names.
 
     Example: clipship evaluate runs/prints --data world/prints --data world/neon
     """

@@ -1,4 +1,4 @@
-"""One process or many: what a run needs of ``accelerate``, and nothing where it runs alone.
+"""One process or many, through ``accelerate``.
 
 Started by ``accelerate launch`` or ``torchrun``, every process takes its part of each batch and the gradients are added
 up; started by itself, a run is one process.
@@ -42,6 +42,6 @@ class Distributed:
         return total
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait for all processes."""
         if self._accelerator is not None:
             self._accelerator.wait_for_everyone()

@@ -1,6 +1,6 @@
 """Losses, each a function of features or logits. B images of a batch, S synthetic ones, C classes, D joint dimensions.
 
-float16 and bfloat16 are raised to float32 first; float64 stays as it is.
+float16 and bfloat16 are cast to float32 first; float64 is kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 def raised(values: Tensor) -> Tensor:
-    """``values`` in float32, or in float64 where they are."""
+    """``values`` as float32; float64 is kept."""
     return values if values.dtype == torch.float64 else values.float()
 
 

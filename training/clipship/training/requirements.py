@@ -1,4 +1,4 @@
-"""What a verb needs before it starts: PyTorch and open_clip, and a device that is there."""
+"""Checks before a command starts: PyTorch, open_clip and the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from clipship.core.errors import MissingExtraError, UsageError
 
 @contextmanager
 def needs_training() -> Iterator[None]:
-    """Turn a missing PyTorch or open_clip into the line that says what to install."""
+    """Turn a missing PyTorch or open_clip into an error that says what to install."""
     try:
         import open_clip
         import torch  # noqa: F401
@@ -21,7 +21,7 @@ def needs_training() -> Iterator[None]:
 
 
 def validated_device(name: str | None) -> str | None:
-    """``name`` checked, so that a typing error is one line."""
+    """``name``, if PyTorch has that device."""
     if name is None:
         return None
     import torch

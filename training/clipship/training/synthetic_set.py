@@ -1,4 +1,4 @@
-"""The folder that holds synthetic images of classes, whatever made them.
+"""The folder format of synthetic images of classes.
 
 ::
 
@@ -7,7 +7,7 @@
     DIR/images/<class>/<seed>.jpg   the candidates (or .webp); those that were not kept may be deleted
     DIR/sheets/<class>.jpg          a contact sheet of each class, where one was made
 
-The manifest is the last file to appear, so a folder that has one is a whole set. Format version 2 added the columns
+The manifest is written last, so a folder with one is complete. Format version 2 added the columns
 from `negative_prompt` on; version 1 is read, and lacks them.
 """
 
@@ -30,7 +30,7 @@ READ_VERSIONS = (1, 2)
 MANIFEST_FILE = "manifest.json"
 TABLE_FILE = "images.parquet"
 UNFINISHED_FILE = "unfinished.json"
-"""Stands in a folder that `clipship synthesize` has begun and not finished, in the place of the manifest."""
+"""Takes the manifest's place while `clipship synthesize` has not finished."""
 IMAGE_FOLDER = "images"
 SHEET_FOLDER = "sheets"
 JPEG_QUALITY = 92
@@ -104,7 +104,7 @@ class SyntheticSet:
 
     Attributes:
         folder: where the set lies.
-        generator: what made the images, as written by whatever made them.
+        generator: what made the images, in its maker's own form.
         template: the text whose `{}` took the class names.
         class_names: the classes, in order.
         images_per_class: how many images of a class were to be kept; there may be fewer, or none.
@@ -120,11 +120,10 @@ class SyntheticSet:
 
     @classmethod
     def load(cls, folder: Path) -> "SyntheticSet":
-        """Read a set and check that it is whole.
+        """Read a complete set.
 
         Raises:
-            DataError: there is no set or an unfinished one, it is of another format version, or files of kept images
-                are missing.
+            DataError: no set, an unfinished one, another format version, or missing files of kept images.
         """
         manifest = read_manifest(folder)
         images = tuple(_read_images(folder, manifest))
@@ -189,16 +188,9 @@ class SyntheticSetWriter:
 def write_synthetic_set(
     out: Path, *, generator: dict[str, Any], template: str, class_names: Sequence[str], images_per_class: int
 ) -> Iterator[SyntheticSetWriter]:
-    """Yield a writer; the set appears at `out` when the block ends without an exception, and not at all otherwise.
+    """Yield a writer; the set appears at `out` only if the block ends without an exception.
 
-    An older set at `out` is replaced.
-
-    Args:
-        out: folder of the set.
-        generator: what makes the images; anything JSON can hold.
-        template: the text whose `{}` takes a class name.
-        class_names: the classes, in order.
-        images_per_class: how many images of a class are meant to be kept.
+    An older set at `out` is replaced. The other arguments are as in `SyntheticSet`.
 
     Raises:
         DataError: `out` is something else than a synthetic set, or two classes would share a folder.
@@ -227,12 +219,9 @@ def complete(
     class_names: Sequence[str],
     images_per_class: int,
 ) -> None:
-    """Write the table of `rows` and then the manifest, which make the images in `folder` a whole set.
+    """Write the table of `rows` and then the manifest, which complete the set in `folder`.
 
-    Args:
-        folder: where the images lie.
-        rows: one for each candidate, with the columns of `SCHEMA`; columns that are left out are null.
-        generator: as for `write_synthetic_set`, like the rest.
+    A row has the columns of `SCHEMA`; those that are left out are null. The other arguments are as in `SyntheticSet`.
     """
     with replace_file(folder / TABLE_FILE) as temporary:
         pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMA), temporary)
@@ -269,14 +258,14 @@ def validate_class_folders(class_names: Sequence[str]) -> None:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return what the manifest of a set says.
+    """Return the manifest of a set.
 
     Raises:
-        DataError: there is none or an unfinished set, it is not JSON, of another format, or lacks something.
+        DataError: no manifest, an unfinished set, no JSON, another format, or a missing key.
     """
     path = folder / MANIFEST_FILE
     if not path.is_file() and (folder / UNFINISHED_FILE).is_file():
-        raise DataError(f"{folder} is not finished; the same clipship synthesize again goes on where it stopped")
+        raise DataError(f"{folder} is not finished; run the same clipship synthesize again to continue")
     if not path.is_file():
         raise DataError(f"{folder} has no {MANIFEST_FILE}; give the folder that holds manifest.json and images.parquet")
     manifest = read_record(

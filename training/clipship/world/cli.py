@@ -14,7 +14,7 @@ from clipship.training.requirements import needs_training
 from clipship.training.synthetic_set import SYNTHETIC
 
 if TYPE_CHECKING:
-    from clipship.training.datasets.load import Dataset
+    from clipship.training.datasets.base import Dataset
 
 _CANDIDATES, _KEPT = 24, 16
 

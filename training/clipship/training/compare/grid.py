@@ -14,7 +14,7 @@ from clipship.core.files import sha256_of, sha256_of_text
 
 if TYPE_CHECKING:
     from clipship.training.config import TrainConfig
-    from clipship.training.datasets.load import Dataset
+    from clipship.training.datasets.base import Dataset
 
 PROTOCOLS = ("base-to-new", "few-shot", "cross-dataset")
 FEW_SHOTS = (1, 2, 4, 8, 16)
@@ -158,7 +158,7 @@ def _validate_out(out: Path) -> None:
 
 def _configs(request: Request, recipe: str, dataset: Dataset, synthetic: Path) -> list[TrainConfig]:
     """The settings of ``recipe`` with every seed, number of shots and choice of synthetic images."""
-    from clipship.training.loop.few_shot import FewShot
+    from clipship.training.loop.few_shot import sample_of
     from clipship.training.recipes import config_from_recipe
 
     config = config_from_recipe(recipe, dataset.record.name)
@@ -172,7 +172,7 @@ def _configs(request: Request, recipe: str, dataset: Dataset, synthetic: Path) -
         for choice in choices
         for seed in request.seeds
     ]
-    FewShot(dataset, max(configs, key=lambda one: one.shots), cache=None)  # says now that there are too few images
+    sample_of(dataset, max(configs, key=lambda one: one.shots))  # says now that there are too few images
     for choice in choices:
         _validate_synthetic(replace(configs[0], **choice), dataset, synthetic)
     return configs
@@ -194,8 +194,7 @@ def _synthetic_choices(request: Request, config: TrainConfig) -> list[dict[str, 
 
 def _validate_synthetic(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
     """Say now that there are too few synthetic images."""
-    from clipship.training.inputs.batches import synthetic_paths
-    from clipship.training.inputs.synthetic import synthetic_set_for
+    from clipship.training.inputs.synthetic import synthetic_paths, synthetic_set_for
 
     images = synthetic_set_for(config, folder)
     if images is not None:
@@ -249,7 +248,8 @@ def _folder_of(config: TrainConfig) -> str:
 
 
 def _identity(config: TrainConfig, datasets: Sequence[Dataset], synthetic: Path) -> str:
-    from clipship.training.datasets.load import SPLITS, digest_of_items
+    from clipship.training.datasets.base import SPLITS
+    from clipship.training.datasets.load import digest_of_items
     from clipship.training.inputs.synthetic import synthetic_set_for
     from clipship.training.synthetic_set import TABLE_FILE
 

@@ -26,7 +26,7 @@ from clipship.training.compare.results import RunResult, write_result
 
 if TYPE_CHECKING:
     from clipship.training.checkpoint import Checkpoint
-    from clipship.training.datasets.load import Dataset
+    from clipship.training.datasets.base import Dataset
     from clipship.training.methods import Method
     from clipship.training.model.clip import Clip
 

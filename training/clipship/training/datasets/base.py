@@ -1,4 +1,4 @@
-"""What a data set is, what is known of the published ones, and what the readers share."""
+"""A data set, the record of a published one, and what the readers share."""
 
 from __future__ import annotations
 
@@ -21,35 +21,22 @@ Reader = Literal[
 
 
 @dataclass(frozen=True, kw_only=True)
-class Counts:
-    """Numbers of classes, of base (or seen) classes among them, and of images."""
-
-    classes: int
-    base: int
-    train: int
-    val: int
-    test: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class DatasetRecord:
-    """What the files of a data set do not say about it."""
+    """What is known of a data set beyond its files."""
 
     name: str
     reader: Reader = "split-file"
     split_file: str = ""
     """For the reader "split-file"."""
     folders: tuple[str, ...] = ()
-    """Names of a folder that is taken for this data set."""
+    """Folder names that identify this data set."""
     marks: tuple[str, ...] = ()
-    """Paths that, when all are there, tell this data set in a folder of another name."""
+    """Paths that together identify this data set in a folder of another name."""
     image_dir: str = "."
     """Folder below the data set's that paths and class folders start from."""
     template: str = DEFAULT_TEMPLATES[0]
     source: str = ""
     """Where to get it, for error messages."""
-    counts: Counts | None = None
-    """As published."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +71,7 @@ class Dataset:
     def __post_init__(self) -> None:
         if self.base_classes is not None and not 1 <= self.base_classes <= len(self.class_names):
             raise DataError(
-                f"{self.record.name}: {self.base_classes} base classes are asked for: "
+                f"{self.record.name}: {self.base_classes} base classes requested: "
                 f"give 1 to {len(self.class_names)}, the number of its classes"
             )
 
@@ -97,12 +84,6 @@ class Dataset:
     def task(self) -> Task:
         """What a method is built for."""
         return Task(class_names=self.class_names, num_base=self.num_base, templates=(self.record.template,))
-
-    @property
-    def counts(self) -> Counts:
-        """Equal to ``record.counts`` where a published data set is complete."""
-        sizes = {split: len(self.items(split)) for split in SPLITS}
-        return Counts(classes=len(self.class_names), base=self.num_base, **sizes)
 
     def items(self, split: str) -> tuple[LabelledImage, ...]:
         """The items of "train", "val" or "test"."""
@@ -135,7 +116,7 @@ def dataset_from_rows(where: Path, record: DatasetRecord, rows: Rows, class_name
 
 
 def validate_class_names(where: Path, names: Sequence[str]) -> None:
-    """Refuse what no classifier can be made of.
+    """Validate the class names of a data set.
 
     Raises:
         DataError: fewer than two names, an empty one, or two that give the same prompt (CLIP reads lower case).
@@ -155,10 +136,10 @@ def validate_class_names(where: Path, names: Sequence[str]) -> None:
 
 
 def needed(path: Path, record: DatasetRecord) -> Path:
-    """``path``, which the data set cannot do without.
+    """``path``, which the data set requires.
 
     Raises:
-        DataError: it is not there.
+        DataError: it does not exist.
     """
     if path.exists():
         return path
@@ -208,7 +189,7 @@ def _is_image(entry: os.DirEntry[str]) -> bool:
 
 
 def validate_images(dataset: Dataset, folder: Path, listing: str) -> Dataset:
-    """``dataset``, whose images are named by the file ``listing`` in ``folder`` and were not seen yet.
+    """``dataset``, after checking that the images named by the file ``listing`` in ``folder`` exist.
 
     Raises:
         DataError: images that are not there.
@@ -224,7 +205,7 @@ def validate_images(dataset: Dataset, folder: Path, listing: str) -> Dataset:
 
 
 def _missing(paths: Iterable[Path]) -> list[Path]:
-    """Those that are no files. Every folder is listed once, which is far quicker than to ask for every file."""
+    """Those that are no files. Listing every folder once is far quicker than a stat of every file."""
     listed: dict[str, set[str]] = {}
     missing = []
     for path in paths:

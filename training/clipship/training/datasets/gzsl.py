@@ -51,7 +51,7 @@ class _Files:
 def read_gzsl(folder: Path, record: DatasetRecord) -> Dataset:
     """Train on trainval_loc, test on test_seen_loc and then test_unseen_loc; there is no validation list.
 
-    Classes are numbered anew: the seen ones first, then the unseen ones, each in the order of the authors. Those that
+    Classes get new numbers: the seen ones first, then the unseen ones, each in the order of the authors. Those that
     no list uses are left out.
 
     Raises:

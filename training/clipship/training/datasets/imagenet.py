@@ -1,7 +1,7 @@
 """ImageNet and its four variants: class folders named by WordNet IDs, and ``classnames.txt`` with a name for each.
 
 Images are taken in the order of their sorted names. CoOp takes them as the directory lists them, which differs from
-machine to machine, so its few-shot samples of ImageNet cannot be had again; these are the same everywhere.
+machine to machine, so its few-shot samples of ImageNet cannot be reproduced; these are the same everywhere.
 
 The published ``classnames.txt`` has two names twice (missile, sunglasses). From the second time on a name gets an
 underscore at its end: names become distinct, and prompts keep the very tokens they have in CoOp, because an underscore
@@ -98,7 +98,7 @@ def _known_classes(folder: Path, record: DatasetRecord) -> dict[str, str]:
 
 
 def _items(images: Path, classes: Classes, record: DatasetRecord) -> tuple[LabelledImage, ...]:
-    """The images of all ``classes``, numbered in their order; nothing that was listed is asked for again."""
+    """The images of all ``classes``, numbered in their order."""
     _validate_folders(images, folders_in(needed(images, record)), classes)
     if len(classes) < 2:
         raise DataError(f"{images}: {len(classes)} classes: there must be at least 2")

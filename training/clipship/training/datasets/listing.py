@@ -31,14 +31,11 @@ def read_list(path: Path, record: DatasetRecord) -> Dataset:
     _validate_rows(path, rows)
     items = [(path.parent / row[0], row[1]) for row in rows]
     has_split = bool(rows) and len(rows[0]) > len(_NEEDED)
-    given = _by_split(rows, items) if has_split else split_rows(items)
-    return validate_images(
-        dataset_from_rows(path, record, given, sorted({name for _, name in items})), path.parent, path.name
-    )
-
-
-def _by_split(rows: list[Row], items: list[tuple[Path, str]]) -> dict[str, list[tuple[Path, str]]]:
-    return {split: [item for item, row in zip(items, rows, strict=True) if row[2] == split] for split in SPLITS}
+    pairs = list(zip(items, rows, strict=True))
+    by_split = {split: [item for item, row in pairs if row[2:] == (split,)] for split in SPLITS}
+    names = sorted({name for _, name in items})
+    dataset = dataset_from_rows(path, record, by_split if has_split else split_rows(items), names)
+    return validate_images(dataset, path.parent, path.name)
 
 
 def _rows(path: Path) -> list[Row]:
@@ -47,10 +44,10 @@ def _rows(path: Path) -> list[Row]:
     try:
         table = _table(path)
         names = _used_columns(path, table.column_names)
-        columns = [_texts(table[name].cast(pyarrow.string()).to_pylist()) for name in names]
+        columns = [table[name].cast(pyarrow.string()).to_pylist() for name in names]
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot be read as {path.suffix} ({error}): give a CSV or Parquet file") from error
-    return list(zip(*columns, strict=True))
+    return list(zip(*([(cell or "").strip() for cell in column] for column in columns), strict=True))
 
 
 def _used_columns(path: Path, given: list[str]) -> list[str]:
@@ -63,10 +60,6 @@ def _used_columns(path: Path, given: list[str]) -> list[str]:
     if twice:
         raise DataError(f"{path}: two columns are named {twice[0]!r}: remove one")
     return [name for name in _TEXT_COLUMNS if name in given]
-
-
-def _texts(cells: list[str | None]) -> list[str]:
-    return [(cell or "").strip() for cell in cells]
 
 
 def _table(path: Path) -> Any:

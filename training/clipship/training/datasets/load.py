@@ -16,16 +16,7 @@ from pathlib import Path
 from clipship.core.errors import DataError
 from clipship.core.files import sha256_of_text
 from clipship.training.datasets.aircraft import read_aircraft
-from clipship.training.datasets.base import (
-    SPLITS,
-    Counts,
-    Dataset,
-    DatasetRecord,
-    LabelledImage,
-    Reader,
-    base_new_split,
-    folders_in,
-)
+from clipship.training.datasets.base import Dataset, DatasetRecord, LabelledImage, Reader, folders_in
 from clipship.training.datasets.folders import read_tree
 from clipship.training.datasets.gzsl import SPLIT_FILE, read_gzsl
 from clipship.training.datasets.imagenet import (
@@ -36,7 +27,7 @@ from clipship.training.datasets.imagenet import (
 )
 from clipship.training.datasets.listing import LIST_SUFFIXES, read_list
 from clipship.training.datasets.records import PUBLISHED_DATASETS
-from clipship.training.datasets.split_file import read_split, read_split_file
+from clipship.training.datasets.split_file import read_split_file
 
 VAL_SHOTS = 4
 """At most this many validation images a class go with a few-shot sample."""
@@ -65,11 +56,11 @@ def known_records() -> dict[str, DatasetRecord]:
 
 
 def load_dataset(path: Path) -> Dataset:
-    """Read the data set that ``path`` is: a folder, or a CSV or Parquet list.
+    """Read a data set: a folder, or a CSV or Parquet list.
 
     A folder with a ``split_zhou_NAME.json`` is in the CoOp layout. One without is a published data set if it has the
     name that the CoOp code base gives it (``dtd``, ``fgvc_aircraft``, ``imagenet-sketch``; ``awa2``, ``cub`` and
-    ``sun`` for the proposed zero-shot splits), or the files that tell it. Anything else is a tree with a folder for
+    ``sun`` for the proposed zero-shot splits), or the files that identify it. Anything else is a tree with a folder for
     each class. What is not published has the template "a photo of a {}.". ``train`` may be empty.
 
     Raises:
@@ -169,7 +160,7 @@ def few_shot(dataset: Dataset, shots: int, seed: int) -> tuple[tuple[LabelledIma
     counts = Counter(item.label for item in dataset.train)
     for label, name in enumerate(dataset.class_names[: dataset.num_base]):
         if counts[label] < max(shots, 1):
-            raise DataError(f"class {name!r} has {counts[label]} training images, {shots} are asked for: lower --shots")
+            raise DataError(f"class {name!r} has {counts[label]} training images, {shots} are needed: lower --shots")
     if not shots:
         return dataset.train, dataset.val
     generator = random.Random(seed)
@@ -188,21 +179,3 @@ def _sampled(items: Sequence[LabelledImage], count: int, generator: random.Rando
 def digest_of_items(items: Sequence[LabelledImage]) -> str:
     """SHA-256 over the items' file names, labels and class names in order: what a run has learned from."""
     return sha256_of_text(json.dumps([[item.path.name, item.label, item.class_name] for item in items]))
-
-
-__all__ = [
-    "PUBLISHED_DATASETS",
-    "READERS",
-    "SPLITS",
-    "VAL_SHOTS",
-    "Counts",
-    "Dataset",
-    "DatasetRecord",
-    "LabelledImage",
-    "base_new_split",
-    "digest_of_items",
-    "few_shot",
-    "known_records",
-    "load_dataset",
-    "read_split",
-]

@@ -36,10 +36,7 @@ DOMAINS = "domain generalisation"
 PROTOCOLS = (BASE_TO_NEW, GENERALISED, ALL_CLASSES, CROSS_DATASET, DOMAINS)
 
 _PERCENTAGES = ("base", "new", "open_base", "open_new", "all", "seen", "unseen", "ece_before", "ece_after")
-_NUMBERS = (
-    *("num_images", "num_classes"),
-    *("num_base_images", "num_new_images", "num_base_classes", "num_new_classes"),
-)
+_NUMBERS = tuple(f"num_{half}{kind}" for half in ("", "base_", "new_") for kind in ("images", "classes"))
 _MEANS = ("harmonic_mean", "open_harmonic_mean", "generalised_harmonic_mean")
 
 
@@ -50,9 +47,9 @@ def harmonic_mean(first: float, second: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """Top-1 accuracies in percent, over all images of a half unless it says otherwise.
+    """Top-1 accuracies in percent, over all images of a half unless stated otherwise.
 
-    None where the protocol does not ask for a number, a half has no images, or the method cannot name its classes.
+    None if the protocol has no such score, a half has no images, or the method does not know its classes.
 
     Raises:
         DataError: an unknown protocol, or a number out of range.
@@ -89,7 +86,7 @@ class Scores:
     temperature: float | None = None
     """What logits were divided by for ``ece_after`` and ``reliability``; None: they are the method's own."""
     ece_before: float | None = None
-    """Expected calibration error of the method's own probabilities over all names that it can tell apart."""
+    """Expected calibration error of the method's own probabilities over all names that it knows."""
     ece_after: float | None = None
     """The same with the temperature."""
     reliability: tuple[ReliabilityBin, ...] = ()
@@ -124,7 +121,8 @@ class Scores:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field and the harmonic means."""
-        return {**asdict(self), "reliability": [asdict(one) for one in self.reliability], **_means_of(self)}
+        means = {name: getattr(self, name) for name in _MEANS}
+        return {**asdict(self), "reliability": [asdict(one) for one in self.reliability], **means}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Scores:
@@ -149,10 +147,6 @@ def _mean_of(first: float | None, second: float | None) -> float | None:
     return None if first is None or second is None else harmonic_mean(first, second)
 
 
-def _means_of(scores: Scores) -> dict[str, float | None]:
-    return {name: getattr(scores, name) for name in _MEANS}
-
-
 def evaluate(
     method: Method,
     dataset: Dataset,
@@ -171,7 +165,7 @@ def evaluate(
     features of the frozen image tower.
 
     Raises:
-        DataError: no images to classify, one that cannot be decoded, or classes that the method cannot tell apart.
+        DataError: no images to classify, one that cannot be decoded, or classes that the method does not know.
     """
     protocol = protocol_of(method, dataset, trained_on)
     method = method_for(method, dataset)
@@ -180,7 +174,7 @@ def evaluate(
     logits_of = logits_over(method, names)
     items = [item for item in dataset.items(split) if item.label < len(names)]
     if not items:
-        known = f"the {len(names)} classes that {method.name} tells apart"
+        known = f"the {len(names)} classes that {method.name} knows"
         raise DataError(f"{dataset.record.name}: the list {split} has no images of {known}: give another list")
     labels = torch.tensor([item.label for item in items])
     logits = logits_of(features_of_files(method, [item.path for item in items], cache=cache))
@@ -208,7 +202,7 @@ def protocol_of(method: Method, dataset: Dataset, trained_on: str | None = None)
 def method_for(method: Method, dataset: Dataset) -> Method:
     """The same learned tensors, asking with the templates of ``dataset`` where the method asks with a data set's.
 
-    Its task keeps its own classes, which a cache of their features belongs to; ``classifier`` takes any others.
+    Its task keeps its own classes, to which a cache of features belongs; ``classifier`` takes any others.
     """
     templates = dataset.task.templates
     if templates == method.task.templates:
@@ -252,18 +246,14 @@ def _class_mean(logits: Tensor, labels: Tensor) -> float | None:
 
 
 def _counts(dataset: Dataset, split: str, protocol: str) -> dict[str, Any]:
-    num_images, num_classes = len(dataset.items(split)), len(dataset.class_names)
-    counts = {"num_images": num_images, "num_classes": num_classes}
+    items, num_base = dataset.items(split), dataset.num_base
+    counts = {"num_images": len(items), "num_classes": len(dataset.class_names)}
     if protocol not in (BASE_TO_NEW, GENERALISED):
         return counts
-    num_base_images = sum(item.label < dataset.num_base for item in dataset.items(split))
-    return {
-        **counts,
-        "num_base_images": num_base_images,
-        "num_new_images": num_images - num_base_images,
-        "num_base_classes": dataset.num_base,
-        "num_new_classes": num_classes - dataset.num_base,
-    }
+    num_base_images = sum(item.label < num_base for item in items)
+    base = {"num_base_images": num_base_images, "num_base_classes": num_base}
+    new = {"num_new_images": len(items) - num_base_images, "num_new_classes": len(dataset.class_names) - num_base}
+    return counts | base | new
 
 
 def _reliability(logits: Tensor, labels: Tensor, temperature: float | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A trained method at work: features of images, and logits over names. Evaluation, calibration and the API share it.
+"""Inference with a trained method: features of images, logits over names.
 
 Shapes: N images, C classes, D joint dimensions.
 """
@@ -21,7 +21,7 @@ _CHUNK = 64
 
 
 def distinguishable_names(method: Method) -> tuple[str, ...]:
-    """The classes of its task that ``method`` can tell apart: all, or those it has learned where it knows no other.
+    """The classes of its task that ``method`` knows: all, or the learned ones of a closed vocabulary.
 
     They are the first ones of the task, so labels into the task's classes are labels into these.
     """
@@ -31,9 +31,9 @@ def distinguishable_names(method: Method) -> tuple[str, ...]:
 
 @torch.no_grad()
 def features_of_files(method: Method, paths: Sequence[Path], *, cache: Path | None = None) -> Tensor:
-    """Unit features [N, D] on the CPU of the images at ``paths``, as they are compared with classes.
+    """Unit features [N, D] on the CPU of the images at ``paths``, as compared with classes.
 
-    Where the image tower is frozen its features are kept in ``cache``, for every method on that model.
+    ``cache`` keeps features of frozen image towers, for every method on that model.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -54,16 +54,16 @@ def features_of_files(method: Method, paths: Sequence[Path], *, cache: Path | No
 
 @torch.no_grad()
 def features_of_pixels(method: Method, pixels: Tensor) -> Tensor:
-    """uint8 [N, H, W, 3] -> unit features [N, D] where the model lives."""
+    """uint8 [N, H, W, 3] -> unit features [N, D] on the model's device."""
     return method.image_features(method.clip.normalize(pixels.to(method.clip.device)))
 
 
 @torch.no_grad()
 def logits_over(method: Method, names: Sequence[str]) -> Callable[[Tensor], Tensor]:
-    """What turns unit features [N, D] into the method's logits float32 [N, C] on the CPU; made once for ``names``.
+    """A function from unit features [N, D] to the method's logits float32 [N, C] on the CPU.
 
     Raises:
-        DataError: a prompt is too long for the text tower, or the method cannot tell these classes apart.
+        DataError: a prompt is too long for the text tower, or the method does not know a class.
     """
     method.eval()
     classify = method.classifier(names)

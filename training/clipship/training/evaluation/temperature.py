@@ -1,4 +1,4 @@
-"""Whether a probability is to be believed: temperature scaling and its measures (Guo et al., arXiv 1706.04599).
+"""Calibrated probabilities: temperature scaling and its measures (Guo et al., arXiv 1706.04599).
 
 A confidence is the greatest probability of an image. Over many images it should be the share of them that are right.
 
@@ -97,10 +97,10 @@ class Calibration:
 def calibrate(
     method: Method, items: Sequence[LabelledImage], names: Sequence[str] | None = None, *, cache: Path | None = None
 ) -> Calibration:
-    """Fit the temperature on those of ``items`` that show classes with real images, told apart among ``names``.
+    """Fit the temperature on those of ``items`` that show classes with real images, classified among ``names``.
 
     ``items`` are few-shot validation images, labelled into the task's classes; ``names`` are by default all classes
-    that the method can tell apart. ``cache`` is that of
+    that the method knows. ``cache`` is that of
     :func:`~clipship.training.evaluation.inference.features_of_files`.
 
     Raises:
@@ -170,11 +170,7 @@ def reliability_bins(
 
 def expected_calibration_error(bins: Sequence[ReliabilityBin]) -> float:
     """Percent: the mean over all images of the gap between confidence and accuracy in their bin."""
-    total = sum(one.count for one in bins)
-    gaps = (
-        one.count * abs(one.confidence - one.accuracy) for one in bins if one.confidence and one.accuracy is not None
-    )
-    return sum(gaps) / total
+    return sum(one.count * one.gap for one in bins) / sum(one.count for one in bins)
 
 
 def _percent(shares: Tensor) -> float | None:

@@ -9,9 +9,8 @@ import math
 import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -22,60 +21,12 @@ from clipship.core.errors import DataError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, decode_image, pixels_from_image
 from clipship.core.progress import progress
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import LabelledImage
-from clipship.training.methods.base import Batch
-
-if TYPE_CHECKING:
-    from clipship.training.synthetic_set import SyntheticSet
+from clipship.training.datasets.base import LabelledImage
+from clipship.training.methods.base import Batch, ImageSet, Partners
 
 _CACHE_BYTES = 1 << 30
 _ASPECT = (3 / 4, 4 / 3)
 _CROP_ATTEMPTS = 10
-
-
-def synthetic_paths(
-    synthetic: SyntheticSet, class_names: Sequence[str], config: TrainConfig
-) -> tuple[tuple[Path, ...], ...]:
-    """The synthetic images that each class learns from, in the order of ``class_names``; a class may have none.
-
-    They are what ``config`` asks for: the kept ones with the best scores, or the first by seed.
-
-    Raises:
-        DataError: no class has any, or none has as many as are asked for.
-    """
-    every = _kept_images if config.synthetic_filter else _made_images
-    found = every(synthetic)
-    most = max((len(found.get(name, ())) for name in class_names), default=0)
-    if not most:
-        raise DataError(
-            f"{synthetic.folder} has no image of any of the {len(class_names)} classes, the first is "
-            f"{class_names[0]!r}: write it for the class names of the data set, or take --synthetic-shots 0"
-        )
-    if config.synthetic_shots is not None and config.synthetic_shots > most:
-        raise DataError(
-            f"{config.synthetic_shots} synthetic images a class are asked for, and no class of {synthetic.folder} has "
-            f"more than {most}: ask for fewer, or synthesize more"
-        )
-    return tuple(found.get(name, ())[: config.synthetic_shots] for name in class_names)
-
-
-def _kept_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
-    """Of every class the images that the filter kept, best score first."""
-    return {name: tuple(image.path for image in synthetic.kept(name)) for name in synthetic.class_names}
-
-
-def _made_images(synthetic: SyntheticSet) -> dict[str, tuple[Path, ...]]:
-    """Of every class the images in the order of their seeds, whatever their score.
-
-    What was refused before it had a score (no image of the class at all, as the safety checker says) is left out, and
-    what was deleted.
-    """
-    found: dict[str, list[Path]] = {}
-    for image in sorted(synthetic.images, key=lambda image: image.seed):
-        usable = image.kept or image.score is not None
-        if usable and image.path.is_file():
-            found.setdefault(image.class_name, []).append(image.path)
-    return {name: tuple(paths) for name, paths in found.items()}
 
 
 def decoded(path: Path) -> Image.Image:
@@ -184,96 +135,94 @@ class Draw:
 
     positions: tuple[int, ...]
     """Of real images in the few-shot list."""
-    rows: tuple[int, ...]
+    rows: tuple[int, ...] = ()
     """Which of them have a synthetic partner."""
-    seen: tuple[Path, ...]
-    """The partners."""
-    unseen: tuple[Path, ...]
-    unseen_labels: tuple[int, ...]
+    partners: tuple[Path, ...] = ()
+    new: tuple[Path, ...] = ()
+    """Synthetic images of classes that have no real ones."""
+    new_labels: tuple[int, ...] = ()
 
 
+@dataclass(eq=False)
 class Epoch(torch.utils.data.Dataset[Batch]):
     """The batches of one epoch. Every draw is keyed by seed, epoch and position, so any step can be made again.
 
     With synthetic images each real one comes with a synthetic one of its class, if there is any, and with one of a
     random new class of those that have some.
-    ``features`` [N, D], those of the few-shot images in this epoch, take the place of uint8 pixels [B, H, W, 3].
     """
 
-    def __init__(
-        self,
-        items: Sequence[LabelledImage],
-        synthetic: Sequence[Sequence[Path]],
-        *,
-        num_base: int,
-        config: TrainConfig,
-        size_px: int,
-        cache: ImageCache,
-        epoch: int,
-        features: torch.Tensor | None = None,
-        num_classes: int = 0,
-    ) -> None:
-        self._items = items
-        self._synthetic = synthetic
-        self._new = [label for label in range(num_base, len(synthetic)) if synthetic[label]]
-        self._config = config
-        self._size_px = size_px
-        self._cache = cache
-        self._epoch = epoch
-        self._features = features
-        self._key = f"{config.seed} {epoch}"
-        self._images = len(items) or num_classes * config.shots  # as many steps where all features are generated
-        self._order = list(range(len(items)))
+    items: Sequence[LabelledImage]
+    synthetic: Sequence[Sequence[Path]]
+    """By class; empty: no synthetic images."""
+    _: KW_ONLY
+    num_base: int
+    config: TrainConfig
+    size_px: int
+    cache: ImageCache
+    epoch: int
+    features: torch.Tensor | None = None
+    """[N, D] of the items in this epoch; None: batches hold uint8 pixels [B, H, W, 3]."""
+    num_classes: int = 0
+
+    def __post_init__(self) -> None:
+        self._new = [label for label in range(self.num_base, len(self.synthetic)) if self.synthetic[label]]
+        self._key = f"{self.config.seed} {self.epoch}"
+        self._order = list(range(len(self.items)))
         random.Random(f"{self._key} order").shuffle(self._order)
 
     def __len__(self) -> int:
-        return max(1, self._images // self._config.batch_size)
+        images = len(self.items) or self.num_classes * self.config.shots  # as many where all features are generated
+        return max(1, images // self.config.batch_size)
 
     def __getitem__(self, step: int) -> Batch:
         draw = self.draw(step)
-        items = [self._items[position] for position in draw.positions]
-        paths = (*(item.path for item in items), *draw.seen, *draw.unseen)
+        items = [self.items[position] for position in draw.positions]
+        paths = (*(item.path for item in items), *draw.partners, *draw.new)
+        labels = torch.tensor([item.label for item in items], dtype=torch.long)
         return Batch(
-            labels=torch.tensor([item.label for item in items], dtype=torch.long),
+            real=ImageSet(images=self._real_images(draw.positions), labels=labels),
             files=tuple(map(str, paths)),
-            features=None if self._features is None else self._features[list(draw.positions)],
-            pixels=self._real_pixels(draw.positions) if self._features is None and items else None,
-            seen=self._synthetic_pixels(draw.seen, f"{step} seen") if draw.seen else None,
-            seen_rows=torch.tensor(draw.rows) if 0 < len(draw.rows) < len(items) else None,
-            seen_share=len(draw.rows) / len(items) if draw.seen else 0.0,
-            unseen=self._synthetic_pixels(draw.unseen, f"{step} unseen") if draw.unseen else None,
-            unseen_labels=torch.tensor(draw.unseen_labels) if draw.unseen else None,
+            synthetic_base=self._partners(draw, labels, f"{step} seen") if draw.partners else None,
+            synthetic_new=self._new_images(draw, f"{step} unseen") if draw.new else None,
         )
 
     def draw(self, step: int) -> Draw:
         """The images of ``step`` (from 0)."""
-        size = self._config.batch_size
+        size = self.config.batch_size
         positions = tuple(self._order[step * size : (step + 1) * size])
-        if not self._synthetic:
-            return Draw(positions=positions, rows=(), seen=(), unseen=(), unseen_labels=())
+        if not self.synthetic:
+            return Draw(positions=positions)
         generator = random.Random(f"{self._key} step {step}")
-        partners = [self._synthetic[self._items[position].label] for position in positions]
+        partners = [self.synthetic[self.items[position].label] for position in positions]
         rows = tuple(row for row, images in enumerate(partners) if images)
-        seen = tuple(generator.choice(partners[row]) for row in rows)
+        chosen = tuple(generator.choice(partners[row]) for row in rows)
         labels = tuple(generator.choice(self._new) for _ in positions) if self._new else ()
-        unseen = tuple(generator.choice(self._synthetic[label]) for label in labels)
-        return Draw(positions=positions, rows=rows, seen=seen, unseen=unseen, unseen_labels=labels)
+        new = tuple(generator.choice(self.synthetic[label]) for label in labels)
+        return Draw(positions=positions, rows=rows, partners=chosen, new=new, new_labels=labels)
 
-    def _real_pixels(self, positions: Sequence[int]) -> torch.Tensor:
-        return torch.stack(
-            [
-                training_view(self._cache, self._items[i].path, i, self._size_px, self._config, self._epoch)
-                for i in positions
-            ]
-        )
+    def _real_images(self, positions: Sequence[int]) -> torch.Tensor:
+        if self.features is not None:
+            return self.features[list(positions)]
+        views = [
+            training_view(self.cache, self.items[i].path, i, self.size_px, self.config, self.epoch) for i in positions
+        ]
+        return torch.stack(views) if views else torch.empty(0)
+
+    def _partners(self, draw: Draw, labels: torch.Tensor, key: str) -> Partners:
+        rows = torch.tensor(draw.rows)
+        images = self._synthetic_pixels(draw.partners, key)
+        return Partners(images=images, labels=labels[rows], rows=rows, share=len(rows) / len(labels))
+
+    def _new_images(self, draw: Draw, key: str) -> ImageSet:
+        return ImageSet(images=self._synthetic_pixels(draw.new, key), labels=torch.tensor(draw.new_labels))
 
     def _synthetic_pixels(self, paths: Sequence[Path], draw: str) -> torch.Tensor:
         """Unless the recipe redraws them, a synthetic image has one crop for the whole run."""
-        if self._config.redraw_synthetic:
+        if self.config.redraw_synthetic:
             keys = [f"{self._key} {draw} {place}" for place in range(len(paths))]
         else:
-            keys = [f"{self._config.seed} once {path.name}" for path in paths]
+            keys = [f"{self.config.seed} once {path.name}" for path in paths]
         return torch.from_numpy(np.stack([self._one(path, key) for path, key in zip(paths, keys, strict=True)]))
 
     def _one(self, path: Path, key: str) -> NDArray[np.uint8]:
-        return training_pixels(self._cache.image(path), self._size_px, self._config, key)
+        return training_pixels(self.cache.image(path), self.size_px, self.config, key)

@@ -32,7 +32,7 @@ _CHUNK = 64
 
 
 def evaluation_features(clip: Clip, paths: Sequence[Path], *, cache: Path | None = None) -> Tensor:
-    """Unit features, float32 [N, D] on the CPU, of images as they are at test time (resize and centre crop).
+    """Unit features, float32 [N, D] on the CPU, of images prepared as at test time (resize and centre crop).
 
     Raises:
         DataError: an image cannot be decoded, or has features that are not finite.
@@ -63,7 +63,7 @@ def view_features(
 
 
 def frozen_features(clip: Clip, pixels: Tensor) -> Tensor:
-    """Normalised pixels [N, 3, H, W] -> unit float32 features [N, D] of the tower as it is, without gradients."""
+    """Normalised pixels [N, 3, H, W] -> unit float32 features [N, D] of the frozen tower, without gradients."""
     with torch.no_grad():
         return functional.normalize(prompts.image_features(clip, pixels).float(), dim=-1)
 
@@ -107,4 +107,4 @@ def _kept(
 
 @functools.cache
 def _tell_unkept(folder: Path, reason: str) -> None:
-    log(f"{folder}: features cannot be kept ({reason}): they are encoded in every run")
+    log(f"{folder}: cannot cache features ({reason}): every run encodes them again")

@@ -1,4 +1,4 @@
-"""The one training loop: a method's own tensors, learned step by step, saved in between, resumed to the bit."""
+"""The one training loop: learns a method's tensors, saves its state, resumes bit-exactly."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,23 +20,22 @@ from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.progress import Report, log, progress
 from clipship.training.checkpoint import GENERATOR, RECORD, Checkpoint, load_checkpoint, save_checkpoint
 from clipship.training.config import TrainConfig
-from clipship.training.datasets.load import Dataset
+from clipship.training.datasets.base import Dataset
 from clipship.training.distributed import Distributed
-from clipship.training.inputs.batches import synthetic_paths
+from clipship.training.evaluation.temperature import calibrate
 from clipship.training.inputs.features import frozen_features
-from clipship.training.loop.feature_generator import generation_for
-from clipship.training.loop.few_shot import FewShot
+from clipship.training.inputs.synthetic import log_missing, synthetic_images
+from clipship.training.loop.feature_generator import generation_from_checkpoint, validate_generator
+from clipship.training.loop.few_shot import FewShot, sample_of
 from clipship.training.loop.run_state import Losses, Position, RunState, WeightAverage
-from clipship.training.methods import Batch, Method, build_method
-from clipship.training.model.autocast import autocast, gradient_scaler
+from clipship.training.methods import Batch, FeatureGenerator, Method, build_method
+from clipship.training.model.autocast import autocast
 from clipship.training.model.clip import Clip, load_clip
 
 if TYPE_CHECKING:
     from clipship.training.synthetic_set import SyntheticSet
 
 STATE = "state"
-SAVE_EVERY_S = 30.0
-"""Seconds of training that a kill can cost."""
 
 
 def learning_rate(config: TrainConfig, epoch: int, step: int = 0, steps: int = 1) -> float:
@@ -59,20 +58,20 @@ def learning_rate(config: TrainConfig, epoch: int, step: int = 0, steps: int = 1
 
 @dataclass(frozen=True, kw_only=True)
 class RunOptions:
-    """How a run is carried out; none of it changes what is learned."""
+    """How a run is carried out; no option changes the result."""
 
     resume: bool = False
-    """Go on with an interrupted run; a finished one is returned as it is."""
+    """Continue an interrupted run; a finished one is returned."""
     device: str | None = None
     """A torch device; None: the GPU if there is one."""
     workers: int = 0
-    """Distributed that prepare images."""
+    """Processes that prepare images."""
     cache: Path | None = None
     """Folder for what other runs can use again, features of frozen image towers and generators; None: for this run."""
     tensorboard: Path | None = None
     """Folder for TensorBoard's event files; None: none are written."""
-    save_every_s: float = SAVE_EVERY_S
-    """Seconds of training between two states on disk."""
+    save_every_s: float = 30.0
+    """Seconds of training between two states on disk: what a kill can cost."""
 
 
 def train(
@@ -87,8 +86,8 @@ def train(
 ) -> Checkpoint:
     """Learn ``config.method`` from a few images of ``dataset`` and write the checkpoint to the folder ``out``.
 
-    The state is saved in ``out/state`` twice a minute; an interrupted run that is resumed ends with the very tensors
-    and losses of an uninterrupted one. ``clip`` is the loaded base model if there is one already, ``generator`` the
+    The state is saved in ``out/state`` twice a minute; a resumed run ends with exactly the tensors and losses of an
+    uninterrupted one. ``clip`` is the loaded base model if there is one already, ``generator`` the
     checkpoint of a feature generator that takes the place of the one the recipe would learn first.
 
     Raises:
@@ -99,33 +98,41 @@ def train(
         ClipshipError: out of memory; the message says what lowers it.
     """
     options = options or RunOptions()
-    data = FewShot(dataset, config, cache=options.cache)
-    finished = _finished_run(out, config, data.digest, resume=options.resume)
+    sample = sample_of(dataset, config)
+    finished = _finished_run(out, config, sample.digest, resume=options.resume)
     if finished is not None:
         return finished
     processes = Distributed(options.device)
     clip = (clip or load_clip(config.base_model)).to(processes.device)
-    learn_generator = _learner_of_generators(dataset, out / GENERATOR, clip, options, processes)
-    data.use(clip, generation_for(config, data.task, clip, generator, learn_generator))
-    method = build_method(clip, config, data.task)
-    paths = _synthetic_images(method, synthetic)
+    validate_generator(config, sample.task, generator)
+    generation = None
+    if config.generator is not None:
+        where = generator or out / GENERATOR
+        if generator is None:
+            learned = _learned_generator(config.generator, dataset, where, clip, options, processes)
+        else:
+            learned = load_checkpoint(generator)
+        generation = generation_from_checkpoint(learned, where, clip, sample.task)
+    method = build_method(clip, config, sample.task)
+    paths = synthetic_images(config, sample.task.class_names, synthetic)
     if processes.is_main:
-        _tell_missing(method.config, paths, dataset.class_names)
+        log_missing(config, paths, dataset.class_names)
     losses: Losses = []
     if method.learned():
-        run = _Run(method, data, paths, processes, options, out)
-        losses = run.learn()
+        data = FewShot(sample=sample, config=config, clip=clip, generation=generation, cache=options.cache)
+        losses = _Run(method, data, paths, processes, options, out / STATE).learn()
+    is_classifier = not isinstance(method, FeatureGenerator)
     checkpoint = Checkpoint(
         config=config,
-        task=data.task,
+        task=sample.task,
         dataset=dataset.record.name,
-        data_digest=data.digest,
+        data_digest=sample.digest,
         base_model_digest=clip.digest,
         learned=method.learned(),
         losses=losses,
         notes=method.notes,
         selection=_selection(method),
-        calibration=data.calibration_of(method),
+        calibration=calibrate(method, sample.validation, cache=options.cache).to_json() if is_classifier else None,
     )
     if processes.is_main:
         save_checkpoint(out, checkpoint)
@@ -133,23 +140,19 @@ def train(
     return checkpoint
 
 
-def _learner_of_generators(
-    dataset: Dataset, out: Path, clip: Clip, options: RunOptions, processes: Distributed
-) -> Callable[[TrainConfig], Checkpoint]:
-    """What learns the feature generator of a recipe, in ``out``; with a cache, once for all recipes that share it."""
-
-    def learn(config: TrainConfig) -> Checkpoint:
-        data = FewShot(dataset, config, cache=None)
-        depends = [config.digest, data.digest, clip.digest, [str(item.path.resolve()) for item in data.items[:1]]]
-        shared = None if options.cache is None else options.cache / GENERATOR / sha256_of_text(json.dumps(depends))
-        resumed = replace(options, resume=True, tensorboard=None)
-        checkpoint = train(config, dataset, out=shared or out, clip=clip, options=resumed)
-        if shared is not None and not out.exists() and processes.is_main:
-            with replace_folder(out) as copy:
-                shutil.copytree(shared, copy, dirs_exist_ok=True)
-        return checkpoint
-
-    return learn
+def _learned_generator(
+    config: TrainConfig, dataset: Dataset, out: Path, clip: Clip, options: RunOptions, processes: Distributed
+) -> Checkpoint:
+    """Learn a feature generator in ``out``; with a cache, once for all recipes that share it."""
+    sample = sample_of(dataset, config)
+    depends = [config.digest, sample.digest, clip.digest, [str(item.path.resolve()) for item in sample.train[:1]]]
+    shared = None if options.cache is None else options.cache / GENERATOR / sha256_of_text(json.dumps(depends))
+    resumed = replace(options, resume=True, tensorboard=None)
+    checkpoint = train(config, dataset, out=shared or out, clip=clip, options=resumed)
+    if shared is not None and not out.exists() and processes.is_main:
+        with replace_folder(out) as copy:
+            shutil.copytree(shared, copy, dirs_exist_ok=True)
+    return checkpoint
 
 
 def _selection(method: Method) -> str:
@@ -161,43 +164,11 @@ def _selection(method: Method) -> str:
     return f"{rule}; {method.selection}" if method.selection else rule
 
 
-def _synthetic_images(method: Method, synthetic: SyntheticSet | None) -> tuple[tuple[Path, ...], ...]:
-    """The synthetic images of every class; () where the run has none.
-
-    Raises:
-        RecipeError: the method needs a set and there is none, or it needs none and images are asked for.
-        DataError: no class has any, or as many as are asked for.
-    """
-    config = method.config
-    if not method.needs_synthetic and (config.synthetic_shots is not None or not config.synthetic_filter):
-        raise RecipeError(
-            f"recipe {config.recipe} does not learn from synthetic images: leave out --synthetic-shots and "
-            "--no-synthetic-filter, or take a recipe that does, such as sync-clip"
-        )
-    if not method.needs_synthetic or config.synthetic_shots == 0:
-        return ()
-    if synthetic is None:
-        raise RecipeError(
-            f"recipe {config.recipe} learns from synthetic images: give a synthetic set (--synthetic DIR)"
-        )
-    return synthetic_paths(synthetic, method.task.class_names, config)
-
-
-def _tell_missing(config: TrainConfig, synthetic: Sequence[Sequence[Path]], class_names: Sequence[str]) -> None:
-    """Say how many classes have no synthetic image, or fewer than are asked for."""
-    missing = [name for name, paths in zip(class_names, synthetic, strict=False) if not paths]
-    fewer = sum(0 < len(paths) < (config.synthetic_shots or 0) for paths in synthetic)
-    if missing:
-        log(f"no synthetic image of {len(missing)} of {len(class_names)} classes, the first is {missing[0]!r}")
-    if fewer:
-        log(f"fewer than {config.synthetic_shots} synthetic images of {fewer} of {len(class_names)} classes")
-
-
 def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: bool) -> Checkpoint | None:
     """The finished run in ``out`` if it is to be reused, None if there is something to learn.
 
     Raises:
-        RecipeError: a run is there that is not this one, or that is not to be resumed.
+        RecipeError: another run, or one that must not be resumed.
         UsageError: ``out`` is a file, or a folder with other things in it.
     """
     if out.exists() and not out.is_dir():
@@ -209,36 +180,33 @@ def _finished_run(out: Path, config: TrainConfig, data_digest: str, *, resume: b
         raise UsageError(f"{out} holds other files: give a new folder for the checkpoint")
     if not resume:
         kind = "a finished" if has_checkpoint else "an unfinished"
-        raise RecipeError(f"{out} holds {kind} run: add --resume to go on with it, or give another folder")
+        raise RecipeError(f"{out} holds {kind} run: add --resume to continue it, or give another folder")
     if not has_checkpoint:
         return None
     checkpoint = load_checkpoint(out)
     if (checkpoint.config.digest, checkpoint.data_digest) != (config.digest, data_digest):
         raise RecipeError(f"{out} holds a finished run with other settings or data: give another folder")
-    log(f"{out} is finished already: nothing to do")
+    log(f"{out} is already finished: nothing to do")
     return checkpoint
 
 
+@dataclass
 class _Run:
     """A method, what it learns from, and where its state is kept."""
 
-    def __init__(
-        self,
-        method: Method,
-        data: FewShot,
-        synthetic: tuple[tuple[Path, ...], ...],
-        processes: Distributed,
-        options: RunOptions,
-        out: Path,
-    ) -> None:
-        self.method, self.data, self.processes, self.options = method, data, processes, options
-        self.config, self.clip = method.config, method.clip
-        self.synthetic = synthetic
-        self.folder = out / STATE
-        _validate_batch(self.config, data, processes)
-        average = WeightAverage(method, self.config) if self.config.average_std else None
-        scaler = gradient_scaler(self.config.precision, self.clip.device)
-        self.state = RunState(module=method, optimizer=_optimizer(method), scaler=scaler, average=average)
+    method: Method
+    data: FewShot
+    synthetic: tuple[tuple[Path, ...], ...]
+    processes: Distributed
+    options: RunOptions
+    folder: Path
+
+    def __post_init__(self) -> None:
+        self.config, self.clip = self.method.config, self.method.clip
+        _validate_batch(self.config, self.data, self.processes)
+        average = WeightAverage(self.method, self.config) if self.config.average_std else None
+        scaler = torch.amp.GradScaler(self.clip.device.type, enabled=self.config.precision == "fp16")
+        self.state = RunState(module=self.method, optimizer=_optimizer(self.method), scaler=scaler, average=average)
         self.saved_at = time.monotonic()
 
     def learn(self) -> Losses:
@@ -250,18 +218,17 @@ class _Run:
             position = Position()
         self.method.train()
         steps = len(self.data.epoch(1, self.synthetic))
-        with ExitStack() as stack:
-            report = stack.enter_context(progress(self.config.recipe, self.config.epochs * steps))
-            write = stack.enter_context(self._tensorboard(position, steps))
+        done = (position.epoch - 1) * steps + position.step
+        with progress(self.config.recipe, self.config.epochs * steps) as report, self._tensorboard(done) as writer:
             while position.epoch <= self.config.epochs:
-                self._learn_epoch(position, report, write)
+                self._learn_epoch(position, report, writer)
         if self.state.average is not None:
             self.state.average.apply()
         self.method.eval()
         self.method.end(self.data)
         return position.losses
 
-    def _learn_epoch(self, position: Position, report: Report, write: Any) -> None:
+    def _learn_epoch(self, position: Position, report: Report, writer: Any) -> None:
         batches = self.data.epoch(position.epoch, self.synthetic)
         started, first = time.perf_counter(), position.step
         for batch in _batches(batches, position.step, self.options.workers):
@@ -271,7 +238,9 @@ class _Run:
             position.step += 1
             position.sums = {name: position.sums.get(name, 0.0) + value for name, value in values.items()}
             done = (position.epoch - 1) * len(batches) + position.step
-            write(done, {**values, "learning_rate": rate})
+            if writer is not None:
+                for name, value in {**values, "learning_rate": rate}.items():
+                    writer.add_scalar(name, value, done)
             speed = (position.step - first) * self.config.batch_size / (time.perf_counter() - started)
             report(done, f"epoch {position.epoch} loss {values['total']:.3f} {speed:.0f} images/s")
             self._save_in_time(position)
@@ -316,17 +285,18 @@ class _Run:
 
     def _encoded(self, batch: Batch) -> Batch:
         """The batch of a method that leaves the image tower alone, with features for pixels."""
-        if not self.method.image_side_frozen or batch.pixels is None:
+        are_pixels = batch.real.images.ndim == 4
+        if not self.method.image_side_frozen or not are_pixels:
             return batch
-        return replace(batch, pixels=None, features=frozen_features(self.clip, batch.pixels))
+        return replace(batch, real=replace(batch.real, images=frozen_features(self.clip, batch.real.images)))
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on."""
+        """What must be equal for a run to be continued."""
         return {
             "config": self.config.digest,
             "base_model": self.clip.digest,
-            "data": self.data.digest,
-            "generator": self.data.generator_digest,
+            "data": self.data.sample.digest,
+            "generator": "" if self.data.generation is None else self.data.generation.digest,
             "synthetic": [[path.name for path in paths] for paths in self.synthetic],
         }
 
@@ -337,29 +307,20 @@ class _Run:
 
     def _restored(self) -> Position:
         position = self.state.restore(self.folder, self._identity(), self.clip.device)
-        log(f"going on at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
+        log(f"continuing at epoch {position.epoch} of {self.config.epochs}, after step {position.step}")
         return position
 
-    @contextmanager
-    def _tensorboard(self, position: Position, steps: int) -> Iterator[Any]:
-        """What writes the losses of a step to TensorBoard's files, if there is a folder for them."""
+    def _tensorboard(self, done: int) -> Any:
+        """A context with TensorBoard's writer after ``done`` steps; without one where no folder is given."""
         if self.options.tensorboard is None or not self.processes.is_main:
-            yield lambda step, values: None
-            return
+            return nullcontext()
         from torch.utils.tensorboard import SummaryWriter
 
-        done = (position.epoch - 1) * steps + position.step
-        with SummaryWriter(str(self.options.tensorboard), purge_step=done + 1) as writer:
-
-            def write(step: int, values: Mapping[str, float]) -> None:
-                for name, value in values.items():
-                    writer.add_scalar(name, value, step)
-
-            yield write
+        return SummaryWriter(str(self.options.tensorboard), purge_step=done + 1)
 
 
 def _validate_batch(config: TrainConfig, data: FewShot, processes: Distributed) -> None:
-    size = min(config.batch_size, len(data.items) or config.batch_size)
+    size = min(config.batch_size, len(data.sample.train) or config.batch_size)
     if size < processes.count:
         raise UsageError(f"{processes.count} processes share batches of {size}: start at most {size}")
 

@@ -1,4 +1,4 @@
-"""The state of an unfinished run on disk: everything that the next step depends on, written whole or not at all."""
+"""The state of an unfinished run on disk: everything that the next step depends on, written atomically."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Losses = list[dict[str, float]]
 
 @dataclass
 class Position:
-    """How far a run has come."""
+    """The progress of a run."""
 
     epoch: int = 1
     """The epoch that is being learned."""
@@ -49,13 +49,13 @@ class WeightAverage:
 
     @torch.no_grad()
     def add(self, epoch: int) -> None:
-        """Count the parameters as they are at the end of ``epoch`` (from 1)."""
+        """Add the parameters at the end of ``epoch`` (from 1)."""
         for name, value in self._module.named_parameters():
             self.tensors[name].add_(value, alpha=self._weights[epoch - 1])
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Put the average in the place of the parameters."""
+        """Replace the parameters by the average."""
         for name, value in self._module.named_parameters():
             value.copy_(self.tensors[name])
 
@@ -80,7 +80,7 @@ class RunState:
             write_json_atomic(new / _RECORD, record)
 
     def restore(self, folder: Path, identity: Mapping[str, Any], device: torch.device) -> Position:
-        """Put everything back; returns how far the run had come.
+        """Restore everything; returns the position of the run.
 
         Raises:
             CheckpointError: the state is damaged.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from clipship.core.classification import VocabularyFeatures
 from clipship.core.vocabulary import prompt_of
-from clipship.training.config import TrainConfig
+from clipship.training.config import Settings, TrainConfig
 from clipship.training.losses import cross_entropy, raised
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
@@ -28,7 +28,7 @@ Classify = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """What is to be told apart."""
+    """The classes to distinguish."""
 
     class_names: tuple[str, ...]
     """All classes, base ones first."""
@@ -44,89 +44,101 @@ class Task:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
-    """What a step learns from: images as normalised float32 pixels [B, 3, H, W], or as features where that is enough.
+class ImageSet:
+    """N images or their features, and their classes."""
 
-    A method whose image tower is frozen gets ``features``; the others get ``pixels``.
-    """
-
+    images: Tensor
+    """uint8 pixels [N, H, W, 3], normalised ones [N, 3, H, W], or unit features [N, D] of the frozen image tower."""
     labels: Tensor
-    """int64 [B] into the task's classes."""
-    files: tuple[str, ...]
-    """Where the images came from, for error messages."""
-    pixels: Tensor | None = None
-    features: Tensor | None = None
-    """Unit features [B, D] of the frozen image tower."""
-    seen: Tensor | None = None
-    """Synthetic images of the very classes in ``labels``, in the same order; [S, 3, H, W], None where S is 0."""
-    seen_rows: Tensor | None = None
-    """int64 [S], ascending: which real images they are the partners of; None: of all (S = B)."""
-    seen_share: float = 1.0
-    """S / B of the whole batch; its parts keep it."""
-    unseen: Tensor | None = None
-    """Synthetic images of classes that have no real ones."""
-    unseen_labels: Tensor | None = None
-    generated: Tensor | None = None
-    """Unit features [G, D] that a generator made for classes without images."""
-    generated_labels: Tensor | None = None
+    """int64 [N] into the task's classes."""
 
     def __len__(self) -> int:
-        return max(len(self.labels), 0 if self.generated_labels is None else len(self.generated_labels))
+        return len(self.labels)
+
+    def part(self, number: int, count: int) -> Self:
+        """Part ``number`` (from 0) of ``count`` nearly equal ones."""
+        part = _bounds(len(self), number, count)
+        return replace(self, images=self.images[part], labels=self.labels[part])
+
+    def on(self, clip: Clip) -> Self:
+        """The same on the device of ``clip``, uint8 pixels normalised."""
+        images = self.images.to(clip.device)
+        images = clip.normalize(images) if images.dtype == torch.uint8 else images
+        return replace(self, images=images, labels=self.labels.to(clip.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Partners(ImageSet):
+    """S synthetic images, each of the class of one real image of the batch."""
+
+    rows: Tensor
+    """int64 [S], ascending: the real images."""
+    share: float
+    """S / B of the whole batch; its parts keep it, and may have no partner."""
+
+    def of(self, real: slice) -> Partners:
+        """The partners of the images in ``real``, with their rows among these."""
+        chosen = (self.rows >= real.start) & (self.rows < real.stop)
+        rows = self.rows[chosen] - real.start
+        return replace(self, images=self.images[chosen], labels=self.labels[chosen], rows=rows)
+
+    def on(self, clip: Clip) -> Partners:
+        """The same on the device of ``clip``, uint8 pixels normalised."""
+        return replace(super().on(clip), rows=self.rows.to(clip.device))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """What a step learns from. A method whose image tower is frozen gets features, the others pixels."""
+
+    real: ImageSet
+    """B real images; none where all features are generated."""
+    files: tuple[str, ...] = ()
+    """Paths of the images, for error messages."""
+    synthetic_base: Partners | None = None
+    """Synthetic images of the classes of ``real``."""
+    synthetic_new: ImageSet | None = None
+    """Synthetic images of classes that have no real ones."""
+    generated: ImageSet | None = None
+    """G features that a generator made for classes without images."""
+
+    def __len__(self) -> int:
+        return max(len(self.real), 0 if self.generated is None else len(self.generated))
 
     @property
     def synthetic(self) -> Tensor | None:
-        """``seen``, then ``unseen``; None where there is neither."""
-        images = [one for one in (self.seen, self.unseen) if one is not None]
+        """The images of ``synthetic_base``, then those of ``synthetic_new``; None where there is neither."""
+        images = [one.images for one in (self.synthetic_base, self.synthetic_new) if one is not None and len(one)]
         return torch.cat(images) if images else None
 
     @property
-    def seen_labels(self) -> Tensor:
-        """int64 [S]: the classes of ``seen``."""
-        return self.labels if self.seen_rows is None else self.labels[self.seen_rows]
-
-    @property
-    def seen_weight(self) -> float:
-        """What a mean over ``seen`` is multiplied by.
+    def partner_weight(self) -> float:
+        """What a mean over ``synthetic_base`` is multiplied by.
 
         The parts of a batch are weighted by their real images. Where these have unequal numbers of synthetic partners,
         this makes the weighted sum over the parts the mean over all S partners; for a whole batch it is 1.
         """
-        assert self.seen is not None
-        return len(self.seen) / (len(self.labels) * self.seen_share)
+        assert self.synthetic_base is not None
+        return len(self.synthetic_base) / (len(self.real) * self.synthetic_base.share)
 
     def part(self, number: int, count: int) -> Batch:
         """Part ``number`` (from 0) of ``count`` nearly equal ones: an image stays with its synthetic partners."""
-
-        def cut(value: Tensor | None) -> Tensor | None:
-            return None if value is None else value[_bounds(len(value), number, count)]
-
         if count == 1:
             return self
-        tensors: dict[str, Any] = {name: cut(getattr(self, name)) for name in ("labels", *_TENSORS)}
-        if self.seen_rows is not None:
-            tensors |= self._partners(_bounds(len(self.labels), number, count))
-        return replace(self, **tensors)
-
-    def _partners(self, real: slice) -> dict[str, Tensor | None]:
-        """The synthetic partners of the images in ``real``, with their rows among these."""
-        assert self.seen is not None
-        assert self.seen_rows is not None
-        chosen = (self.seen_rows >= real.start) & (self.seen_rows < real.stop)
-        if not chosen.any():
-            return {"seen": None, "seen_rows": None}
-        return {"seen": self.seen[chosen], "seen_rows": self.seen_rows[chosen] - real.start}
+        parts: dict[str, Any] = {name: images.part(number, count) for name, images in self._sets.items()}
+        if self.synthetic_base is not None:
+            parts["synthetic_base"] = self.synthetic_base.of(_bounds(len(self.real), number, count))
+        return replace(self, **parts)
 
     def on(self, clip: Clip) -> Batch:
-        """The batch where ``clip`` lives, with uint8 pixels [B, H, W, 3] normalised."""
+        """The batch on the device of ``clip``, uint8 pixels normalised."""
+        moved: dict[str, Any] = {name: images.on(clip) for name, images in self._sets.items()}
+        return replace(self, **moved)
 
-        def moved(name: str) -> Tensor | None:
-            value: Tensor | None = getattr(self, name)
-            if value is None:
-                return None
-            return clip.normalize(value.to(clip.device)) if name in _IMAGES else value.to(clip.device)
-
-        tensors: dict[str, Any] = {name: moved(name) for name in ("labels", *_TENSORS)}
-        return replace(self, **tensors)
+    @property
+    def _sets(self) -> dict[str, ImageSet]:
+        """By field: what the batch has."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, ImageSet)}
 
 
 def _bounds(size: int, number: int, count: int) -> slice:
@@ -134,28 +146,16 @@ def _bounds(size: int, number: int, count: int) -> slice:
     return slice(size * number // count, size * (number + 1) // count)
 
 
-_IMAGES = ("pixels", "seen", "unseen")
-_TENSORS = (*_IMAGES, "seen_rows", "features", "unseen_labels", "generated", "generated_labels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class FeatureSamples:
-    """Unit features [N, D] of the frozen image tower, and their labels [N] into the task's classes."""
-
-    features: Tensor
-    labels: Tensor
-
-
 class Source(Protocol):
-    """What a method can ask for before its first step and after its last one."""
+    """Data for a method before its first step and after its last one."""
 
-    def train(self, views: int) -> FeatureSamples:
+    def train(self, views: int) -> ImageSet:
         """The few-shot images of the learned classes: the renormalised mean over ``views`` augmented views of each."""
 
-    def validation(self) -> FeatureSamples:
+    def validation(self) -> ImageSet:
         """The few-shot validation images of the learned classes, as at test time; may be empty (N = 0)."""
 
-    def generated(self, per_class: int) -> FeatureSamples | None:
+    def generated(self, per_class: int) -> ImageSet | None:
         """Generated features of the classes without images; None where the run has no generator."""
 
 
@@ -167,21 +167,36 @@ class FeatureGenerator(Protocol):
         """Unit features [G, D] of the classes ``names[label]``, labels int64 [G]; equal generators give equal ones."""
 
 
+def chunked(function: Callable[..., Tensor], *rows: Tensor, size: int) -> Tensor:
+    """``function`` of ``rows``, ``size`` at once; several chunks recompute their activations in the backward pass."""
+    chunks = list(zip(*(torch.split(one, size) for one in rows), strict=True))
+    if len(chunks) == 1 or not torch.is_grad_enabled():
+        return torch.cat([function(*chunk) for chunk in chunks])
+    return torch.cat([checkpoint(function, *chunk, use_reentrant=False) for chunk in chunks])
+
+
 class Method(nn.Module):
-    """The plain CLIP; a method overrides the prompts it learns and, where it must, the loss.
+    """Plain CLIP; a method overrides the prompts it learns and, if needed, the loss.
+
+    A module of this package defines a method by a subclass with a ``name``; there is no list to add it to.
 
     The frozen model is no submodule, so parameters and state hold learned tensors only.
     """
 
-    name = "zero-shot"
+    name: ClassVar[str]
+    """A class without a name of its own is no method but shares code with some."""
+    settings_type: ClassVar[type[Settings]] = Settings
+    """The settings that are the method's own."""
+    settings: Any
+    """Of that type."""
     image_side_frozen = True
-    """Whether images pass the image tower as it is, so that their features can be kept."""
+    """Whether the image tower has no learned tensors, so that its features can be cached."""
     needs_synthetic = False
     """Whether a batch must hold synthetic images."""
     closed_vocabulary = False
-    """Whether only classes with real images can be told apart."""
+    """Whether the method knows only classes with real images."""
     selection = ""
-    """What is chosen on validation images besides the weights, in a few words; empty: nothing."""
+    """What else is chosen on validation images, in a few words; empty: nothing."""
     not_exportable = ""
     """Why ``clipship pack`` cannot take the method; empty: it can."""
 
@@ -189,10 +204,11 @@ class Method(nn.Module):
         super().__init__()
         self.clip = clip
         self.config = config
+        self.settings = config.settings
         self.task = task
         self.templates: tuple[str, ...] = config.templates or task.templates
         self.notes: dict[str, float] = {}
-        """What a run has measured besides its losses; stored in the checkpoint's record."""
+        """Measurements of a run besides its losses; stored in the checkpoint."""
         self._tokens: dict[tuple[str, ...], list[Tensor]] = {}
         self._constant: dict[tuple[str, ...], Tensor] = {}
 
@@ -238,7 +254,7 @@ class Method(nn.Module):
         return self._constant[key]
 
     def classifier(self, names: Sequence[str]) -> Classify:
-        """What tells classes apart by name; made once, then given the features of any number of images."""
+        """A classifier over ``names``, made once for any number of images."""
         classes = self.class_features(names)
         return lambda features: self.logits(features, classes)
 
@@ -247,7 +263,7 @@ class Method(nn.Module):
         """:meth:`classifier` as arrays, one row a name: what ``clipship pack`` writes.
 
         Raises:
-            DataError: a prompt is too long for the text tower, or the method cannot tell these classes apart.
+            DataError: a prompt is too long for the text tower, or the method does not know a class.
         """
         features = self.class_features(names).float().cpu().numpy()
         return VocabularyFeatures(features=features, logit_scale=self.clip.logit_scale)
@@ -264,16 +280,15 @@ class Method(nn.Module):
         return {"total": classification, "real": classification.detach()}
 
     def examples(self, batch: Batch) -> tuple[Tensor, Tensor, tuple[str, ...]]:
-        """Frozen features [B + G, D], labels [B + G], and the names they are told apart among.
+        """Frozen features [B + G, D], labels [B + G], and the candidate class names.
 
         Real images among the base classes; with generated features both among all classes, as SHIP does.
         """
-        if batch.generated is None:
-            assert batch.features is not None
-            return batch.features, batch.labels, self.task.base_names
-        assert batch.generated_labels is not None
-        features = batch.generated if batch.features is None else torch.cat([batch.features, batch.generated])
-        return features, torch.cat([batch.labels, batch.generated_labels]), self.task.class_names
+        real, generated = batch.real, batch.generated
+        if generated is None:
+            return real.images, real.labels, self.task.base_names
+        features = torch.cat([real.images, generated.images])
+        return features, torch.cat([real.labels, generated.labels]), self.task.class_names
 
     def learned(self) -> dict[str, Tensor]:
         """The learned tensors by name, detached, on the CPU."""
@@ -286,20 +301,17 @@ class Method(nn.Module):
         return functional.normalize(torch.stack(each).mean(dim=0), dim=-1)
 
     def _tokens_of(self, names: tuple[str, ...]) -> list[Tensor]:
-        """Tokens [C, L'] a template, cut after the last end token; kept, as training asks for the same names again."""
+        """Tokens [C, L'] per template, cut after the last end token; cached, since training repeats the names."""
         if names not in self._tokens:
             tokens = [self.clip.tokenize([prompt_of(name, form) for name in names]) for form in self.templates]
             self._tokens = {names: [prompts.without_padding(self.clip, one).to(self.clip.device) for one in tokens]}
         return self._tokens[names]
 
     def _chunked_text_features(self, tokens: Tensor) -> Tensor:
-        chunks = torch.split(tokens, self.config.text_chunk)
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            return torch.cat([self._shared_text_features(chunk) for chunk in chunks])
-        return torch.cat([checkpoint(self._shared_text_features, chunk, use_reentrant=False) for chunk in chunks])
+        return chunked(self._shared_text_features, tokens, size=self.config.text_chunk)
 
     def _shared_text_features(self, tokens: Tensor) -> Tensor:
-        """As :meth:`text_features`, but what all classes have in common, the context, is computed once."""
+        """As :meth:`text_features`, but the context that all classes share is computed once."""
         context = self.text_prompts()
         if context is None or not prompts.can_share_context(self.clip):
             return self.text_features(tokens)

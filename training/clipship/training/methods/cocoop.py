@@ -6,36 +6,45 @@ Shapes: N images, C classes, L tokens, J = 1 layer, M tokens, W width of the tex
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from clipship.core.errors import RecipeError, UsageError
-from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Classify, Task
+from clipship.core.errors import UsageError
+from clipship.training.config import at_least
+from clipship.training.methods.base import Classify
 from clipship.training.methods.layers import linear
-from clipship.training.methods.prompted import LearnedContext
+from clipship.training.methods.prompted import ContextSettings, LearnedContext
 from clipship.training.model import prompts
-from clipship.training.model.clip import Clip
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoCoOpSettings(ContextSettings):
+    """A context of one layer, and the net that shifts it."""
+
+    meta_reduction: int = at_least(1, 16)
+    """Joint dimensions over the width of the net's hidden layer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(self.text_depth == 1, "1: cocoop has prompts in one layer", "text_depth")
 
 
 class CoCoOp(LearnedContext):
     """Context [1, M, W] plus ``meta_net`` of the image's feature, one shift [W] for all M tokens."""
 
     name = "cocoop"
-    not_exportable = "it computes the class features for every image anew, so there is no vocabulary to pack"
-
-    def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
-        if config.text_depth != 1:
-            raise RecipeError(f"recipe {config.recipe}: text_depth={config.text_depth}: cocoop has prompts in 1 layer")
-        super().__init__(clip, config, task)
+    settings_type = CoCoOpSettings
+    settings: CoCoOpSettings
+    not_exportable = "it computes other class features for every image, so there is no vocabulary to pack"
 
     def draw(self, generator: torch.Generator) -> None:
         """The net from features to shifts: D -> D / reduction -> W."""
         inputs = self.clip.embed_dim
-        hidden = max(1, inputs // self.config.meta_reduction)
+        hidden = max(1, inputs // self.settings.meta_reduction)
         first, second = linear(inputs, hidden, generator), linear(hidden, self.clip.text_width, generator)
         self.meta_net = nn.Sequential(first, nn.ReLU(), second)
 

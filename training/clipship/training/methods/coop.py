@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from clipship.training.methods.prompted import LearnedContext
+from clipship.training.methods.prompted import ContextSettings, LearnedContext
 
 
 class CoOp(LearnedContext):
@@ -12,3 +12,4 @@ class CoOp(LearnedContext):
     """
 
     name = "coop"
+    settings_type = ContextSettings

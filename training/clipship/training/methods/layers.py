@@ -1,4 +1,4 @@
-"""Layers whose first weights come from a generator of their own, never from the global one."""
+"""Layers initialised from an explicit generator, never the global one."""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ from clipship.training.model.clip import Clip
 class LinearProbe(Method):
     """Logits ``s (f W^T + b)``, W [R, D] and b [R] from zero: no text takes part, as in the published baseline.
 
-    That baseline is logistic regression, whose one optimum does not depend on the start; zero is where it starts. s is
-    CLIP's logit scale: it makes a learning rate mean here what it means for the other methods.
+    That baseline is logistic regression; its optimum does not depend on the start. s is CLIP's logit scale: with it,
+    learning rates compare with those of the other methods.
     """
 
     name = "linear-probe"

@@ -8,11 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from clipship.core.errors import RecipeError
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
 from clipship.training.methods.layers import uniform
-from clipship.training.methods.prompted import LearnedContext, PromptedImages
+from clipship.training.methods.prompted import ContextSettings, LearnedContext, PromptedImages
 from clipship.training.model.clip import Clip
 from clipship.training.model.prompts import validate_depth
 
@@ -24,19 +23,15 @@ class Maple(PromptedImages, LearnedContext):
     """
 
     name = "maple"
+    settings_type = ContextSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
-        if config.image_tokens:
-            raise RecipeError(
-                f"recipe {config.recipe}: image_tokens={config.image_tokens}: maple makes its image prompts from the "
-                "text's: leave image_tokens and image_depth at 0"
-            )
-        validate_depth(clip, image_depth=config.text_depth, text_depth=config.text_depth)
         super().__init__(clip, config, task)
+        validate_depth(clip, "image", self.settings.text_depth)
 
     def draw(self, generator: torch.Generator) -> None:
         """The maps: weights [J, W, V], biases [J, V]."""
-        width, image_width, depth = self.clip.text_width, self.clip.image_width, self.config.text_depth
+        width, image_width, depth = self.clip.text_width, self.clip.image_width, self.settings.text_depth
         maps = [uniform((width + 1, image_width), width, generator) for _ in range(min(depth, 2))]
         maps_JWV = torch.stack(maps + maps[1:] * (depth - 2))
         self.coupling_weight = nn.Parameter(maps_JWV[:, :-1].clone())

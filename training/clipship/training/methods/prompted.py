@@ -1,4 +1,4 @@
-"""What methods with learned prompts have in common: a context for the text tower, prompts for the image tower.
+"""Shared by methods with learned prompts: a context for the text tower, prompts for the image tower.
 
 Shapes: J prompted layers, M tokens a layer, S and U synthetic images of classes with and without real ones, C classes,
 D joint dimensions.
@@ -6,11 +6,12 @@ D joint dimensions.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
-from clipship.core.errors import RecipeError
-from clipship.training.config import TrainConfig
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import classification_loss, raised
 from clipship.training.methods.base import Batch, Method, Task
 from clipship.training.model.clip import Clip
@@ -23,21 +24,46 @@ from clipship.training.model.prompts import (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class ContextSettings(Settings):
+    """The learned tokens of the text tower."""
+
+    text_tokens: int = at_least(1, 4)
+    """Learned tokens a layer."""
+    text_depth: int = at_least(1, 1)
+    """Layers that get their own tokens."""
+    context_init: str = "a photo of a"
+    """Words whose embeddings start the first layer; those beyond ``text_tokens`` stay fixed; empty: random."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImagePromptSettings(Settings):
+    """The learned tokens of the image tower."""
+
+    image_tokens: int = at_least(1, 4)
+    """Learned tokens a layer."""
+    image_depth: int = at_least(1, 1)
+    """Layers that get their own tokens."""
+
+
 class LearnedContext(Method):
     """Learned tokens in the place of the first words of the prompt, in one or more layers of the text tower.
 
-    Of ``context_init``'s words as many are learned as ``text_tokens`` says; those after them stay as they are.
+    The first ``text_tokens`` words of ``context_init`` are learned, those after them stay fixed.
     """
+
+    settings: ContextSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        validate_depth(clip, image_depth=config.image_depth, text_depth=config.text_depth)
+        depth, tokens = self.settings.text_depth, self.settings.text_tokens
+        validate_depth(clip, "text", depth)
         generator = torch.Generator().manual_seed(config.seed)
-        words = config.context_init.split()
-        learned, fixed = words[: config.text_tokens], words[config.text_tokens :]
-        template = placeholder_template(clip, config.text_tokens)
+        words = self.settings.context_init.split()
+        learned, fixed = words[:tokens], words[tokens:]
+        template = placeholder_template(clip, tokens)
         self.templates = (template.replace("{}", " ".join([*fixed, "{}"])),)
-        self.context = context_prompts(clip, config.text_depth, config.text_tokens, " ".join(learned), generator)
+        self.context = context_prompts(clip, depth, tokens, " ".join(learned), generator)
         self.draw(generator)
 
     def draw(self, generator: torch.Generator) -> None:
@@ -57,22 +83,17 @@ class PromptedImages(Method):
         """[image depth, image tokens, image width] from N(0, 0.02).
 
         Raises:
-            RecipeError: the settings have none, or more layers than the tower.
+            RecipeError: the settings ask for more layers than the tower has.
         """
-        config = self.config
-        if config.image_tokens < 1:
-            raise RecipeError(
-                f"recipe {config.recipe}: {self.name} learns image prompts: set image_tokens and image_depth"
-            )
-        validate_depth(self.clip, image_depth=config.image_depth, text_depth=0)
-        return random_prompts(config.image_depth, config.image_tokens, self.clip.image_width, generator)
+        settings: ImagePromptSettings = self.settings
+        validate_depth(self.clip, "image", settings.image_depth)
+        return random_prompts(settings.image_depth, settings.image_tokens, self.clip.image_width, generator)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Cross entropy over the classes with real images."""
-        assert batch.pixels is not None
-        features = image_features(self.clip, batch.pixels, self.image_prompts())
+        features = image_features(self.clip, batch.real.images, self.image_prompts())
         classes = self.class_features(self.task.base_names)
-        total = classification_loss(features, classes, batch.labels, self.clip.logit_scale)
+        total = classification_loss(features, classes, batch.real.labels, self.clip.logit_scale)
         return {"total": total, "real": total.detach()}
 
 
@@ -80,12 +101,13 @@ def synthetic_losses(features: Tensor, classes: Tensor, batch: Batch, logit_scal
     """Cross entropy over all classes of the S and of the U synthetic images of ``batch``; 0 where there are none.
 
     Features [S + U, D] as they leave the tower, class features [C, D] of unit length. The first is a mean over the S
-    partners of the whole batch: see :attr:`Batch.seen_weight`.
+    partners of the whole batch: see :attr:`Batch.partner_weight`.
     """
-    num_seen = 0 if batch.seen is None else len(batch.seen)
-    seen = unseen = raised(features).new_zeros(())
-    if batch.seen is not None:
-        seen = classification_loss(features[:num_seen], classes, batch.seen_labels, logit_scale) * batch.seen_weight
-    if batch.unseen_labels is not None:
-        unseen = classification_loss(features[num_seen:], classes, batch.unseen_labels, logit_scale)
-    return seen, unseen
+    partners, images = batch.synthetic_base, batch.synthetic_new
+    base = new = raised(features).new_zeros(())
+    if partners is not None and len(partners):
+        own = features[: len(partners)]
+        base = classification_loss(own, classes, partners.labels, logit_scale) * batch.partner_weight
+    if images is not None:
+        new = classification_loss(features[len(features) - len(images) :], classes, images.labels, logit_scale)
+    return base, new

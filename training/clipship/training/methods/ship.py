@@ -11,24 +11,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from clipship.core.progress import log
-from clipship.training.config import TrainConfig
+from clipship.training.config import Settings, TrainConfig, at_least
 from clipship.training.losses import raised
-from clipship.training.methods.base import Batch, Method, Source, Task
+from clipship.training.methods.base import Batch, Method, Source, Task, chunked
 from clipship.training.methods.layers import normal_linear
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip
 
 COLLAPSED_NATS = math.log(2)
-"""The divergence bounds what the latent can tell about an image; below one bit it cannot tell two images apart."""
+"""The divergence bounds the information of the latent about an image; one bit distinguishes two images."""
 COLLAPSED_SHARE = 0.05
-"""Generated features of a class that vary less than this share of the real ones are as good as copies of its name's."""
+"""Generated features of a class that vary less than this share of the real ones are nearly copies of each other."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShipSettings(Settings):
+    """The shape of the autoencoder, and the weight of its prior."""
+
+    text_tokens: int = at_least(1, 4)
+    """Learned tokens that all prompts share."""
+    context_init: str = ""
+    """Words whose embeddings start them; empty: random."""
+    encoder_width: int = at_least(1, 2048)
+    """Hidden width of the encoder."""
+    decoder_width: int = at_least(1, 4096)
+    """Hidden width of the decoder, before the text tower."""
+    decoder_slope: float = at_least(0, 0.0)
+    """Negative slope of the decoder's ReLU."""
+    kl_weight: float = at_least(0, 1.0)
+    """The weight of the posterior's divergence from N(0, I)."""
 
 
 class ShipGenerator(Method):
@@ -38,19 +56,22 @@ class ShipGenerator(Method):
     """
 
     name = "ship"
+    settings_type = ShipSettings
+    settings: ShipSettings
     not_exportable = "it makes features and is no classifier: pack the run that learned from them"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)
-        self.templates = (prompts.placeholder_template(clip, config.text_tokens),)
+        settings = self.settings
+        self.templates = (prompts.placeholder_template(clip, settings.text_tokens),)
         generator = torch.Generator().manual_seed(config.seed)
         dim = clip.embed_dim
-        self.encoder = normal_linear(dim, config.encoder_width, prompts.INIT_STD, generator)
-        self.mean = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
-        self.log_variance = normal_linear(config.encoder_width, dim, prompts.INIT_STD, generator)
-        self.decoder_in = normal_linear(dim, config.decoder_width, prompts.INIT_STD, generator)
-        self.decoder_out = normal_linear(config.decoder_width, clip.text_width, prompts.INIT_STD, generator)
-        self.context = prompts.context_prompts(clip, 1, config.text_tokens, config.context_init, generator)
+        self.encoder = normal_linear(dim, settings.encoder_width, prompts.INIT_STD, generator)
+        self.mean = normal_linear(settings.encoder_width, dim, prompts.INIT_STD, generator)
+        self.log_variance = normal_linear(settings.encoder_width, dim, prompts.INIT_STD, generator)
+        self.decoder_in = normal_linear(dim, settings.decoder_width, prompts.INIT_STD, generator)
+        self.decoder_out = normal_linear(settings.decoder_width, clip.text_width, prompts.INIT_STD, generator)
+        self.context = prompts.context_prompts(clip, 1, settings.text_tokens, settings.context_init, generator)
         self.register_buffer("draws", torch.zeros((), dtype=torch.long))
 
     draws: Tensor
@@ -68,22 +89,18 @@ class ShipGenerator(Method):
     def decoded(self, latent: Tensor, labels: Tensor, names: Sequence[str]) -> Tensor:
         """Latents [B, D] of the classes ``names[label]``, labels [B] -> unit features, float32 [B, D]."""
         tokens_BL = self._tokens_of(tuple(names))[0][labels]
-        hidden = functional.leaky_relu(self.decoder_in(latent), self.config.decoder_slope)
+        hidden = functional.leaky_relu(self.decoder_in(latent), self.settings.decoder_slope)
         shift_B1W = self.decoder_out(hidden)[:, None]
-        chunks = zip(*(torch.split(one, self.config.text_chunk) for one in (tokens_BL, shift_B1W)), strict=True)
-        if torch.is_grad_enabled() and len(tokens_BL) > self.config.text_chunk:
-            return torch.cat([checkpoint(self._through_text_tower, *one, use_reentrant=False) for one in chunks])
-        return torch.cat([self._through_text_tower(*one) for one in chunks])
+        return chunked(self._through_text_tower, tokens_BL, shift_B1W, size=self.config.text_chunk)
 
     def loss(self, batch: Batch) -> dict[str, Tensor]:
         """Squared error of the decoded feature plus ``kl_weight`` times the posterior's divergence from N(0, I)."""
-        assert batch.features is not None
-        mean, log_variance = self.posterior(batch.features)
+        mean, log_variance = self.posterior(batch.real.images)
         latent = mean + (0.5 * log_variance).exp() * self._noise(len(mean)).to(mean.device)
-        decoded = self.decoded(latent, batch.labels, self.task.base_names)
-        reconstruction = reconstruction_loss(decoded, batch.features)
+        decoded = self.decoded(latent, batch.real.labels, self.task.base_names)
+        reconstruction = reconstruction_loss(decoded, batch.real.images)
         kl = posterior_divergence(mean, log_variance)
-        total = reconstruction + self.config.kl_weight * kl
+        total = reconstruction + self.settings.kl_weight * kl
         return {"total": total, "reconstruction": reconstruction.detach(), "kl": kl.detach()}
 
     @torch.no_grad()
@@ -101,7 +118,7 @@ class ShipGenerator(Method):
     def end(self, source: Source) -> None:
         """Note how far the posterior is from N(0, I) and how much features of a class vary; warn of a collapse."""
         samples = source.train(1)
-        features, labels = samples.features.to(self.clip.device), samples.labels.to(self.clip.device)
+        features, labels = samples.images.to(self.clip.device), samples.labels.to(self.clip.device)
         made = self.generate(labels, self.task.base_names, torch.Generator().manual_seed(self.config.seed))
         kl = float(posterior_divergence(*self.posterior(features)))
         real, generated = variance_within_classes(features, labels), variance_within_classes(made, labels)

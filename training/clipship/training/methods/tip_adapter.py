@@ -6,7 +6,7 @@ Shapes: N images, C classes, K keys, D joint dimensions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import product
 
 import torch
@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from clipship.core.classification import Cache, VocabularyFeatures
 from clipship.core.errors import DataError, RecipeError
-from clipship.training.config import TrainConfig
-from clipship.training.methods.base import Classify, FeatureSamples, Method, Source, Task
+from clipship.training.config import Settings, TrainConfig, at_least
+from clipship.training.methods.base import Classify, ImageSet, Method, Source, Task
 from clipship.training.model.clip import Clip
 
 ALPHAS = tuple(0.1 + step * (3 - 0.1) / 20 for step in range(20))
@@ -24,17 +24,32 @@ BETAS = tuple(0.1 + step * (7 - 0.1) / 200 for step in range(200))
 """What is searched, for every data set: the authors' grid for ImageNet. Theirs for other data sets reach further."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class TipAdapterSettings(Settings):
+    """The cache, and the start of the search for its weights."""
+
+    cache_alpha: float = at_least(0, 1.0)
+    """The weight of the cache's votes beside CLIP's logits; start of the search."""
+    cache_beta: float = at_least(0, 5.5)
+    """How fast a vote falls with the distance to the key; start of the search."""
+    cache_views: int = at_least(1, 10)
+    """Augmented views of an image whose mean feature is its key."""
+    generated_shots: int = at_least(0, 16)
+    """Generated keys for each class without images."""
+
+
 class TipAdapter(Method):
     """Logits ``s f W^T + alpha exp(-beta (1 - f F^T)) L``: keys F [K, D], votes L [K, C] one-hot by the keys' classes.
 
     Keys are the means of ``cache_views`` augmented views of the few-shot images, ``shots`` a class; a run with a
     generator adds ``generated_shots`` for each class without images. Classes without keys get no votes. alpha and beta
-    are those with the best accuracy on the few-shot validation images, which are of the classes with real images only:
-    with a generator they are told apart among all classes, and nothing is known of what the others would need. Where
-    there are no validation images the settings stay as they are.
+    are those with the best accuracy on the few-shot validation images. These show classes with real images only; with a
+    generator they are classified among all classes. Without validation images the settings are kept.
     """
 
     name = "tip-adapter"
+    settings_type = TipAdapterSettings
+    settings: TipAdapterSettings
     selection = "alpha and beta on validation images"
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
@@ -43,11 +58,11 @@ class TipAdapter(Method):
             raise RecipeError(f"recipe {config.recipe}: shots=0: a cache has the same number of keys a class: give one")
         shots = [config.shots] * task.num_base
         if config.generator is not None:
-            shots += [config.generated_shots] * (len(task.class_names) - task.num_base)
+            shots += [self.settings.generated_shots] * (len(task.class_names) - task.num_base)
         labels = torch.arange(len(shots)).repeat_interleave(torch.tensor(shots, dtype=torch.long))
         self.register_buffer("key_labels", labels, persistent=False)
-        self.register_buffer("alpha", torch.tensor(config.cache_alpha))
-        self.register_buffer("beta", torch.tensor(config.cache_beta))
+        self.register_buffer("alpha", torch.tensor(self.settings.cache_alpha))
+        self.register_buffer("beta", torch.tensor(self.settings.cache_beta))
         self._register_keys(torch.zeros(len(labels), clip.embed_dim))
 
     key_labels: Tensor
@@ -62,11 +77,11 @@ class TipAdapter(Method):
         """Fill the cache.
 
         Raises:
-            DataError: a class has not the number of images that the settings ask for.
+            DataError: a class has another number of images than the settings require.
         """
-        parts = [source.train(self.config.cache_views)]
-        if self.config.generator is not None and self.config.generated_shots:
-            generated = source.generated(self.config.generated_shots)
+        parts = [source.train(self.settings.cache_views)]
+        if self.config.generator is not None and self.settings.generated_shots:
+            generated = source.generated(self.settings.generated_shots)
             parts += [] if generated is None else [generated]
         labels = torch.cat([part.labels.to(self.key_labels.device) for part in parts])
         order = labels.argsort(stable=True)
@@ -76,7 +91,7 @@ class TipAdapter(Method):
                 f"{self.config.shots} training images: lower --shots"
             )
         with torch.no_grad():
-            self.keys.copy_(torch.cat([part.features.to(self.keys) for part in parts])[order])
+            self.keys.copy_(torch.cat([part.images.to(self.keys) for part in parts])[order])
 
     def end(self, source: Source) -> None:
         """Choose alpha and beta on the validation images, if there are any."""
@@ -124,9 +139,9 @@ class TipAdapter(Method):
         return torch.exp(-beta * (1 - affinity_NK)) @ one_hot_KC
 
     @torch.no_grad()
-    def _best_weights(self, samples: FeatureSamples) -> tuple[float, float, float]:
+    def _best_weights(self, samples: ImageSet) -> tuple[float, float, float]:
         """alpha, beta and their accuracy in percent; of equal ones the smallest alpha, then the smallest beta."""
-        features, labels = samples.features.to(self.keys), samples.labels.to(self.keys.device)
+        features, labels = samples.images.to(self.keys), samples.labels.to(self.keys.device)
         names = self.task.base_names if self.config.generator is None else self.task.class_names
         plain_NC = self.logits(features, self.class_features(names))
         votes = {beta: self._votes(features, names, beta) for beta in BETAS}
@@ -140,7 +155,7 @@ class TipAdapter(Method):
 
 
 class TipAdapterF(TipAdapter):
-    """Tip-Adapter whose keys are learned on from the cached ones, at the alpha and beta of the settings."""
+    """Tip-Adapter with learned keys, trained at the alpha and beta of the settings."""
 
     name = "tip-adapter-f"
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from clipship.training.config import TrainConfig
 from clipship.training.methods.base import Task
-from clipship.training.methods.prompted import PromptedImages
+from clipship.training.methods.prompted import ImagePromptSettings, PromptedImages
 from clipship.training.model.clip import Clip
 
 
@@ -15,6 +15,7 @@ class Vpt(PromptedImages):
     """Image prompts [J, M, image width]: shallow with J = 1, deep with more."""
 
     name = "vpt"
+    settings_type = ImagePromptSettings
 
     def __init__(self, clip: Clip, config: TrainConfig, task: Task) -> None:
         super().__init__(clip, config, task)

@@ -6,6 +6,6 @@ from clipship.training.methods.base import Method
 
 
 class ZeroShot(Method):
-    """CLIP as it is; several templates are averaged."""
+    """Plain CLIP; several templates are averaged."""
 
     name = "zero-shot"

@@ -1,4 +1,4 @@
-"""Reduced precision around a step: what autocast computes in, and the scaling that float16 gradients need."""
+"""Reduced precision around a step."""
 
 from __future__ import annotations
 
@@ -15,8 +15,3 @@ def autocast(precision: str, device: torch.device) -> Iterator[None]:
     """Matrix products of the body in ``precision`` ("fp32": untouched); learned tensors stay float32."""
     with torch.autocast(device.type, dtype=_TYPES.get(precision, torch.bfloat16), enabled=precision in _TYPES):
         yield
-
-
-def gradient_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler:
-    """Keeps float16 gradients out of underflow; does nothing in the other precisions."""
-    return torch.amp.GradScaler(device.type, enabled=precision == "fp16")

@@ -111,7 +111,7 @@ class Clip:
         """Token ids, int64 [C, L] on the CPU.
 
         Raises:
-            DataError: a prompt is longer than L (open_clip would cut it without a word), or holds a start or end token.
+            DataError: a prompt is longer than L (open_clip would silently truncate it), or holds a start or end token.
         """
         for prompt in prompts:
             ids = self.token_ids(prompt)
@@ -215,7 +215,7 @@ def _from_open_clip(name: str) -> tuple[Any, Any]:
 
 
 def _validate_towers(name: str, config: dict[str, Any]) -> None:
-    """Prompts go into open_clip's own transformers only; others are refused before their weights are downloaded."""
+    """Refuse towers that prompts cannot enter, before their weights are downloaded."""
     vision, text = config["vision_cfg"], config["text_cfg"]
     has_class_token = text.get("embed_cls", False) or "multimodal_cfg" in config
     pools_otherwise = vision.get("attentional_pool", False) or vision.get("pool_type", "tok") == "none"

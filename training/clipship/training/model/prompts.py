@@ -9,7 +9,7 @@ Shapes: N images, C prompts, L text tokens, P image tokens, D joint dimensions.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -61,21 +61,18 @@ def placeholder_template(clip: Clip, tokens: int) -> str:
     return f"{placeholders} {{}}."
 
 
-def validate_depth(clip: Clip, *, image_depth: int, text_depth: int) -> None:
-    """Refuse prompts in more layers than the towers have.
+def validate_depth(clip: Clip, tower: Literal["image", "text"], depth: int) -> None:
+    """Validate that the tower has the layers.
 
     Raises:
-        RecipeError: a depth is greater than the number of blocks.
+        RecipeError: the depth is greater than the number of blocks.
     """
-    for tower, depth, layers in (
-        ("image", image_depth, clip.image_layers),
-        ("text", text_depth, clip.text_layers),
-    ):
-        if depth > layers:
-            raise RecipeError(
-                f"prompts in {depth} layers, but the {tower} tower of {clip.name} has {layers}: "
-                f"set {tower}_depth to at most {layers}, or take a recipe made for this model"
-            )
+    layers = clip.image_layers if tower == "image" else clip.text_layers
+    if depth > layers:
+        raise RecipeError(
+            f"prompts in {depth} layers, but the {tower} tower of {clip.name} has {layers}: "
+            f"set the depth to at most {layers}, or take a recipe made for this model"
+        )
 
 
 def image_features(clip: Clip, pixels: Tensor, prompts: Tensor | None = None) -> Tensor:
@@ -167,9 +164,9 @@ def contextual_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Te
 def pairwise_text_features(clip: Clip, tokens: Tensor, contexts: Tensor) -> Tensor:
     """Every row its own context: tokens int64 [R, L], contexts [R, M, text width] -> [R, D], not normalised.
 
-    The result is that of :func:`text_features` with ``contexts[None]`` but for the order of summation; what nobody
-    reads is left out: the start token is the same in all rows, so it passes the tower once, and of the last block only
-    the end tokens are computed. Where :func:`can_share_context` is false it is :func:`text_features`.
+    The result is that of :func:`text_features` with ``contexts[None]`` but for the order of summation; what is
+    not used is not computed: the start token is the same in all rows, so it passes the tower once, and the last block
+    computes the end tokens only. Where :func:`can_share_context` is false it is :func:`text_features`.
     """
     if not can_share_context(clip):
         return text_features(clip, tokens, contexts[None])

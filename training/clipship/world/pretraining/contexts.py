@@ -25,7 +25,9 @@ from clipship.training.config import TrainConfig
 from clipship.training.inputs.batches import training_pixels
 from clipship.training.loop.loop import learning_rate
 from clipship.training.losses import classification_loss
-from clipship.training.methods import CoOp, Method, Task, ZeroShot
+from clipship.training.methods import Method, Task
+from clipship.training.methods.coop import CoOp
+from clipship.training.methods.zero_shot import ZeroShot
 from clipship.training.model.builtin import TINY
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
