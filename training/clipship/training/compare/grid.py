@@ -116,7 +116,7 @@ class Grid:
     runs: tuple[GridRun, ...]
 
 
-def plan_of(request: Request) -> Grid:
+def grid_of(request: Request) -> Grid:
     """Read the data sets and settle every run.
 
     Raises:
