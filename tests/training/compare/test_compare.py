@@ -15,7 +15,7 @@ import pytest
 from clipship.core.cli import main as command_line
 from clipship.training import recipes
 from clipship.training.compare import workers
-from clipship.training.compare.grid import GridRun, Request, grid_of
+from clipship.training.compare.grid import GridRequest, GridRun, grid_of
 from clipship.training.compare.launcher import Rank, alone_in
 from clipship.training.compare.results import RunResult, failure_path, write_result
 from clipship.training.config import TrainConfig
@@ -365,7 +365,7 @@ def test_each_rank_does_its_share_and_the_last_one_reports(
 def test_a_failure_of_another_rank_is_reported_and_one_of_an_earlier_start_forgotten(
     capsys: pytest.CaptureFixture[str], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(recipes=("small-zero-shot",), data=(data_folder,), seeds=(1, 2), out=tmp_path, shots=(4,))
+    request = GridRequest(recipes=("small-zero-shot",), data=(data_folder,), seeds=(1, 2), out=tmp_path, shots=(4,))
     first, second = grid_of(request).runs
     command = ("small-zero-shot", "--data", data_folder, "--seeds", 1, 2, "--shots", 4, "--out", tmp_path)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -439,7 +439,7 @@ def die_on_seed_2(run: GridRun, device: str | None, loader_workers: int) -> RunR
 def test_processes_share_the_runs_and_one_that_dies_costs_one_run(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(
+    request = GridRequest(
         recipes=("small-zero-shot",), data=(data_folder,), seeds=(1, 2, 3, 4), out=tmp_path / "out", shots=(2,)
     )
     runs = grid_of(request).runs

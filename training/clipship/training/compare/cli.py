@@ -97,11 +97,11 @@ def compare(
     started_s = time.time()
     _require_report_packages()
     with needs_training():
-        from clipship.training.compare.grid import Request, grid_of
+        from clipship.training.compare.grid import GridRequest, grid_of
         from clipship.training.compare.launcher import alone_in, launched_rank
         from clipship.training.compare.results import ended_result, forget_failures
     with launched_rank(os.environ) as rank:
-        grid = grid_of(Request(recipes=recipes, out=out, synthetic=synthetic_name, **request))
+        grid = grid_of(GridRequest(recipes=recipes, out=out, synthetic=synthetic_name, **request))
         device = validated_device(device)
         with alone_in(out, rank):
             forget_failures(grid.runs, before_s=started_s)
