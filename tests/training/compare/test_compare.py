@@ -496,8 +496,8 @@ def test_ctrl_c_ends_all_processes(data_folder: Path, model_folder: Path, tmp_pa
     script.write_text(SCRIPT.replace("epochs=40", "epochs=4000"))
     command = [str(model_folder), "--data", str(data_folder), "--seeds", "1", "2", "3", "--out", str(out)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    group = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
-    with subprocess.Popen([sys.executable, script, *command, "--jobs", "2"], env=environment, **group) as alone:
+    words = [sys.executable, str(script), *command, "--jobs", "2"]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as alone:
         while alone.poll() is None and len(list(out.glob("runs/Colours/*"))) < 2:
             time.sleep(0.05)
         os.killpg(alone.pid, signal.SIGINT)

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipship.training.synthesis.workspace import CandidateRow, Workspace
+from clipship.training.synthesis.workspace import CandidateRecord, Workspace
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def row(place: int, reason: str | None = None) -> CandidateRow:
-    return CandidateRow(
+def row(place: int, reason: str | None = None) -> CandidateRecord:
+    return CandidateRecord(
         place=place,
         attempt=0,
         class_name="é",
@@ -78,9 +78,8 @@ def batches(root: Path) -> list[list[int]]:
 
     def work(folder: Path) -> None:
         workspace = Workspace(folder=folder)
-        workspace.recover()
         for places in ((0, 1), (2, 3)):
-            if (places[0], 0) not in workspace.rows():
+            if (places[0], 0) not in workspace.records():
                 add(workspace, *places)
 
     outcomes: list[list[int]] = []
@@ -89,8 +88,7 @@ def batches(root: Path) -> list[list[int]]:
         folder = root / str(len(outcomes))
         folder.mkdir()
         finished = ended(life(partial(work, folder), folder, len(outcomes) + 1))
-        Workspace(folder=folder).recover()
-        outcomes.append(sorted(place for place, _ in Workspace(folder=folder).rows()))
+        outcomes.append(sorted(place for place, _ in Workspace(folder=folder).records()))
         work(folder)
     return outcomes
 
@@ -116,7 +114,7 @@ def sets(root: Path) -> dict[str, Any]:
 
     def make(name: str) -> None:
         def once(self: ImageGenerator, batch: Any) -> Any:
-            assert not Workspace(folder=root / name).rows().keys() & {one.key for one in batch}, "made twice"
+            assert not Workspace(folder=root / name).records().keys() & {one.key for one in batch}, "made twice"
             return plain(self, batch)
 
         plain, ImageGenerator.make = ImageGenerator.make, once  # type: ignore[method-assign]

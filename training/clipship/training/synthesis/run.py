@@ -28,7 +28,7 @@ from clipship.training.synthesis.config import SynthesisConfig
 from clipship.training.synthesis.contact_sheets import write_sheet
 from clipship.training.synthesis.image_generator import ImageGenerator, Made, precision_for
 from clipship.training.synthesis.pipelines import PipelineFolder, pipeline_folder
-from clipship.training.synthesis.workspace import KIND, CandidateRow, Workspace, is_finished
+from clipship.training.synthesis.workspace import KIND, CandidateRecord, Workspace, is_finished
 from clipship.training.synthetic_set import SyntheticImage, SyntheticSet, complete
 
 _AT_WORK = "another clipship synthesize works there: wait for it, or give another --out"
@@ -88,7 +88,7 @@ def synthesize(
         subjects=subjects,
         pipeline=pipeline_folder(config),
         processes=processes,
-        workspace=Workspace(folder=out, rank=processes.rank),
+        workspace=Workspace(folder=out),
     )
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out, _AT_WORK) if processes.is_main else nullcontext():
@@ -119,22 +119,21 @@ def _make_all(run: _Run) -> str:
     engine = ImageGenerator(run.pipeline, run.config, run.processes.device)
     engine.validate_prompts(run.subjects)
     if run.processes.is_main:
-        run.workspace.recover()
         run.workspace.begin(run.settings)
     total = len(run.subjects.class_names) * run.config.candidates
     with progress("synthesizing", total) as report:
         for attempt in range(run.config.tries):
             run.processes.wait()
-            made = run.workspace.rows()
+            made = run.workspace.records()
             wanted = wanted_in_round(run.config, run.subjects, made, attempt)
-            run.processes.wait()  # nobody adds rows while another still reads them
+            run.processes.wait()  # no process adds records while another reads them
             if wanted:
                 _make_round(run, engine, wanted, made, report)
     return engine.scheduler
 
 
 def wanted_in_round(
-    config: SynthesisConfig, subjects: Subjects, made: Mapping[tuple[int, int], CandidateRow], attempt: int
+    config: SynthesisConfig, subjects: Subjects, made: Mapping[tuple[int, int], CandidateRecord], attempt: int
 ) -> list[Candidate]:
     """The images of a round, made or not: all in the first, and then those whose seeds so far could not be used."""
     return [
@@ -148,7 +147,7 @@ def _make_round(
     run: _Run,
     engine: ImageGenerator,
     wanted: Sequence[Candidate],
-    made: Mapping[tuple[int, int], CandidateRow],
+    made: Mapping[tuple[int, int], CandidateRecord],
     report: Report,
 ) -> None:
     batches = list(batches_of(wanted, run.config.batch_size, made.keys()))
@@ -186,7 +185,7 @@ def _make_batch(run: _Run, engine: ImageGenerator, batch: Sequence[Candidate]) -
 
 def rows_and_files(
     config: SynthesisConfig, total: int, batch: Sequence[Candidate], made: Sequence[Made]
-) -> tuple[list[CandidateRow], dict[str, bytes]]:
+) -> tuple[list[CandidateRecord], dict[str, bytes]]:
     """What the workspace keeps of a batch: its rows, and the bytes of its image files by path.
 
     Args:
@@ -199,7 +198,7 @@ def rows_and_files(
     rows, files = [], {}
     for candidate, one in zip(batch, made, strict=True):
         path = candidate.path(config)
-        rows.append(CandidateRow(**asdict(candidate), path=path, batch=number, reason=one.reason))
+        rows.append(CandidateRecord(**asdict(candidate), path=path, batch=number, reason=one.reason))
         if one.image is not None:
             files[path] = file_of(one.image, config)
     return rows, files
@@ -214,7 +213,7 @@ def file_of(image: Image.Image, config: SynthesisConfig) -> bytes:
 
 def _finish(run: _Run, scorer: Scorer | None, scheduler: str) -> None:
     folder, config = run.workspace.folder, run.config
-    rows = [row for _, row in sorted(run.workspace.rows().items())]
+    rows = [row for _, row in sorted(run.workspace.records().items())]
     verdicts = _verdicts(run, scorer, [row for row in rows if row.reason is None])
     images = [_image(run, row, verdicts, scheduler) for row in rows]
     if not any(image.kept for image in images):
@@ -236,7 +235,7 @@ def _finish(run: _Run, scorer: Scorer | None, scheduler: str) -> None:
     run.workspace.finish()
 
 
-def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[CandidateRow]) -> dict[int, FilterDecision]:
+def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[CandidateRecord]) -> dict[int, FilterDecision]:
     """By place, what becomes of the images that can be used."""
     by_class: dict[str, list[int]] = {name: [] for name in run.subjects.class_names}
     for number, row in enumerate(rows):
@@ -254,7 +253,7 @@ def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[CandidateRow]) ->
     return found
 
 
-def _image(run: _Run, row: CandidateRow, verdicts: Mapping[int, FilterDecision], scheduler: str) -> SyntheticImage:
+def _image(run: _Run, row: CandidateRecord, verdicts: Mapping[int, FilterDecision], scheduler: str) -> SyntheticImage:
     verdict = FilterDecision(score=None, reason=row.reason) if row.reason else verdicts[row.place]
     config = run.config
     return SyntheticImage(
