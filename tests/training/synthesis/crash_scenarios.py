@@ -98,7 +98,7 @@ def sets(root: Path) -> dict[str, Any]:
     import torch
 
     from clipship.training.synthesis.candidate_filter import Scorer
-    from clipship.training.synthesis.class_prompts import subjects_of, vocabulary_of
+    from clipship.training.synthesis.class_prompts import class_prompts_of, vocabulary_of
     from clipship.training.synthesis.config import SynthesisConfig
     from clipship.training.synthesis.image_generator import ImageGenerator
     from clipship.training.synthesis.pipelines import pipeline_folder
@@ -107,10 +107,10 @@ def sets(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = json.loads((root / "settings.json").read_text())
     config = SynthesisConfig.from_json(settings["config"])
-    subjects = subjects_of(config, vocabulary_of(Path(settings["classes"])))
+    class_prompts = class_prompts_of(config, vocabulary_of(Path(settings["classes"])))
 
     ImageGenerator(pipeline_folder(config), config, torch.device("cpu"))  # what is imported here, no life imports again
-    Scorer(config.scorer, subjects)
+    Scorer(config.scorer, class_prompts)
 
     def make(name: str) -> None:
         def once(self: ImageGenerator, batch: Any) -> Any:
@@ -118,7 +118,7 @@ def sets(root: Path) -> dict[str, Any]:
             return plain(self, batch)
 
         plain, ImageGenerator.make = ImageGenerator.make, once  # type: ignore[method-assign]
-        synthesize(config, subjects, out=root / name, device="cpu")
+        synthesize(config, class_prompts, out=root / name, device="cpu")
 
     def work(name: str, last: int | None, environment: dict[str, str] | None = None) -> int:
         return life(partial(make, name), root / name, last, environment)
