@@ -11,6 +11,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from benchmarks import contexts
 from PIL import Image
 
 from clipship.core.errors import DataError
@@ -43,12 +44,18 @@ from clipship.world.drawing.captions import MANY_TEMPLATES, SINGLE_TEMPLATES, ca
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import Scene, Thing, facts_of, is_held_out, sample_scene
 from clipship.world.drawing.stencils import background_tile, shape_mask, texture_tile
-from clipship.world.pretraining import contexts
-from clipship.world.pretraining import pretrain as pretraining
+from clipship.world.pretraining import train as pretraining
 from clipship.world.pretraining.calibrate import zero_shot
-from clipship.world.pretraining.stream import LONE_PLAIN_STEPS, LONE_STEPS, WORD_AXES, batches, fits_matrix, make_batch
-from clipship.world.runs import round_to_half
-from clipship.world.synthesis import request_from
+from clipship.world.pretraining.captioned_batches import (
+    LONE_PLAIN_STEPS,
+    LONE_STEPS,
+    WORD_AXES,
+    batches,
+    fits_matrix,
+    make_batch,
+)
+from clipship.world.rendered_synthetic_set import request_from
+from clipship.world.training_run import round_to_half
 
 PINNED_MEANS = [
     [176, 167, 190], [59, 107, 40], [103, 128, 49], [146, 109, 68],
@@ -354,11 +361,11 @@ def test_drawing_processes_end_when_their_parent_is_killed(tmp_path: Path) -> No
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\n"
-        "from clipship.world.processes import drawing_pool\n"
+        "from clipship.training.worker_pool import worker_pool\n"
         "if __name__ == '__main__':\n"
-        "    pool = drawing_pool(1)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(60)\n"
+        "    with worker_pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:

@@ -59,7 +59,7 @@ def _written(folder: Path, seed: int | None) -> Dataset:
     from clipship.training.datasets.load import load_dataset
     from clipship.training.model.builtin import TINY
     from clipship.training.model.clip import load_clip
-    from clipship.world.synthesis import clip_scorer, write_world_synthetic_set
+    from clipship.world.rendered_synthetic_set import clip_scorer, write_world_synthetic_set
 
     dataset = load_dataset(folder)
     if seed is None or not dataset.train or _has_synthetic(folder / SYNTHETIC, seed):

@@ -24,21 +24,19 @@ from PIL import Image
 from clipship.core.errors import DataError, near
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.training.datasets.load import WORLD_FILE
+from clipship.training.worker_pool import worker_pool
 from clipship.world.drawing.attributes import (
     AXES,
     BACKGROUNDS,
-    COLOURS,
     COUNT_WORDS,
     PLURALS,
     SHAPES,
-    SIZES,
     WORLD_VERSION,
     held_out_pairs,
 )
-from clipship.world.drawing.scenes import Scene, SceneKind, Thing, pick
+from clipship.world.drawing.scenes import Scene, SceneRequest, scene_from
 from clipship.world.drawing.stencils import Bytes
 from clipship.world.drawing.styles import STYLES, Frame
-from clipship.world.processes import drawing_pool
 
 WORLD_FORMAT = "clipship-world"
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -60,7 +58,6 @@ class WorldDataset:
 
     Attributes:
         name: folder name, and the style in `styles.STYLES`.
-        split_file: the CoOp split file inside the folder.
         image_dir: the folder that paths in the split file are relative to.
         template: the prompt whose `{}` takes a class name.
         axes: the two attributes that a class composes.
@@ -74,7 +71,6 @@ class WorldDataset:
     """
 
     name: str
-    split_file: str
     image_dir: str = "images"
     template: str = "a photo of a {}."
     axes: tuple[str, str]
@@ -89,7 +85,7 @@ class WorldDataset:
     class_seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that the world does not have."""
+        """Validate that the world has these values."""
         for axis, words in zip(self.axes, self.values, strict=True):
             if not set(words) <= set(AXES[axis]):
                 raise ValueError(f"{self.name}: {sorted(set(words) - set(AXES[axis]))} are not among {AXES[axis]}")
@@ -100,6 +96,11 @@ class WorldDataset:
         room = len(self.values[0]) // 2 * (len(self.values[1]) // 2)
         if self.halves == "apart" and room < self.num_base:
             raise ValueError(f"{self.name}: {room} compositions in the smaller half, {self.num_base} are needed")
+
+    @property
+    def split_file(self) -> str:
+        """Return the name of the CoOp split file inside the folder."""
+        return f"split_zhou_{self.name.title().replace('_', '')}.json"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -124,51 +125,50 @@ _HUES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 
 WORLD_DATASETS: tuple[WorldDataset, ...] = (
     WorldDataset(
-        name="sketches", split_file="split_zhou_Sketches.json", template="a sketch of a {}.",
+        name="sketches", template="a sketch of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "brown"), _SHAPES_A), seed=11, shift=0.8,
     ),
     WorldDataset(
-        name="prints", split_file="split_zhou_Prints.json", template="a print of a {}.",
+        name="prints", template="a print of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "brown", "black"), _SHAPES_B), seed=12, shift=0.45,
     ),
     WorldDataset(
-        name="neon", split_file="split_zhou_Neon.json", template="a neon sign of a {}.",
+        name="neon", template="a neon sign of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "white"), _SHAPES_C), seed=13, shift=0.4,
     ),
     WorldDataset(
-        name="places", split_file="split_zhou_Places.json", template="a painting of a {}.",
+        name="places", template="a painting of a {}.",
         axes=("shape", "background"), values=(_SHAPES_B, AXES["background"]), seed=14, shift=0.35,
     ),
     WorldDataset(
-        name="groups", split_file="split_zhou_Groups.json", template="a stamp of {}.",
+        name="groups", template="a stamp of {}.",
         axes=("count", "shape"), values=(COUNT_WORDS[1:], _SHAPES_D), seed=15, shift=0.3,
     ),
     WorldDataset(
-        name="fabrics", split_file="split_zhou_Fabrics.json", template="a photo of {}.",
+        name="fabrics", template="a photo of {}.",
         axes=("colour", "texture"), values=((*_HUES, "gray"), AXES["texture"]), seed=16, shift=0.15,
     ),
     WorldDataset(
-        name="games", split_file="split_zhou_Games.json", template="a {} in a video game.",
+        name="games", template="a {} in a video game.",
         axes=("colour", "shape"), values=(AXES["colour"], SHAPES), halves="apart", seed=17, shift=0.45,
     ),
     WorldDataset(
-        name="origami", split_file="split_zhou_Origami.json", template="a origami {}.",
+        name="origami", template="a origami {}.",
         axes=("texture", "shape"), values=(AXES["texture"][:4], SHAPES), halves="apart", seed=18, shift=0.3,
     ),
     WorldDataset(
-        name="renders", split_file="split_zhou_Renders.json", template="a rendering of a {}.",
+        name="renders", template="a rendering of a {}.",
         axes=("shape", "background"), values=(SHAPES, AXES["background"]), halves="apart", seed=19, shift=0.8,
     ),
 )  # fmt: skip
 
 
-def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float) -> WorldDataset:
+def _variant(source: str, *, name: str, seed: int, shift: float) -> WorldDataset:
     """Return test pictures of a data set's classes in another look, with the data set's own prompt."""
     (dataset,) = (dataset for dataset in WORLD_DATASETS if dataset.name == source)
     return replace(
         dataset,
         name=name,
-        split_file=split_file,
         seed=seed,
         class_seed=dataset.seed,
         shift=shift,
@@ -178,8 +178,8 @@ def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float
 
 
 WORLD_VARIANTS: tuple[WorldDataset, ...] = (
-    _variant("prints", name="prints_night", split_file="split_zhou_PrintsNight.json", seed=31, shift=0.3),
-    _variant("prints", name="prints_sketched", split_file="split_zhou_PrintsSketched.json", seed=32, shift=0.8),
+    _variant("prints", name="prints_night", seed=31, shift=0.3),
+    _variant("prints", name="prints_sketched", seed=32, shift=0.8),
 )
 
 
@@ -248,16 +248,15 @@ def _shares_words(base: Iterable[Composition], new: Iterable[Composition]) -> bo
 def scene_of(axes: tuple[str, str], composition: Composition, rng: np.random.Generator) -> Scene:
     """Return a scene of a composition; what the class name leaves open is random."""
     words = dict(zip(axes, composition, strict=True))
-    count = COUNT_WORDS.index(words.get("count", "one")) + 1
-    kind: SceneKind = "group" if count > 1 else "swatch" if axes == ("colour", "texture") else "single"
-    thing = Thing(
+    request = SceneRequest(
         shape=words.get("shape", "square"),
-        colour=words.get("colour") or pick(rng, tuple(COLOURS)),
+        colour=words.get("colour"),
         texture=words.get("texture", "plain"),
-        size=tuple(SIZES)[1 + int(rng.integers(2))],
+        background=words.get("background"),
+        count=COUNT_WORDS.index(words.get("count", "one")) + 1,
+        swatch=axes == ("colour", "texture"),
     )
-    background = words.get("background") or pick(rng, tuple(BACKGROUNDS))
-    return Scene(kind=kind, things=(thing,) * count, background=background)
+    return scene_from(request, rng)
 
 
 def draw_example(dataset: WorldDataset, split: str, label: int, index: int) -> Bytes:
@@ -320,7 +319,7 @@ def _is_written(folder: Path, dataset: WorldDataset) -> bool:
 
 
 def _record_of(dataset: WorldDataset) -> dict[str, Any]:
-    fields = asdict(dataset)
+    fields = asdict(dataset) | {"split_file": dataset.split_file}
     for name, default in _LATER_FIELDS.items():
         if fields[name] == default:
             del fields[name]
@@ -331,7 +330,7 @@ def _record_of(dataset: WorldDataset) -> dict[str, Any]:
 def _write_datasets(out: Path, datasets: Sequence[WorldDataset], progress: Progress | None, processes: int) -> None:
     total = sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
     done = 0
-    with drawing_pool(processes) as pool:
+    with worker_pool(processes) as pool:
         for dataset in datasets:
             with replace_folder(out / dataset.name) as folder:
                 for written in _write_pictures(folder, dataset, pool):

@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clipship.world.diffusion.autoencoder import LATENT_CHANNELS, LATENT_PX
 from clipship.world.diffusion.pipeline import new_scheduler
 from clipship.world.diffusion.training_images import caption_at
-from clipship.world.drawing.attributes import WORLD_VERSION
-from clipship.world.runs import ResumableRun, RunSettings, decayed_optimizer, descend
+from clipship.world.training_run import ResumableRun, RunSettings, decayed_optimizer, descend
 
 # Shapes: N pictures, C latent channels, S latent side, L tokens, W text width.
 
@@ -51,7 +50,7 @@ class DenoiserSettings(RunSettings):
     average_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        """Refuse settings that no run can have."""
+        """Validate the settings."""
         super().__post_init__()
         if self.pictures < 1 or self.snr_limit <= 0:
             raise ValueError(f"pictures is {self.pictures} and snr_limit {self.snr_limit}; both must be above 0")
@@ -126,6 +125,8 @@ def min_snr_weights(signal: Tensor, limit: float) -> Tensor:
 class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
     """The training of the denoiser."""
 
+    log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
+
     def __init__(
         self,
         out: Path,
@@ -143,18 +144,17 @@ class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
         self.average = AveragedModel(self.model, multi_avg_fn=moving_average)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.99))
         self.signal: Tensor = new_scheduler().alphas_cumprod
-        identity = {"world": WORLD_VERSION, "seed": settings.seed, "batch_size": settings.batch_size}
         super().__init__(
             out,
             settings,
-            parts={"model": self.model, "average": self.average, "optimizer": self.optimizer},
-            stream=identity | {"pictures": settings.pictures},
-            log_file=LOG_FILE,
-            checkpoint_file=CHECKPOINT_FILE,
+            {"pictures": settings.pictures},
+            model=self.model,
+            average=self.average,
+            optimizer=self.optimizer,
         )
 
     def batches(self) -> Iterator[NoisyBatch]:
-        """Yield what is still to come."""
+        """Yield the batches of the remaining steps."""
         for step in range(self.step, self.settings.steps):
             yield noisy_batch(self.settings, self.latents, step, len(self.signal))
 
@@ -178,5 +178,5 @@ class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
         return states
 
     def measure(self) -> dict[str, float]:
-        """Return what the judge makes of the averaged weights."""
+        """Return the judgement of the averaged weights."""
         return self.judge(self.average.module)

@@ -27,8 +27,8 @@ from clipship.world.datasets import WORLD_DATASETS, compositions_of, is_unseen
 from clipship.world.diffusion.pipeline import generate, hide_progress_bars, load_pipeline
 from clipship.world.drawing.attributes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 from clipship.world.drawing.scenes import Scene, Thing, is_held_out
-from clipship.world.pretraining.pretrain import unseen_compositions
-from clipship.world.synthesis import draw_candidate
+from clipship.world.pretraining.train import unseen_compositions
+from clipship.world.rendered_synthetic_set import draw_candidate
 
 FLOOR = 0.6
 """The share of the accuracy on drawn pictures that generated images have to reach."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.training.model.clip import Clip
-from clipship.world.pretraining.pretrain import CompactTokens
+from clipship.world.pretraining.train import CompactTokens
 
 # Shapes: N texts, L tokens, W text width.
 

@@ -97,6 +97,32 @@ def sample_scene(rng: np.random.Generator, palette: Palette = FULL_PALETTE) -> S
             return scene
 
 
+@dataclass(frozen=True, kw_only=True)
+class SceneRequest:
+    """What a scene has to show; None leaves the choice open."""
+
+    shape: str | None = None
+    colour: str | None = None
+    texture: str | None = None
+    size: str | None = None
+    background: str | None = None
+    count: int = 1
+    swatch: bool = False
+
+
+def scene_from(request: SceneRequest, rng: np.random.Generator) -> Scene:
+    """Return a random scene that shows what is requested."""
+    thing = Thing(
+        shape=request.shape or pick(rng, SHAPES),
+        colour=request.colour or pick(rng, tuple(COLOURS)),
+        texture=request.texture or pick(rng, TEXTURES),
+        size=request.size or tuple(SIZES)[1 + int(rng.integers(2))],
+    )
+    kind: SceneKind = "swatch" if request.swatch else "group" if request.count > 1 else "single"
+    background = request.background or pick(rng, tuple(BACKGROUNDS))
+    return Scene(kind=kind, things=(thing,) * request.count, background=background)
+
+
 def is_held_out(scene: Scene) -> bool:
     """Return whether the scene contains a pair of attributes that pre-training must not show."""
     if scene.kind == "swatch":

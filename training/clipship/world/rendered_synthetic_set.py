@@ -1,12 +1,11 @@
-"""Synthetic images from the built-in world: what a text-to-image model is for real classes, without a model.
+"""A synthetic set drawn by the renderer, in place of one made by a text-to-image model.
 
-The pictures look like those of pre-training, not like those of the data set, as images of a text-to-image model do not
-look like the user's photographs either.
+The pictures look like those of pre-training and not like those of the data set, as generated images do not look like
+the user's photographs either.
 """
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +26,7 @@ from clipship.world.drawing.attributes import (
     WORLD_VERSION,
 )
 from clipship.world.drawing.render import render_scene
-from clipship.world.drawing.scenes import Scene, SceneKind, Thing, pick
+from clipship.world.drawing.scenes import SceneRequest, scene_from
 
 if TYPE_CHECKING:
     from clipship.training.model.clip import Clip
@@ -41,20 +40,7 @@ _SEEDS_PER_SET = 1_000_000
 _STREAM = 5_005
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a class name asks for; None where it leaves the choice open."""
-
-    shape: str | None = None
-    colour: str | None = None
-    texture: str | None = None
-    size: str | None = None
-    background: str | None = None
-    count: int = 1
-    swatch: bool = False
-
-
-def request_from(class_name: str) -> Request:
+def request_from(class_name: str) -> SceneRequest:
     """Read a class name of the world, such as "striped star", "fish on snow", "three rings" or "red wavy fabric".
 
     Raises:
@@ -74,20 +60,7 @@ def request_from(class_name: str) -> Request:
     found.setdefault("swatch", "shape" not in found)
     if found["swatch"] and (background or {"shape", "count", "size"} & set(found)):
         raise DataError(f"{class_name!r} asks for a pattern and for a thing at once; {_drawable()}")
-    return Request(background=background, **found)
-
-
-def scene_from(request: Request, rng: np.random.Generator) -> Scene:
-    """Return a scene that shows what is asked for; the rest is random."""
-    thing = Thing(
-        shape=request.shape or pick(rng, SHAPES),
-        colour=request.colour or pick(rng, tuple(COLOURS)),
-        texture=request.texture or pick(rng, TEXTURES),
-        size=request.size or tuple(SIZES)[1 + int(rng.integers(2))],
-    )
-    kind: SceneKind = "swatch" if request.swatch else "group" if request.count > 1 else "single"
-    background = request.background or pick(rng, tuple(BACKGROUNDS))
-    return Scene(kind=kind, things=(thing,) * request.count, background=background)
+    return SceneRequest(background=background, **found)
 
 
 def draw_candidate(class_name: str, seed: int) -> Image.Image:

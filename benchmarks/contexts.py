@@ -1,4 +1,4 @@
-"""What a learned context does to base and new classes: `python -m clipship.world.pretraining.contexts`.
+"""What a learned context does to base and new classes: `python -m benchmarks.contexts`.
 
 CoOp on the base classes of the data sets, as `coop-tiny` learns it but on image features that are computed once (four
 crops of every training picture), so that a question about the structure of the classes has its answer in a minute.
@@ -153,7 +153,7 @@ def _datasets_of(options: argparse.Namespace) -> Iterator[WorldDataset]:
 
 def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.pretraining.contexts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.contexts", description=__doc__)
     parser.add_argument("--names", nargs="+", default=[d.name for d in WORLD_DATASETS], help="data sets (default: all)")
     parser.add_argument("--halves", nargs="+", choices=get_args(Halves), help="how halves relate (default: as frozen)")
     parser.add_argument("--shifts", nargs="+", type=float, help="strengths (default: the frozen ones)")

@@ -1,8 +1,6 @@
 """The endless stream of pre-training batches: batch `step` is a function of the seed and the step, nothing else."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,7 +21,7 @@ from clipship.world.drawing.captions import caption_of
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import FULL_PALETTE, Palette, Scene, facts_of, sample_palette, sample_scene
 from clipship.world.drawing.stencils import PICTURE_PX, Bytes
-from clipship.world.processes import drawing_pool
+from clipship.world.drawing_pool import drawn_ahead
 
 FAMILY_SIZE = 64
 """Pictures of every second batch come in families that share a small palette: captions are harder to tell apart."""
@@ -111,15 +109,8 @@ def fits_matrix(shown: list[frozenset[str]], stated: list[frozenset[str]]) -> ND
 
 
 def batches(seed: int, first_step: int, last_step: int, size: int, *, workers: int = 1) -> Iterator[CaptionedBatch]:
-    """Yield the batches of steps `first_step` up to but not including `last_step`, drawn ahead in other processes."""
-    with drawing_pool(workers) as pool:
-        waiting: deque[Future[CaptionedBatch]] = deque()
-        for step in range(first_step, last_step):
-            waiting.append(pool.submit(make_batch, seed, step, size))
-            if len(waiting) > 8 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    """Return the batches of steps `first_step` up to but not including `last_step`, drawn ahead in other processes."""
+    return drawn_ahead(make_batch, ((seed, step, size) for step in range(first_step, last_step)), workers=workers)
 
 
 def _word_index(axis: str, scene: Scene) -> int:
