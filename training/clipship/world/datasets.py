@@ -1,16 +1,16 @@
 """The downstream data sets of the built-in world, written in the CoOp layout as real JPEG files.
 
-Nine data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"), its
-pictures are drawn in a style that pre-training never shows (`styles`), and part of the classes are compositions that
-pre-training holds out. The first half of the labels are the base classes, the rest the new ones. In six data sets
-every word of a new class also occurs in a base class and only their combination is new; in the other three no word
-does, as hardly any does in data sets of photographs.
+Nine data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"). Its
+pictures have a style that pre-training never shows (`styles`), and pre-training holds some of the compositions out. The
+first half of the labels are the base classes, the rest the new ones. In six data sets every word of a new class also
+occurs in a base class; in the other three none does, which is closer to data sets of photographs.
 
-Beside them there are variants for domain generalisation: test pictures of a data set's classes in another look.
+Variants for domain generalisation have test pictures of the classes of a data set in another look.
 """
 
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,6 +23,7 @@ from PIL import Image
 
 from clipship.core.errors import DataError, near
 from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.progress import progress
 from clipship.training.datasets.load import WORLD_FILE
 from clipship.training.worker_pool import worker_pool
 from clipship.world.drawing.attributes import (
@@ -46,7 +47,6 @@ _SIDE_RANGE_PX = (72, 128)
 _LATER_FIELDS = {"halves": "shared", "class_seed": None}
 """Written into the record only if they say something, so that records of earlier releases still hold."""
 
-Progress = Callable[[int, int, str], None]
 Halves = Literal["shared", "apart"]
 Composition = tuple[str, str]
 _T = TypeVar("_T")
@@ -271,27 +271,31 @@ def draw_example(dataset: WorldDataset, split: str, label: int, index: int) -> B
     return picture[top : top + height, left : left + width]
 
 
-def write_world(
-    out: Path, *, names: Sequence[str] | None = None, progress: Progress | None = None, processes: int = 2
-) -> list[Path]:
-    """Write data sets into `out/<name>/`; those that are already there are kept.
+def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Image.Image:
+    """Return a picture as its file holds it: drawn, encoded as JPEG, not yet decoded."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw_example(dataset, split, label, index)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return Image.open(buffer)
+
+
+def write_world(out: Path, *, names: Sequence[str] | None = None, processes: int = 2) -> list[Path]:
+    """Write data sets into `out/<name>/`; existing ones are kept.
 
     Args:
         out: folder for the data sets.
-        names: which ones, variants included; all of `WORLD_DATASETS` when None.
-        progress: called with (pictures done, pictures in all, data set).
+        names: of data sets or variants; None: all of `WORLD_DATASETS`.
         processes: processes that draw.
 
     Returns:
-        The folders of the data sets, in the order asked for.
+        The folders of the data sets, in the order of `names`.
 
     Raises:
-        DataError: a name is unknown, or a folder of that name was not written by this version of the world.
+        DataError: a name is unknown, or this version of the world did not write the existing folder.
     """
     datasets = list(WORLD_DATASETS) if names is None else [dataset_named(name) for name in dict.fromkeys(names)]
     missing = [dataset for dataset in datasets if not _is_written(out / dataset.name, dataset)]
     if missing:
-        _write_datasets(out, missing, progress, processes)
+        _write_datasets(out, missing, processes)
     return [out / dataset.name for dataset in datasets]
 
 
@@ -327,16 +331,14 @@ def _record_of(dataset: WorldDataset) -> dict[str, Any]:
     return dict(json.loads(json.dumps(record)))  # lists for tuples, as in the file
 
 
-def _write_datasets(out: Path, datasets: Sequence[WorldDataset], progress: Progress | None, processes: int) -> None:
-    total = sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
-    done = 0
-    with worker_pool(processes) as pool:
+def _write_datasets(out: Path, datasets: Sequence[WorldDataset], processes: int) -> None:
+    done, total = 0, sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
+    with progress("drawing", total) as report, worker_pool(processes) as pool:
         for dataset in datasets:
             with replace_folder(out / dataset.name) as folder:
                 for written in _write_pictures(folder, dataset, pool):
                     done += written
-                    if progress is not None:
-                        progress(done, total, dataset.name)
+                    report(done, dataset.name)
                 write_json_atomic(folder / dataset.split_file, _split_of(dataset))
                 write_json_atomic(folder / WORLD_FILE, _record_of(dataset))
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core.errors import DataError
+from clipship.core.progress import progress
 from clipship.training.synthetic_set import SyntheticSet, SyntheticSetWriter, write_synthetic_set
 from clipship.world.drawing.attributes import (
     BACKGROUNDS,
@@ -82,7 +83,6 @@ def write_world_synthetic_set(
     keep_per_class: int = 16,
     scorer: Scorer | None = None,
     seed: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> SyntheticSet:
     """Draw candidates of every class, keep those with the highest score, and write them as a `SyntheticSet`.
 
@@ -94,7 +94,6 @@ def write_world_synthetic_set(
         keep_per_class: pictures kept of a class.
         scorer: scores pictures against the prompt (`clip_scorer`); without one the first pictures are kept.
         seed: 0 or more; another seed gives other pictures.
-        progress: called with (classes done, classes in all, class name).
 
     Raises:
         DataError: a class name cannot be drawn, a number is out of range, or `out` is not a synthetic set.
@@ -107,14 +106,16 @@ def write_world_synthetic_set(
     for name in class_names:
         request_from(name)
     generator = {"kind": "clipship-world", "version": WORLD_VERSION, "seed": seed, "scored": scorer is not None}
-    with write_synthetic_set(
-        out, generator=generator, template=template, class_names=class_names, images_per_class=keep_per_class
-    ) as writer:
+    with (
+        write_synthetic_set(
+            out, generator=generator, template=template, class_names=class_names, images_per_class=keep_per_class
+        ) as writer,
+        progress("synthetic images", len(class_names)) as report,
+    ):
         for done, name in enumerate(class_names, start=1):
             seeds = range(seed * _SEEDS_PER_SET, seed * _SEEDS_PER_SET + candidates_per_class)
             _add_class(writer, name, template.format(name), seeds, keep_per_class, scorer)
-            if progress is not None:
-                progress(done, len(class_names), name)
+            report(done, name)
     return SyntheticSet.load(out)
 
 

@@ -94,28 +94,20 @@ def synthesize(
     )
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out, _AT_WORK) if processes.is_main else nullcontext():
-        if is_finished(out, run.settings):
-            return _finished(run)
-        return _made(run)
+        if not is_finished(out, run.settings):
+            _make(run)
+        elif processes.is_main:
+            log(f"{out}: is finished already")
+            run.workspace.finish()
+    return SyntheticSet.load(out) if processes.is_main else None
 
 
-def _finished(run: _Synthesis) -> SyntheticSet | None:
-    if not run.processes.is_main:
-        return None
-    log(f"{run.workspace.folder}: is finished already")
-    run.workspace.finish()
-    return SyntheticSet.load(run.workspace.folder)
-
-
-def _made(run: _Synthesis) -> SyntheticSet | None:
-    scorer = (
-        Scorer(run.config.scorer, run.class_prompts) if run.config.filter != "none" and run.processes.is_main else None
-    )
+def _make(run: _Synthesis) -> None:
+    is_main = run.processes.is_main
+    scorer = Scorer(run.config.scorer, run.class_prompts) if run.config.filter != "none" and is_main else None
     scheduler = _make_all(run)
-    if not run.processes.is_main:
-        return None
-    _finish(run, scorer, scheduler)
-    return SyntheticSet.load(run.workspace.folder)
+    if is_main:
+        _finish(run, scorer, scheduler)
 
 
 def _make_all(run: _Synthesis) -> str:
