@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --out runs/accuracy --jobs 2
 
-Three comparisons, each in a folder of its own: base to new classes (with open vocabulary), accuracy against shots, and
+Three comparisons, each in its own folder: base to new classes (with open vocabulary), accuracy against shots, and
 other data sets (with the variants of ``prints``: domain generalisation). Weights are those of the last step or of the
-average that the method defines; nothing is selected on test images. A killed run goes on where it was.
+average that the method defines; nothing is selected on test images. A killed run resumes.
 """
 
 from __future__ import annotations

@@ -3,11 +3,10 @@
     python benchmarks/generation.py --out runs/generation
     python benchmarks/generation.py --recipe sdxl-turbo --device cuda --batch-sizes 1 4 16 64 --out runs/generation
 
-Both ways have the same files, prompts, seeds, steps and guidance, and write the same image files; `synthesize` also
-writes its journal, so that a kill loses nothing. Every round does all ways in turn, and a ratio is between the times of
-one round, so a machine that is slow for a while is slow for all. On a GPU the time is the clock's; on a CPU it is the
-process's own, so that other programs are not counted. Loading and the CLIP filter are left out; the filter has a line
-of its own.
+Both have the same files, prompts, seeds, steps and guidance, and write the same image files; `synthesize` also records
+every batch, so that a kill loses one at most. Every round runs all ways in turn, and ratios are of times of one round:
+a machine that slows down slows all of them. On a GPU wall time counts, on a CPU the time of the process. Loading is
+left out; the CLIP filter has its own line.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def naive(pipeline: Any, config: SynthesisConfig, size_px: int, wanted: Sequence
             guidance_scale=config.guidance,
             generator=torch.Generator("cpu").manual_seed(one.seed),
         ).images[0]
-        path = folder / one.path(config)
+        path = folder / one.file_path(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, config.image_format.upper(), quality=config.quality)
 
@@ -126,7 +125,7 @@ def filter_times(
     scorer = Scorer(config.scorer, class_prompts_of(config, Vocabulary(names=NAMES)))
     with tempfile.TemporaryDirectory() as scratch:
         batched(generator, 16, wanted, Path(scratch))
-        paths = [Path(scratch) / one.path(config) for one in wanted]
+        paths = [Path(scratch) / one.file_path(config) for one in wanted]
 
         def score(_: Path) -> None:
             scorer.features(paths, device)

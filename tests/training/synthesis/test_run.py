@@ -161,7 +161,7 @@ def test_kills_and_further_processes_change_nothing(
 def test_a_full_disk_keeps_what_is_done(config: SynthesisConfig, class_prompts: ClassPrompts, tmp_path: Path) -> None:
     config = replace(config, image_format="jpeg", quality=100)
     expected = files_in(make(config, class_prompts, tmp_path / "expected").folder)
-    sizes = [len(expected[one.path(config)]) for one in candidates_of(config, class_prompts)]
+    sizes = [len(expected[one.file_path(config)]) for one in candidates_of(config, class_prompts)]
     largest_done = max(sizes[:4])
     assert max(sizes) > largest_done > 1500, "the record of a batch fits, an image of a later one does not"
     out = tmp_path / "full"
@@ -193,7 +193,7 @@ def test_a_small_card_gets_smaller_batches(
 
     monkeypatch.setattr(ImageGenerator, "make", cramped)
     found = make(config, class_prompts, tmp_path / "small")
-    assert "4 images at once are too many for cpu: half as many" in capsys.readouterr().err
+    assert "4 images are too many for cpu: batches of half the size" in capsys.readouterr().err
     assert [image.batch for image in found.images] == list(range(15))
     for one, other in zip(found.images, expected.images, strict=True):
         assert np.abs(pixels(Image.open(one.path)) - pixels(Image.open(other.path))).max() <= 8  # WebP of +-1

@@ -26,7 +26,7 @@ _CANDIDATES, _KEPT = 24, 16
 @click.option("--synthetic-seed", default=0, show_default=True, help="Seed of the synthetic images.")
 @json_option
 def world(out: Path, only: tuple[str, ...], synthetic: bool, synthetic_seed: int, as_json: bool) -> None:
-    """Write the built-in data sets in the CoOp layout, each with a synthetic set beside its images.
+    """Write the built-in data sets in the CoOp layout, each with a synthetic set.
 
     Existing ones are kept. Variants, which have test images only, are written if --only names them. The renderer draws
     the synthetic images; use --no-synthetic to make them with clipship synthesize.

@@ -45,7 +45,7 @@ JPEG_QUALITY = 92
 _SIDE_RANGE_PX = (72, 128)
 
 _LATER_FIELDS = {"halves": "shared", "class_seed": None}
-"""Written into the record only if they say something, so that records of earlier releases still hold."""
+"""Fields added later; the default is not recorded, so that data sets of earlier releases stay valid."""
 
 Halves = Literal["shared", "apart"]
 Composition = tuple[str, str]
@@ -64,7 +64,7 @@ class WorldDataset:
         values: which words of either axis are used.
         halves: "shared" if base classes have every word of the new ones, "apart" if they have none of them.
         seed: decides every picture and, without a `class_seed`, the classes and their order.
-        class_seed: decides the classes of a variant, whose pictures have a seed of their own.
+        class_seed: decides the classes of a variant, whose pictures have another seed.
         shift: how far the style is from pre-training, 0 to 1.
         classes: number of classes.
         train_per_class, val_per_class, test_per_class: number of pictures.

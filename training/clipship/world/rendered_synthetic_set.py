@@ -60,7 +60,7 @@ def request_from(class_name: str) -> SceneRequest:
         raise DataError(f"the class name {class_name!r} names nothing to draw; {_drawable()}")
     found.setdefault("swatch", "shape" not in found)
     if found["swatch"] and (background or {"shape", "count", "size"} & set(found)):
-        raise DataError(f"{class_name!r} asks for a pattern and for a thing at once; {_drawable()}")
+        raise DataError(f"{class_name!r} asks for a pattern and for a thing; {_drawable()}")
     return SceneRequest(background=background, **found)
 
 

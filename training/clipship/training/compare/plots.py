@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from clipship.training.compare.results import RunResult
-from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, Variant, variant_of
+from clipship.training.compare.summary import Curve, Stat, Summary, Variant, variant_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -51,28 +51,26 @@ Draw = Callable[["Figure"], None]
 
 def plots_of(summary: Summary) -> dict[str, str]:
     """The figures that the comparison has numbers for: SVG by name."""
-    over_synthetic = ("accuracy-against-synthetic", synthetic_curves)
-    own: dict[str, tuple[str, Callable[[Summary], str]]] = {
-        "base-to-new": over_synthetic if summary.is_over_synthetic else ("base-new", base_new_bars),
-        "few-shot": ("accuracy-against-shots", shots_curves),
-        "cross-dataset": ("cross-dataset", cross_bars),
-    }
-    name, draw_own = own[summary.protocol]
-    wanted = {name: draw_own, "losses": loss_curves, "reliability": reliability_diagrams}
     if not any(one.scores for one in summary.results):
         return {}
-    drawn = {name: draw(summary) for name, draw in wanted.items()}
+    name, svg = _accuracy_plot(summary)
+    drawn = {name: svg, "losses": loss_curves(summary), "reliability": reliability_diagrams(summary)}
     return {name: svg for name, svg in drawn.items() if svg}
 
 
-def base_new_bars(summary: Summary) -> str:
-    """Base (full) and new (pale) accuracy of every recipe, a group of bars for each data set and for the average."""
-    return _bars(summary, summary.datasets_and_average, ("base", "new"), "accuracy % (full: base, pale: new)")
-
-
-def cross_bars(summary: Summary) -> str:
-    """Accuracy of every recipe on the source, every target and their average."""
-    return _bars(summary, [*summary.datasets, AVERAGE], ("all",), "accuracy %")
+def _accuracy_plot(summary: Summary) -> tuple[str, str]:
+    """The figure of the protocol, with a group of bars or a panel for each data set and for their average."""
+    names = summary.datasets_and_average
+    if summary.protocol == "cross-dataset":
+        return "cross-dataset", _bars(summary, names, ("all",), "accuracy %")
+    if summary.protocol == "few-shot":
+        panels = {name: (name, "all") for name in names}
+        return "accuracy-against-shots", _curves(summary, panels, "real images a class")
+    if summary.is_over_synthetic:
+        titles = {"harmonic_mean": "H", "open_harmonic_mean": "H among all names"}
+        panels = {f"{name}: {title}": (name, key) for name in names for key, title in titles.items()}
+        return "accuracy-against-synthetic", _curves(summary, panels, "synthetic images a class")
+    return "base-new", _bars(summary, names, ("base", "new"), "accuracy % (full: base, pale: new)")
 
 
 def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: str) -> str:
@@ -111,21 +109,6 @@ def _bar(
         label=label or None,
         error_kw={"ecolor": _INK, "elinewidth": 0.8, "capsize": 1.5},
     )
-
-
-def shots_curves(summary: Summary) -> str:
-    """Accuracy over all classes against the number of real images, a panel for each data set and for the average."""
-    return _curves(summary, {name: (name, "all") for name in summary.datasets_and_average}, "real images a class")
-
-
-def synthetic_curves(summary: Summary) -> str:
-    """Harmonic means against the number of synthetic images, with CLIP's filter (full) and without it (dashed).
-
-    Two panels for each data set and for the average: each half among its own names, and among all names.
-    """
-    titles = {"harmonic_mean": "H", "open_harmonic_mean": "H among all names"}
-    panels = {f"{name}: {title}": (name, key) for name in summary.datasets_and_average for key, title in titles.items()}
-    return _curves(summary, panels, "synthetic images a class")
 
 
 def _curves(summary: Summary, panels: Mapping[str, tuple[str, str]], label: str) -> str:
@@ -316,10 +299,10 @@ def _svg(figure: Figure) -> str:
 
 
 def standalone(svg: str) -> str:
-    """``svg`` as a file of its own: black ink on white, whatever the viewer."""
+    """``svg`` as a stand-alone file: black on white in every viewer."""
     return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<svg ", '<svg style="background:#fff" ', 1)
 
 
 def inlined(svg: str, name: str) -> str:
-    """``svg`` with ids of its own, to stand beside others on a page."""
+    """``svg`` with unique ids, to share a page with others."""
     return re.sub(r'(\bid="|href="#|url\(#)', lambda found: f"{found[1]}{name}-", svg)

@@ -1,4 +1,4 @@
-"""Published accuracies that stand beside ours, from ``published.json``, each with the place it was read in.
+"""Published accuracies to compare with ours, from ``published.json``, each with its source.
 
 Data sets have the names of :data:`clipship.training.datasets.load.PUBLISHED_DATASETS`.
 """

@@ -207,8 +207,8 @@ HOW = {
     "base-to-new": "Learned from the base classes only. Base and new: each half of the test images among its own class "
     "names; open: the same images among all class names. H is the harmonic mean of the averages.",
     "few-shot": "Learned from all classes; all test images among all class names.",
-    "cross-dataset": "Learned from all classes of the source; nothing is learned from the others, whose test images "
-    "are told apart among all their own class names.",
+    "cross-dataset": "Learned from all classes of the source and from no other data set; the test images of each are "
+    "classified among all of its class names.",
 }
 
 
@@ -231,9 +231,9 @@ def _synthetic_images(summary: Summary) -> str:
     chosen = {one.synthetic for one in summary.results if one.synthetic.shots is not None}
     filters = {one.filtered for one in chosen if one.shots}
     how = {True: "those with CLIP's best scores", False: "the first by seed (no filter)"}
-    told = " or ".join(text for filtered, text in how.items() if filtered in filters)
+    chosen_by = " or ".join(text for filtered, text in how.items() if filtered in filters)
     counts = _listed(sorted({one.shots for one in chosen if one.shots is not None}))
-    return f", {counts} synthetic ones" + (f": {told}" if told else "")
+    return f", {counts} synthetic ones" + (f": {chosen_by}" if chosen_by else "")
 
 
 def _listed(numbers: Sequence[int]) -> str:

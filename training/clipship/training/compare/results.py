@@ -1,4 +1,4 @@
-"""The result of a run, in its checkpoint's folder, or the note of a failure, beside that folder."""
+"""The results of runs: scores in the folder of the checkpoint, or a failure next to it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class RunResult:
     seed: int
     shots: int
     synthetic_shots: int | None = None
-    """Synthetic images a class, if a number was asked for."""
+    """Synthetic images a class; None: as the recipe says."""
     synthetic_filter: bool = True
     """Whether they are those with the best CLIP scores."""
     identity: str
@@ -46,7 +46,7 @@ class RunResult:
     seconds: float = 0.0
     """Of training and evaluation, in the process that ended the run."""
     resumed: bool = False
-    """Whether an earlier process had begun it, so that ``seconds`` is a part only."""
+    """Whether an earlier process began it; ``seconds`` is then only a part."""
     selection: str = ""
     """Which weights were kept."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -138,11 +138,11 @@ def ended_result(run: GridRun) -> RunResult | None:
 
 
 def forget_failures(runs: Sequence[GridRun], *, before_s: float) -> None:
-    """Delete what earlier starts noted about runs that failed, so that they are retried.
+    """Delete the failures of earlier starts: their runs are retried.
 
     Args:
-        runs: all runs: the other processes of this start may not be as far.
-        before_s: when this start began, seconds since 1970. Newer notes are of this start.
+        runs: all runs, not only those of this process.
+        before_s: when this start began, in seconds since 1970; newer failures are of this start.
     """
     for path in map(failure_path, runs):
         with suppress(FileNotFoundError):

@@ -29,7 +29,7 @@ Numbers = Mapping[str, float | None]
 
 
 class Variant(NamedTuple):
-    """What the runs of one row have in common beside the data set; they differ in their seeds."""
+    """What the runs of one row have in common besides the data set; they differ in their seeds."""
 
     recipe: str
     shots: int

@@ -128,7 +128,7 @@ def do_runs(
 
     Args:
         runs: what to do.
-        jobs: how many at the same time, each in a process of its own if there are several.
+        jobs: how many at the same time; several run in worker processes.
         device: of all runs; None: the GPUs in turn.
         loader_workers: processes of each run that prepare images.
         first_gpu: number of the GPU that the first job takes.
@@ -165,7 +165,7 @@ def _gpu(number: int) -> str | None:
 def _from_processes(runs: Sequence[GridRun], devices: Sequence[str | None], loader_workers: int) -> Iterator[RunResult]:
     """The results of one process for each of ``devices``.
 
-    Each process is a pool of its own: when it dies it breaks that pool, and no run but its own is lost.
+    Each process has its own pool: if it dies, it breaks that pool only and loses its run only.
     """
     waiting, busy = list(reversed(runs)), dict[Future[RunResult], tuple[GridRun, int]]()
     threads = max(1, available_cores() // len(devices))

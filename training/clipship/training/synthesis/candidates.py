@@ -34,7 +34,7 @@ class Candidate:
         """Unique in a set."""
         return self.place, self.attempt
 
-    def path(self, config: SynthesisConfig) -> str:
+    def file_path(self, config: SynthesisConfig) -> str:
         """Its file, below the set's folder."""
         file = f"{self.seed}{SUFFIXES[config.image_format]}"
         return str(PurePosixPath(IMAGE_FOLDER, folder_of(self.class_name), file))

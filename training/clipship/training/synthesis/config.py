@@ -60,7 +60,7 @@ class SynthesisConfig:
     precision: str = AUTO
     """Of the pipeline: fp32, bf16, fp16, or auto for what the device runs best."""
     batch_size: int = 8
-    """Images made at once."""
+    """Images a batch."""
     scorer: str = "ViT-B-16/openai"
     """The CLIP that scores, as :func:`clipship.training.model.clip.load_clip` takes it."""
     filter: str = "similarity"

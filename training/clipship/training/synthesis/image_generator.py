@@ -30,7 +30,7 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the weights are, and how much is computed at once."""
+    """Where the weights are, and whether work is split to save memory."""
 
     offload: bool = False
     """Move each part to the GPU for its turn: slower, but only the largest part has to fit."""
@@ -44,7 +44,7 @@ def placement_of(*, free_bytes: int | None, weights_bytes: int, batch_size: int,
     Args:
         free_bytes: of the GPU; None on a CPU.
         weights_bytes: of all parts of the pipeline, in its precision.
-        batch_size: images made at once.
+        batch_size: images a batch.
         size_px: side of the images.
     """
     if free_bytes is None:

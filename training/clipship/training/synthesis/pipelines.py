@@ -1,6 +1,6 @@
 """Pipeline folders in diffusers' format: found, downloaded and validated before anything is loaded.
 
-A folder has a ``model_index.json`` that names the pipeline's class and its parts; each part has a folder of its own.
+The ``model_index.json`` of a folder names the class of the pipeline and its parts; each part has a subfolder.
 Only safetensors are read: other weight files can run code.
 """
 
@@ -178,7 +178,7 @@ def _weights_of(folder: Path, variant: str) -> list[Path]:
                 return [listing, *(_whole(_there(folder / str(shard))) for shard in shards)]
     if any(folder.glob("*.bin")):
         raise RecipeError(
-            f"{folder}: has weights as .bin only, which can run code: save the pipeline anew, as safetensors"
+            f"{folder}: has weights as .bin only, which can run code: save the pipeline again, as safetensors"
         )
     stem = _WEIGHTS["encoder" in folder.name or "checker" in folder.name]
     return [_there(folder / f"{stem}.safetensors")]

@@ -174,7 +174,7 @@ def _make_batch(run: _Synthesis, generator: ImageGenerator, batch: Sequence[Cand
         run.workspace.add(*records_and_files(run.config, total, batch, made))
         return
     torch.cuda.empty_cache()
-    log(f"{len(batch)} images at once are too many for {run.processes.device}: half as many")
+    log(f"{len(batch)} images are too many for {run.processes.device}: batches of half the size")
     for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
         _make_batch(run, generator, half)
 
@@ -191,7 +191,7 @@ def records_and_files(
         made: what was made.
     """
     number = batch[0].attempt * total + batch[0].place
-    paths = [candidate.path(config) for candidate in batch]
+    paths = [candidate.file_path(config) for candidate in batch]
     records = [
         CandidateRecord(**asdict(candidate), path=path, batch=number, reason=one.reason)
         for candidate, path, one in zip(batch, paths, made, strict=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 from clipship.core.errors import DataError
 from clipship.core.files import read_record, write_bytes_atomic, write_json_atomic
+from clipship.training.synthesis.candidates import Candidate
 from clipship.training.synthetic_set import IMAGE_FOLDER, MANIFEST_FILE, UNFINISHED_FILE, read_manifest
 
 FORMAT = "clipship-synthesis"
@@ -35,25 +36,14 @@ _HOW = ("batch_size",)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidateRecord:
+class CandidateRecord(Candidate):
     """A candidate that was made."""
 
-    place: int
-    attempt: int
-    class_name: str
-    seed: int
-    prompt: str
-    source: str | None
     path: str
     """Below the folder; the file is missing if there is a reason."""
     batch: int
     reason: str | None
     """Why the image cannot be used."""
-
-    @property
-    def key(self) -> tuple[int, int]:
-        """As :attr:`clipship.training.synthesis.candidates.Candidate.key`."""
-        return self.place, self.attempt
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +53,7 @@ class Workspace:
     folder: Path
 
     def records(self) -> dict[tuple[int, int], CandidateRecord]:
-        """What all processes have made so far, by :attr:`CandidateRecord.key`.
+        """What all processes have made so far, by :attr:`Candidate.key`.
 
         Raises:
             DataError: a record is damaged.

@@ -34,7 +34,7 @@ _MEASURED_PICTURES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSettings(RunSettings):
-    """The settings that made the committed autoencoder; `kl_weight` is per number of the latent."""
+    """The settings of the committed autoencoder; `kl_weight` is per value of the latent."""
 
     steps: int = 3000
     batch_size: int = 32
@@ -103,7 +103,7 @@ class AutoencoderRun(ResumableRun[AutoencoderSettings, Bytes]):
         """Learn from pictures and return the loss."""
         pixels = signed_from_pixels(batch)
         posterior = self.model.encode(pixels).latent_dist
-        # The generator is a function of the step, so that a resumed run draws the same noise.
+        # Seeded by the step: a resumed run draws the same noise.
         noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
         decoded = self.model.decode(posterior.sample(generator=noise)).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()

@@ -1,7 +1,7 @@
-"""The third stage: a `UNet2DConditionModel` that turns noise into latents, step by step, as a caption says.
+"""The third stage: a `UNet2DConditionModel` that denoises latents step by step, conditioned on a caption.
 
 It predicts the velocity (arXiv 2202.00512) with min-SNR weights (arXiv 2303.09556); one caption in ten is left out, for
-classifier-free guidance (arXiv 2207.12598). What is kept is the moving average of the weights.
+classifier-free guidance (arXiv 2207.12598). The result is a moving average of the weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -30,7 +30,7 @@ _BATCH_STREAM = 7_301
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(RunSettings):
-    """The settings that made the committed denoiser.
+    """The settings of the committed denoiser.
 
     `snr_limit` caps the weight of steps with little noise, `no_caption_chance` is the share of captions left out,
     `average_decay` is how much of the averaged weights is kept at a step.
@@ -63,7 +63,7 @@ class DenoiserSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyBatch:
-    """What one step learns from.
+    """The training data of one step.
 
     Attributes:
         latents: float32 [N, C, S, S].
@@ -95,7 +95,7 @@ def new_denoiser(seed: int, text_width: int) -> Any:
         attention_head_dim=_HEADS,  # diffusers means the number of heads by it
         norm_num_groups=_GROUPS,
     )
-    torch.nn.init.zeros_(model.conv_out.weight)  # the first guess is that nothing is known
+    torch.nn.init.zeros_(model.conv_out.weight)  # the first prediction is zero
     return model.to(memory_format=torch.channels_last)
 
 

@@ -1,7 +1,7 @@
 """The text side of the pipeline: `clipship-tiny`'s text tower and tokenizer in the classes that diffusers loads.
 
-CLIP's vocabulary of 49,408 byte pairs is cut down to the bytes and to what the captions of the world need, so that
-the token table is small. Every other word still has tokens (bytes), but the model has never seen them.
+CLIP's vocabulary of 49,408 byte pairs is reduced to the bytes and to what the captions of the world need. Every other
+word becomes bytes, which the model has never seen.
 """
 
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""The pictures and captions that the pipeline learns from: picture `index` is a function of the seed and the index."""
+"""Pictures and captions for training the pipeline: picture `index` is a function of the seed and the index."""
 
 from collections.abc import Iterator
 

@@ -46,7 +46,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """The values a sampled scene may use; smaller palettes make batches whose captions are hard to tell apart.
+    """The values a sampled scene may use; smaller palettes make captions harder to distinguish.
 
     With `lone`, every scene is a single large thing.
     """

@@ -1,4 +1,4 @@
-"""The endless stream of pre-training batches: batch `step` is a function of the seed and the step, nothing else."""
+"""The captioned batches of pre-training: batch `step` is a function of the seed and the step only."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -24,11 +24,11 @@ from clipship.world.drawing.stencils import PICTURE_PX, Bytes
 from clipship.world.drawing_pool import drawn_ahead
 
 FAMILY_SIZE = 64
-"""Pictures of every second batch come in families that share a small palette: captions are harder to tell apart."""
+"""Pictures of every second batch share a small palette in families of this size: a harder contrast."""
 LONE_PLAIN_STEPS = range(640, 1400)
-"""While every second batch has nothing but large plain things: shapes are learned on them, long before elsewhere."""
+"""Every second batch has large plain things only: shapes are learned on them long before elsewhere."""
 LONE_STEPS = range(1400, 2600)
-"""While every second batch has nothing but large things: textures are learned on them."""
+"""Every second batch has large things only: textures are learned on them."""
 _CALM = ("sand", "snow", "paper")
 _PALETTE_STREAM = 1 << 20
 
@@ -41,7 +41,7 @@ class CaptionedBatch:
         pixels: uint8 [N, PICTURE_PX, PICTURE_PX, 3].
         captions: N texts.
         fits: bool [N, N]; row = picture, column = caption.
-        words: for every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 where it is not asked.
+        words: for every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 for none.
     """
 
     pixels: Bytes
@@ -130,7 +130,7 @@ def _palette_of(seed: int, step: int, family: int) -> Palette:
         textures = ("plain",) if step in LONE_PLAIN_STEPS else TEXTURES
         colours = sample_palette(rng, colours=3).colours
         return Palette(colours=colours, textures=textures, backgrounds=_CALM, lone=True)
-    # Colours and backgrounds are learned early and soon explain most captions: with few of them, shapes have to.
+    # Colours and backgrounds are learned early and soon explain most captions; with few of them, shapes must.
     return sample_palette(rng, colours=3, textures=4, backgrounds=3)
 
 
