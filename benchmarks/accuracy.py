@@ -2,9 +2,9 @@
 
     python benchmarks/accuracy.py --out runs/accuracy --jobs 2
 
-Three comparisons, each in a folder of its own: base to new classes (with open vocabulary), accuracy against shots, and
+Three comparisons, each in its own folder: base to new classes (with open vocabulary), accuracy against shots, and
 other data sets (with the variants of ``prints``: domain generalisation). Weights are those of the last step or of the
-average that the method defines; nothing is selected on test images. A killed run goes on where it was.
+average that the method defines; nothing is selected on test images. A killed run resumes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from clipship.core.cli.main import main as clipship
 from clipship.core.files import write_text_atomic
 from clipship.training.compare.results import read_result
-from clipship.training.compare.summary import Summary, SummaryRow
+from clipship.training.compare.summary import Summary, SummaryRow, Variant
 from clipship.world.datasets import WORLD_DATASETS
 
 METHODS = (
@@ -48,18 +48,18 @@ def command(*arguments: str | Path) -> str:
 
 
 def world(out: Path, names: Sequence[str] = ()) -> list[str]:
-    """The folders of the built-in data sets, written where they are missing."""
+    """The folders of the built-in data sets; missing ones are written."""
     only = [word for name in names for word in ("--only", name)]
     return [one["path"] for one in json.loads(command("world", "--out", out, *only, "--json"))["datasets"]]
 
 
 def seeds_of(row: SummaryRow) -> int:
-    """How many seeds a row is the mean of: those that ended on all of its data sets."""
+    """How many seeds a row is the mean of."""
     return 0 if row.stats["base"] is None else row.stats["base"].seeds
 
 
 def groups_table(out: Path, seeds: Sequence[int]) -> str:
-    """Averages over data sets whose classes share their words and over those whose new classes have words of their own.
+    """Averages over the data sets whose halves share their words, over those whose new classes have others, and all.
 
     ``open``: among all class names. ``ECE``: of these, before and after the temperature, in percent.
     """
@@ -74,15 +74,15 @@ def groups_table(out: Path, seeds: Sequence[int]) -> str:
     tables = []
     for title, halves in (("all data sets", ("shared", "apart")), ("words shared", "shared"), ("words apart", "apart")):
         group = tuple(one.name for one in WORLD_DATASETS if one.halves in halves)
-        rows = [summary.average(recipe, 16, group) for recipe in recipes]
+        rows = [summary.average(Variant(recipe, 16), group) for recipe in recipes]
         cells = [" | ".join("–" if row.stats[key] is None else str(row.stats[key]) for key in keys) for row in rows]
-        each = [f"| {row.recipe} | {text} | {seeds_of(row)} |" for row, text in zip(rows, cells, strict=True)]
+        each = [f"| {row.variant.recipe} | {text} | {seeds_of(row)} |" for row, text in zip(rows, cells, strict=True)]
         tables.append("\n".join([f"### Average over {title}: {', '.join(group)}", "", *lines, *each, ""]))
     return "\n".join(tables)
 
 
 def main() -> None:
-    """Run the comparisons that were asked for and print their tables."""
+    """Run the given comparisons and print their tables."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"))

@@ -3,11 +3,10 @@
     python benchmarks/generation.py --out runs/generation
     python benchmarks/generation.py --recipe sdxl-turbo --device cuda --batch-sizes 1 4 16 64 --out runs/generation
 
-Both ways have the same files, prompts, seeds, steps and guidance, and write the same image files; `synthesize` also
-writes its journal, so that a kill loses nothing. Every round does all ways in turn, and a ratio is between the times of
-one round, so a machine that is slow for a while is slow for all. On a GPU the time is the clock's; on a CPU it is the
-process's own, so that other programs are not counted. Loading and the CLIP filter are left out; the filter has a line
-of its own.
+Both have the same files, prompts, seeds, steps and guidance, and write the same image files; `synthesize` also records
+every batch, so that a kill loses one at most. Every round runs all ways in turn, and ratios are of times of one round:
+a machine that slows down slows all of them. On a GPU wall time counts, on a CPU the time of the process. Loading is
+left out; the CLIP filter has its own line.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ from clipship.core.vocabulary import Vocabulary
 from clipship.training.model.clip import default_device
 from clipship.training.synthesis.candidate_filter import Scorer
 from clipship.training.synthesis.candidates import Candidate, candidates_of
-from clipship.training.synthesis.class_prompts import subjects_of
+from clipship.training.synthesis.class_prompts import class_prompts_of
 from clipship.training.synthesis.config import SynthesisConfig
 from clipship.training.synthesis.image_generator import ImageGenerator, precision_for
 from clipship.training.synthesis.pipelines import PipelineFolder, pipeline_folder
 from clipship.training.synthesis.recipes import synthesis_config
-from clipship.training.synthesis.run import rows_and_files
+from clipship.training.synthesis.run import records_and_files
 from clipship.training.synthesis.workspace import Workspace
 
 NAMES = ("red star", "blue house", "green striped heart", "three yellow fish")
@@ -53,17 +52,17 @@ def naive(pipeline: Any, config: SynthesisConfig, size_px: int, wanted: Sequence
             guidance_scale=config.guidance,
             generator=torch.Generator("cpu").manual_seed(one.seed),
         ).images[0]
-        path = folder / one.path(config)
+        path = folder / one.file_path(config)
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path, config.image_format.upper(), quality=config.quality)
 
 
-def batched(engine: ImageGenerator, size: int, wanted: Sequence[Candidate], folder: Path) -> None:
+def batched(generator: ImageGenerator, size: int, wanted: Sequence[Candidate], folder: Path) -> None:
     """What `clipship synthesize` does between loading and the filter."""
     workspace = Workspace(folder=folder)
     for start in range(0, len(wanted), size):
         batch = wanted[start : start + size]
-        workspace.add(*rows_and_files(engine.config, len(wanted), batch, engine.make(batch)))
+        workspace.add(*records_and_files(generator.config, len(wanted), batch, generator.make(batch)))
 
 
 def seconds(work: Callable[[Path], None], clock: Callable[[], float]) -> float:
@@ -88,14 +87,14 @@ def plain_pipeline(folder: PipelineFolder, config: SynthesisConfig, device: torc
 
 def measured(config: SynthesisConfig, device: torch.device, sizes: Sequence[int], rounds: int) -> list[dict[str, Any]]:
     """Seconds of each way, ``rounds`` of each in turn behind one that is not counted."""
-    subjects = subjects_of(config, Vocabulary(names=NAMES))
-    wanted = candidates_of(config, subjects)
+    class_prompts = class_prompts_of(config, Vocabulary(names=NAMES))
+    wanted = candidates_of(config, class_prompts)
     folder = pipeline_folder(config)
-    plain, engine = plain_pipeline(folder, config, device), ImageGenerator(folder, config, device)
+    plain, generator = plain_pipeline(folder, config, device), ImageGenerator(folder, config, device)
     clock = time.perf_counter if device.type == "cuda" else time.process_time
-    ways: dict[str, Callable[[Path], None]] = {NAIVE: partial(naive, plain, config, engine.size_px, wanted)}
+    ways: dict[str, Callable[[Path], None]] = {NAIVE: partial(naive, plain, config, generator.size_px, wanted)}
     for size in sizes:
-        ways[f"synthesize, batches of {size}"] = partial(batched, engine, size, wanted)
+        ways[f"synthesize, batches of {size}"] = partial(batched, generator, size, wanted)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for number in range(rounds + 1):
         for name, work in ways.items():
@@ -106,19 +105,27 @@ def measured(config: SynthesisConfig, device: torch.device, sizes: Sequence[int]
     rows = [{"way": name, "images": len(wanted), "seconds": taken} for name, taken in times.items()]
     return [
         *rows,
-        {"way": "CLIP filter", "images": len(wanted), "seconds": filter_times(engine, wanted, device, rounds, clock)},
+        {
+            "way": "CLIP filter",
+            "images": len(wanted),
+            "seconds": filter_times(generator, wanted, device, rounds, clock),
+        },
     ]
 
 
 def filter_times(
-    engine: ImageGenerator, wanted: Sequence[Candidate], device: torch.device, rounds: int, clock: Callable[[], float]
+    generator: ImageGenerator,
+    wanted: Sequence[Candidate],
+    device: torch.device,
+    rounds: int,
+    clock: Callable[[], float],
 ) -> list[float]:
     """Seconds to score the images, the scorer being loaded."""
-    config = engine.config
-    scorer = Scorer(config.scorer, subjects_of(config, Vocabulary(names=NAMES)))
+    config = generator.config
+    scorer = Scorer(config.scorer, class_prompts_of(config, Vocabulary(names=NAMES)))
     with tempfile.TemporaryDirectory() as scratch:
-        batched(engine, 16, wanted, Path(scratch))
-        paths = [Path(scratch) / one.path(config) for one in wanted]
+        batched(generator, 16, wanted, Path(scratch))
+        paths = [Path(scratch) / one.file_path(config) for one in wanted]
 
         def score(_: Path) -> None:
             scorer.features(paths, device)

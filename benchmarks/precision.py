@@ -35,8 +35,7 @@ from clipship.export.precision.half_precision import emulated_onnx
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
-from clipship.world.datasets import WORLD_DATASETS, WorldDataset
-from clipship.world.pretraining.calibrate import picture_of
+from clipship.world.datasets import WORLD_DATASETS, WorldDataset, picture_of
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float32]]
 """Pixels [N, H, W, 3], labels [N], class features [C, D]."""

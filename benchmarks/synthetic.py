@@ -4,8 +4,8 @@
     python -m benchmarks.synthetic --out runs/synthetic --synthetic synthetic    # the renderer's, for comparison
 
 SYNC-CLIP and the plain baseline ``ivlp-synthetic`` (cross entropy alone) on a data set whose classes share their words
-and on one whose new classes have words of their own; zero-shot as the level to start from. A synthetic set that is
-there is taken. Results are in ``OUT/NAME``. Nothing is selected on test images. A killed run goes on where it was.
+and on one whose new classes have other words; zero-shot as the baseline. An existing synthetic set is
+used. Results are in ``OUT/NAME``. Nothing is selected on test images. A killed run resumes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from benchmarks.accuracy import command
 from clipship.training.synthetic_set import SYNTHETIC
 
 DATASETS = ("prints", "games")
-"""Words shared by both halves of the classes, words apart."""
+"""One whose halves share their words, one whose new classes have others."""
 RECIPES = ("zero-shot-tiny", "ivlp-synthetic-tiny", "sync-clip-tiny")
 COUNTS = (0, 1, 2, 4, 8, 16)
 PIPELINE = "diffusion"
@@ -28,13 +28,13 @@ PIPELINE = "diffusion"
 
 
 def datasets(out: Path) -> list[Path]:
-    """The folders of the built-in data sets, each with the renderer's images, written where they are missing."""
+    """The folders of the built-in data sets with the renderer's images; missing ones are written."""
     only = [word for name in DATASETS for word in ("--only", name)]
     return [Path(one["path"]) for one in json.loads(command("world", "--out", out, *only, "--json"))["datasets"]]
 
 
 def synthesized(data: Path, name: str, recipe: str) -> dict[str, object]:
-    """The synthetic set ``name`` of ``data``: taken, or made by ``recipe``; how many images of how many were kept."""
+    """Counts of the synthetic set ``name`` of ``data``, which ``recipe`` makes if it is missing."""
     from clipship.training.synthetic_set import SyntheticSet
 
     if name != SYNTHETIC:

@@ -2,7 +2,7 @@
 
     python examples/demo.py --out runs/demo
 
-Every step is a ``clipship`` command, shown as it is typed. What is there from an earlier run is kept.
+Every step is a ``clipship`` command and is shown as typed. Results of an earlier run are kept.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DATASET = "prints"
 RECIPES = ("zero-shot-tiny", "coop-tiny", "sync-clip-tiny")
 SERVED = "sync-clip-tiny"
 CANDIDATES, KEPT = 16, 8
-"""Synthetic images a class that are made, and those that CLIP scores best."""
+"""Synthetic images to make of each class, and to keep by CLIP score."""
 LEAST_AGREEMENT = 0.999
 ROUNDS = 5
 
@@ -45,7 +45,7 @@ console = Console(width=110, highlight=False)
 
 @dataclass(frozen=True)
 class Places:
-    """Where every artefact lies."""
+    """The path of every artefact."""
 
     root: Path
 
@@ -56,7 +56,7 @@ class Places:
 
     @property
     def synthetic(self) -> Path:
-        """The images of the text-to-image pipeline, where training looks for them."""
+        """The synthetic images, where training looks for them."""
         return self.data / "synthetic"
 
     @property
@@ -71,7 +71,7 @@ class Places:
 
     @property
     def results(self) -> Path:
-        """What the server said about every test image."""
+        """The server's results for every test image."""
         return self.root / "results.parquet"
 
     def checkpoint(self, recipe: str) -> Path:
@@ -98,7 +98,7 @@ def run(*arguments: str | Path, quiet: bool = False) -> str:
 
 
 def synthesized(places: Places) -> str:
-    """Make images of all class names with the built-in pipeline, unless an earlier run did; a line about them."""
+    """Make images of all classes with the built-in pipeline, unless an earlier run did; returns a summary line."""
     is_new = not places.synthetic.exists()
     started_s = time.monotonic()
     numbers = ("--candidates", str(CANDIDATES), "--keep", str(KEPT))
@@ -110,7 +110,7 @@ def synthesized(places: Places) -> str:
 
 
 def scores_of(places: Places, recipe: str) -> dict[str, Any]:
-    """Train ``recipe`` and evaluate it, or take what an earlier run left."""
+    """Train and evaluate ``recipe``, unless an earlier run did."""
     checkpoint = places.checkpoint(recipe)
     run("train", recipe, "--data", places.data, "--out", checkpoint, "--resume")
     stored = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["scores"]
@@ -121,7 +121,7 @@ def scores_of(places: Places, recipe: str) -> dict[str, Any]:
 
 
 def packed(places: Places) -> Bundle:
-    """The bundle of the served checkpoint, packed unless an earlier run did."""
+    """Pack the served checkpoint, unless an earlier run did."""
     checkpoint = places.checkpoint(SERVED)
     learned = json.loads((checkpoint / "checkpoint.json").read_text(encoding="utf-8"))["learned_sha256"]
     try:
@@ -137,7 +137,7 @@ def packed(places: Places) -> Bundle:
 
 @contextmanager
 def serving(repository: Path) -> Iterator[str]:
-    """A real Triton in a process of its own; gives its gRPC address."""
+    """Run a real Triton in another process; yields its gRPC address."""
     command = ["serve", str(repository), "--grpc-port", "0", "--http-port", "0", "--metrics-port", "0", "--json"]
     console.print(f"[bold]$ clipship {shlex.join(command)} &[/bold]", soft_wrap=True)
     server = subprocess.Popen([sys.executable, "-m", "clipship", *command], stdout=subprocess.PIPE, text=True)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from clipship.core.errors import DataError
 from clipship.training.synthetic_set import SyntheticSet, folder_of, write_synthetic_set
-from clipship.world.synthesis import draw_candidate, request_from, write_world_synthetic_set
+from clipship.world.rendered_synthetic_set import draw_candidate, request_from, write_world_synthetic_set
 
 CLASSES = ("red star", "three blue fish")
 

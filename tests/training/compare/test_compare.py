@@ -8,17 +8,16 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 
 from clipship.core.cli import main as command_line
 from clipship.training import recipes
-from clipship.training.compare import launcher as ranks
 from clipship.training.compare import workers
-from clipship.training.compare.grid import GridRun, Request, plan_of
-from clipship.training.compare.results import RunResult
+from clipship.training.compare.grid import GridRequest, GridRun, grid_of
+from clipship.training.compare.launcher import Rank, alone_in
+from clipship.training.compare.results import RunResult, failure_path, write_result
 from clipship.training.config import TrainConfig
 from clipship.training.methods import config_of
 from clipship.training.model.clip import Clip, load_clip
@@ -54,7 +53,6 @@ def _recipes(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(command_line.VERBS, "compare", VERB)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(ranks, "BEAT_S", 0.05)
 
 
 @pytest.fixture(scope="session")
@@ -112,7 +110,7 @@ def test_recipes_by_data_sets_by_seeds(
     before, page = times(out), (out / "report.html").read_bytes()
     code, again, err = compare(capsys, *command, "--json")
     assert (code, times(out), (out / "report.html").read_bytes()) == (0, before, page)
-    assert "8 of them are there already" in err
+    assert "8 of them are done already" in err
     assert json.loads(again) == content
 
 
@@ -165,7 +163,7 @@ def test_accuracy_against_the_number_of_synthetic_images_with_and_without_the_fi
     assert "Accuracy against synthetic images a class" in (out / "report.html").read_text()
     before = times(out)
     code, _, err = compare(capsys, *command, "--synthetic-shots", 3, 0)
-    assert (code, "3 of them are there already" in err) == (0, True), "a part of it is there"
+    assert (code, "3 of them are done already" in err) == (0, True), "a part of it is there"
     assert times(out) == before
 
 
@@ -183,7 +181,7 @@ def test_a_comparison_that_asks_for_no_number_is_the_one_it_was(
     path.write_text(json.dumps(old))
     before = times(out)
     code, _, err = compare(capsys, *command)
-    assert (code, "1 of them are there already" in err) == (0, True)
+    assert (code, "1 of them are done already" in err) == (0, True)
     assert times(out) == before
 
 
@@ -341,30 +339,53 @@ def test_a_folder_with_other_files_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_each_rank_takes_its_share_and_the_first_reports(
+def test_each_rank_does_its_share_and_the_last_one_reports(
     capsys: pytest.CaptureFixture[str], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     command = ("small-zero-shot", "--data", data_folder, "--seeds", 1, 2, 3, "--out", out)
-    monkeypatch.setattr(ranks, "PATIENCE_S", 0.3)
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    code, text, _ = compare(capsys, *command)
-    assert code == 1, "the other process never came"
-    assert text.count("process 1 stopped before it ended") == 1
+    code, text, err = compare(capsys, *command)
+    assert (code, text) == (0, ""), "the other process has not come"
+    assert "1 runs of other processes have not ended: the last one writes the report" in err
     assert len(list(out.glob("runs/*/*/result.json"))) == 2
+    assert not (out / "results.json").exists()
     monkeypatch.setenv("RANK", "1")
     code, text, _ = compare(capsys, *command)
-    assert (code, text) == (0, "")
-    assert len(list(out.glob("runs/*/*/result.json"))) == 3
-    monkeypatch.setenv("RANK", "0")
-    code, text, _ = compare(capsys, *command)
     assert (code, "failed" in text) == (0, False)
+    assert len(json.loads((out / "results.json").read_text())["runs"]) == 3
+    monkeypatch.setenv("RANK", "0")
+    assert compare(capsys, *command)[:2] == (0, text), "started again, any of them reports"
     assert os.environ["WORLD_SIZE"] == "2", "what the launcher said is as it was"
     monkeypatch.setenv("RANK", "2")
     code, _, err = compare(capsys, *command)
     assert code == 2
     assert "RANK must be 0 to WORLD_SIZE - 1" in err
+
+
+def test_a_failure_of_another_rank_is_reported_and_one_of_an_earlier_start_forgotten(
+    capsys: pytest.CaptureFixture[str], data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = GridRequest(recipes=("small-zero-shot",), data=(data_folder,), seeds=(1, 2), out=tmp_path, shots=(4,))
+    first, second = grid_of(request).runs
+    command = ("small-zero-shot", "--data", data_folder, "--seeds", 1, 2, "--shots", 4, "--out", tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    (tmp_path / "runs").mkdir()
+    write_result(first, RunResult.failed(first, "of an earlier start"))
+    code, text, _ = compare(capsys, *command)
+    assert (code, text) == (0, ""), "rank 0 is about to try again"
+    assert not failure_path(first).exists()
+    monkeypatch.setattr(workers.Worker, "result_of", lambda self, run: pytest.fail("it has its scores"))
+    write_result(first, RunResult.failed(first, "of this start"))
+    in_a_minute_s = time.time() + 60
+    os.utime(failure_path(first), (in_a_minute_s, in_a_minute_s))
+    code, text, err = compare(capsys, *command)
+    assert code == 1
+    assert "| Colours | small-zero-shot | 4 | 1 | of this start |" in text
+    assert "1 of 2 runs failed" in err
+    assert second.folder.is_dir()
 
 
 def test_the_training_loop_does_not_see_the_launcher(
@@ -388,7 +409,7 @@ def test_two_comparisons_do_not_work_in_one_folder(
     capsys: pytest.CaptureFixture[str], data_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "out/runs").mkdir(parents=True)
-    with ranks.alive(tmp_path / "out", ranks.Rank()):
+    with alone_in(tmp_path / "out", Rank()):
         code, _, err = compare(capsys, "small-zero-shot", "--data", data_folder, "--out", tmp_path / "out")
     assert code == 2
     assert "another clipship compare works there" in err
@@ -409,25 +430,26 @@ def test_the_model_is_loaded_once(
     assert len(loaded) == 1
 
 
-def serve_but_die_on_seed_2(pipe: Connection, *settings: object) -> None:
-    """As the worker process does, but a run of seed 2 ends it, as a run that takes all memory does."""
-    measured = workers.Worker._measured
-    workers.Worker._measured = lambda self, run: os._exit(9) if run.config.seed == 2 else measured(self, run)  # type: ignore[method-assign]
-    workers._serve(pipe, *settings)  # type: ignore[arg-type]
+def die_on_seed_2(run: GridRun, device: str | None, loader_workers: int) -> RunResult:
+    """As a worker process does a run, but one of seed 2 is killed, as one is that takes all memory."""
+    if run.config.seed == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return workers._worker(device, loader_workers).result_of(run)
 
 
 @pytest.mark.slow
 def test_processes_share_the_runs_and_one_that_dies_costs_one_run(
     data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    request = Request(
+    request = GridRequest(
         recipes=("small-zero-shot",), data=(data_folder,), seeds=(1, 2, 3, 4), out=tmp_path / "out", shots=(2,)
     )
-    runs = plan_of(request).runs
-    monkeypatch.setattr(workers, "_serve", serve_but_die_on_seed_2)
+    runs = grid_of(request).runs
+    monkeypatch.setattr(workers, "_result_in_process", die_on_seed_2)
     results = {one.seed: one for one in workers.do_runs(runs, jobs=2, device=None, loader_workers=0)}
     assert set(results) == {1, 2, 3, 4}
-    assert results[2].error == "its process ended with exit code 9"
+    assert results[2].error == "its process was killed or ran out of memory"
+    assert json.loads(failure_path(runs[1]).read_text())["error"] == results[2].error
     assert all(not results[seed].error and results[seed].scores for seed in (1, 3, 4))
 
 
@@ -468,3 +490,31 @@ def test_torchrun_and_a_hard_kill(data_folder: Path, model_folder: Path, tmp_pat
     assert "average" in run.stdout or "| Colours | small |" in run.stdout
     assert len(json.loads((out / "results.json").read_text())["runs"]) == 4
     assert finished.items() <= {path: path.stat().st_mtime_ns for path in out.glob("runs/*/*/result.json")}.items()
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_all_processes(data_folder: Path, model_folder: Path, tmp_path: Path) -> None:
+    script, out = tmp_path / "script.py", tmp_path / "out"
+    script.write_text(SCRIPT.replace("epochs=40", "epochs=4000"))
+    command = [str(model_folder), "--data", str(data_folder), "--seeds", "1", "2", "3", "--out", str(out)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, str(script), *command, "--jobs", "2"]
+    with subprocess.Popen(words, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True) as alone:
+        while alone.poll() is None and len(list(out.glob("runs/Colours/*"))) < 2:
+            time.sleep(0.05)
+        os.killpg(alone.pid, signal.SIGINT)
+        _, err = alone.communicate(timeout=60)
+    assert alone.returncode == 130, err
+    assert "Traceback" not in err
+    deadline = time.monotonic() + 20
+    while is_running(alone.pid):
+        assert time.monotonic() < deadline, "a process outlives Ctrl-C"
+        time.sleep(0.05)
+
+
+def is_running(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

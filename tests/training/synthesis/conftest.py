@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from clipship.training.synthesis.class_prompts import Subjects, subjects_of, vocabulary_of
+from clipship.training.synthesis.class_prompts import ClassPrompts, class_prompts_of, vocabulary_of
 from clipship.training.synthesis.config import SynthesisConfig
 
 TOKENS = 40
@@ -312,8 +312,8 @@ def config(pipeline: Path, model_folder: Path) -> SynthesisConfig:
 
 
 @pytest.fixture
-def subjects(config: SynthesisConfig, classes: Path) -> Subjects:
-    return subjects_of(config, vocabulary_of(classes))
+def class_prompts(config: SynthesisConfig, classes: Path) -> ClassPrompts:
+    return class_prompts_of(config, vocabulary_of(classes))
 
 
 @pytest.fixture

@@ -14,13 +14,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from clipship.training.synthesis.workspace import CandidateRow, Workspace
+from clipship.training.synthesis.workspace import CandidateRecord, Workspace
 
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate"}
 
 
-def row(place: int, reason: str | None = None) -> CandidateRow:
-    return CandidateRow(
+def row(place: int, reason: str | None = None) -> CandidateRecord:
+    return CandidateRecord(
         place=place,
         attempt=0,
         class_name="é",
@@ -78,9 +78,8 @@ def batches(root: Path) -> list[list[int]]:
 
     def work(folder: Path) -> None:
         workspace = Workspace(folder=folder)
-        workspace.recover()
         for places in ((0, 1), (2, 3)):
-            if (places[0], 0) not in workspace.rows():
+            if (places[0], 0) not in workspace.records():
                 add(workspace, *places)
 
     outcomes: list[list[int]] = []
@@ -89,8 +88,7 @@ def batches(root: Path) -> list[list[int]]:
         folder = root / str(len(outcomes))
         folder.mkdir()
         finished = ended(life(partial(work, folder), folder, len(outcomes) + 1))
-        Workspace(folder=folder).recover()
-        outcomes.append(sorted(place for place, _ in Workspace(folder=folder).rows()))
+        outcomes.append(sorted(place for place, _ in Workspace(folder=folder).records()))
         work(folder)
     return outcomes
 
@@ -100,7 +98,7 @@ def sets(root: Path) -> dict[str, Any]:
     import torch
 
     from clipship.training.synthesis.candidate_filter import Scorer
-    from clipship.training.synthesis.class_prompts import subjects_of, vocabulary_of
+    from clipship.training.synthesis.class_prompts import class_prompts_of, vocabulary_of
     from clipship.training.synthesis.config import SynthesisConfig
     from clipship.training.synthesis.image_generator import ImageGenerator
     from clipship.training.synthesis.pipelines import pipeline_folder
@@ -109,18 +107,18 @@ def sets(root: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
     settings = json.loads((root / "settings.json").read_text())
     config = SynthesisConfig.from_json(settings["config"])
-    subjects = subjects_of(config, vocabulary_of(Path(settings["classes"])))
+    class_prompts = class_prompts_of(config, vocabulary_of(Path(settings["classes"])))
 
     ImageGenerator(pipeline_folder(config), config, torch.device("cpu"))  # what is imported here, no life imports again
-    Scorer(config.scorer, subjects)
+    Scorer(config.scorer, class_prompts)
 
     def make(name: str) -> None:
         def once(self: ImageGenerator, batch: Any) -> Any:
-            assert not Workspace(folder=root / name).rows().keys() & {one.key for one in batch}, "made twice"
+            assert not Workspace(folder=root / name).records().keys() & {one.key for one in batch}, "made twice"
             return plain(self, batch)
 
         plain, ImageGenerator.make = ImageGenerator.make, once  # type: ignore[method-assign]
-        synthesize(config, subjects, out=root / name, device="cpu")
+        synthesize(config, class_prompts, out=root / name, device="cpu")
 
     def work(name: str, last: int | None, environment: dict[str, str] | None = None) -> int:
         return life(partial(make, name), root / name, last, environment)

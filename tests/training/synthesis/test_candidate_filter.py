@@ -12,7 +12,7 @@ from torch.nn import functional
 from clipship.core.errors import DataError, RecipeError
 from clipship.training.model.clip import load_clip
 from clipship.training.synthesis.candidate_filter import Scorer, choose, class_feature, first_ones
-from clipship.training.synthesis.class_prompts import Subjects
+from clipship.training.synthesis.class_prompts import ClassPrompts
 from clipship.training.synthesis.config import SynthesisConfig
 
 from ..conftest import COLOURS, coloured
@@ -57,31 +57,33 @@ def test_without_a_filter_the_first_are_kept(smaller: Variant) -> None:
 
 
 def test_scores_are_those_of_open_clip(
-    model_folder: Path, subjects: Subjects, smaller: Variant, tmp_path: Path
+    model_folder: Path, class_prompts: ClassPrompts, smaller: Variant, tmp_path: Path
 ) -> None:
     paths = []
     for number, colour in enumerate(COLOURS.values()):
         coloured(colour, number).save(tmp_path / f"{number}.png")
         paths.append(tmp_path / f"{number}.png")
-    scorer = Scorer(str(model_folder), subjects)
+    scorer = Scorer(str(model_folder), class_prompts)
     config = smaller(keep=5, candidates=5)
-    verdicts = scorer.verdicts(config, "green", range(5), scorer.features(paths, torch.device("cpu")))
+    decisions = scorer.decisions(config, "green", range(5), scorer.features(paths, torch.device("cpu")))
     model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{model_folder}")
     model.eval()
-    tokens = open_clip.get_tokenizer(f"local-dir:{model_folder}")([*(subjects.plain_prompts["green"])])
+    tokens = open_clip.get_tokenizer(f"local-dir:{model_folder}")([*(class_prompts.plain_prompts["green"])])
     with torch.no_grad():
         pixels = torch.stack([preprocess(Image.open(path)) for path in paths])
         expected = model.encode_image(pixels, normalize=True) @ model.encode_text(tokens, normalize=True).T
-    assert [one.score for one in verdicts] == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
+    assert [one.score for one in decisions] == pytest.approx(expected[:, 0].tolist(), abs=1e-5)
 
 
-def test_the_class_filter_names_the_class_that_won(model_folder: Path, subjects: Subjects, smaller: Variant) -> None:
-    scorer = Scorer(str(model_folder), subjects)
+def test_the_class_filter_names_the_class_that_won(
+    model_folder: Path, class_prompts: ClassPrompts, smaller: Variant
+) -> None:
+    scorer = Scorer(str(model_folder), class_prompts)
     other = scorer._texts_CD[2:3]
     own = scorer._texts_CD[0:1]
-    found = scorer.verdicts(smaller(filter="class"), "red", [1, 2], torch.cat([other, own]))
+    found = scorer.decisions(smaller(filter="class"), "red", [1, 2], torch.cat([other, own]))
     assert [one.reason for one in found] == ["taken for blue sky", None]
-    assert all(one.reason is None for one in scorer.verdicts(smaller(), "red", [1, 2], torch.cat([other, own])))
+    assert all(one.reason is None for one in scorer.decisions(smaller(), "red", [1, 2], torch.cat([other, own])))
 
 
 def test_a_class_is_the_mean_over_its_prompts(model_folder: Path) -> None:
@@ -90,11 +92,13 @@ def test_a_class_is_the_mean_over_its_prompts(model_folder: Path) -> None:
     assert class_feature(clip, ["a cat", "the dog"]) == pytest.approx(functional.normalize(one + two, dim=0), abs=1e-6)
 
 
-def test_what_clip_cannot_score_is_refused_before_anything_is_made(model_folder: Path, subjects: Subjects) -> None:
+def test_what_clip_cannot_score_is_refused_before_anything_is_made(
+    model_folder: Path, class_prompts: ClassPrompts
+) -> None:
     from dataclasses import replace
 
-    long = replace(subjects, plain_prompts={**subjects.plain_prompts, "red": ("very " * 20 + "red",)})
+    long = replace(class_prompts, plain_prompts={**class_prompts.plain_prompts, "red": ("very " * 20 + "red",)})
     with pytest.raises(DataError, match="takes 16: shorten the name"):
         Scorer(str(model_folder), long)
     with pytest.raises(RecipeError, match="unknown model"):
-        Scorer("ViT-B-61", subjects)
+        Scorer("ViT-B-61", class_prompts)

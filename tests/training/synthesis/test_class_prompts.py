@@ -10,10 +10,10 @@ import pytest
 from clipship.core.errors import DataError
 from clipship.core.vocabulary import Vocabulary
 from clipship.training.synthesis.class_prompts import (
-    Subjects,
+    ClassPrompts,
     captions_of,
+    class_prompts_of,
     contexts_of,
-    subjects_of,
     vocabulary_of,
     with_context,
     with_images,
@@ -56,15 +56,15 @@ def test_files_that_name_no_classes_are_refused(tmp_path: Path, content: Any, co
 
 def test_names_that_say_nothing_or_share_a_folder_are_refused(config: SynthesisConfig) -> None:
     with pytest.raises(DataError, match="a class name is '_'"):
-        subjects_of(config, Vocabulary(names=("cat", "_")))
+        class_prompts_of(config, Vocabulary(names=("cat", "_")))
     with pytest.raises(DataError, match="would share"):
-        subjects_of(config, Vocabulary(names=("a/b", "a b")))
+        class_prompts_of(config, Vocabulary(names=("a/b", "a b")))
 
 
 def test_prompts_are_words_times_templates_times_contexts(smaller: Variant) -> None:
     config = smaller(templates=("a {}.", "the {}"), contexts=("in snow", ", at night"))
     vocabulary = Vocabulary(names=("big_cat",), synonyms=(("big_cat", "lion"),))
-    found = subjects_of(config, vocabulary)
+    found = class_prompts_of(config, vocabulary)
     assert found.plain_prompts["big_cat"] == ("a big cat.", "a lion.", "the big cat", "the lion")
     assert found.prompts["big_cat"][:2] == ("a big cat in snow.", "a lion in snow.")
     assert found.prompts["big_cat"][4::3] == ("a big cat, at night.", "the lion, at night")
@@ -75,7 +75,7 @@ def test_prompts_are_words_times_templates_times_contexts(smaller: Variant) -> N
 def test_captions_take_the_place_of_templates_for_their_classes(tmp_path: Path, config: SynthesisConfig) -> None:
     vocabulary = Vocabulary(names=("cat", "dog"))
     captions = captions_of(written(tmp_path / "c.json", {"cat": ["A tabby asleep.", "Two cats."]}), vocabulary.names)
-    found = subjects_of(config, vocabulary, captions)
+    found = class_prompts_of(config, vocabulary, captions)
     assert found.prompts == {"cat": ("A tabby asleep.", "Two cats."), "dog": ("a photo of a dog.",)}
     assert found.plain_prompts["cat"] == ("a photo of a cat.",), "scores do not depend on captions"
 
@@ -106,15 +106,17 @@ def test_real_images_are_the_few_shot_sample_of_the_base_classes(
     from clipship.training.datasets.load import few_shot, load_dataset
 
     config = smaller(shots=2, seed=3, strength=0.5)
-    subjects = subjects_of(config, vocabulary_of(data_folder))
-    found = with_images(subjects, data_folder, config)
+    class_prompts = class_prompts_of(config, vocabulary_of(data_folder))
+    found = with_images(class_prompts, data_folder, config)
     sample, _ = few_shot(load_dataset(data_folder), 2, 3)
     assert list(found.sources) == ["red", "green", "blue_sky"], "the new classes have names only"
     assert found.sources["red"] == tuple(item.path for item in sample if item.class_name == "red")
-    assert set(with_images(subjects, data_folder, config, classes="all").sources) == set(subjects.class_names)
-    assert found.digest != subjects.digest
-    other = Subjects(class_names=("cat",), template="{}", prompts={"cat": ("cat",)}, plain_prompts={"cat": ("cat",)})
+    assert set(with_images(class_prompts, data_folder, config, classes="all").sources) == set(class_prompts.class_names)
+    assert found.digest != class_prompts.digest
+    other = ClassPrompts(
+        class_names=("cat",), template="{}", prompts={"cat": ("cat",)}, plain_prompts={"cat": ("cat",)}
+    )
     with pytest.raises(DataError, match="has images of none of the classes"):
         with_images(other, data_folder, config)
     with pytest.raises(DataError, match="20 are needed"):
-        with_images(subjects, data_folder, smaller(shots=20, strength=0.5))
+        with_images(class_prompts, data_folder, smaller(shots=20, strength=0.5))

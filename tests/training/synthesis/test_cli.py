@@ -61,7 +61,7 @@ def test_a_data_set_gives_names_and_template(synthesize: Command, data_folder: P
     assert (code, err) == (0, "")
     assert out == f"{tmp_path / 'out'}: 10 of 15 images kept, 5 classes; look at {tmp_path / 'out' / 'sheets'}\n"
     code, _, err = synthesize("--classes", data_folder)
-    assert (code, err) == (0, f"{tmp_path / 'out'}: is whole already\n")
+    assert (code, err) == (0, f"{tmp_path / 'out'}: is finished already\n")
 
 
 @pytest.mark.parametrize(

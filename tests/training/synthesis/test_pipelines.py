@@ -59,7 +59,7 @@ def test_a_file_that_was_not_downloaded_to_its_end_is_named(copy: Path, smaller:
     for length in (len(whole) - 1, len(whole) // 2, 100, 4, 0):
         weights.write_bytes(whole[:length])
         with pytest.raises(
-            RecipeError, match=rf"unet/diffusion_pytorch_model.safetensors is cut off .*\({length} bytes"
+            RecipeError, match=rf"unet/diffusion_pytorch_model.safetensors is truncated or damaged .*\({length} bytes"
         ):
             pipeline_folder(smaller(pipeline=str(copy)))
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from clipship.core.errors import DataError
-from clipship.training.synthesis.class_prompts import Subjects, with_images
+from clipship.training.synthesis.class_prompts import ClassPrompts, with_images
 from clipship.training.synthesis.config import SynthesisConfig
 from clipship.training.synthesis.image_generator import FLAGGED
 from clipship.training.synthesis.remake import config_of, remake
@@ -19,11 +19,11 @@ Variant = Callable[..., SynthesisConfig]
 
 
 def test_an_image_comes_out_the_same_to_the_byte(
-    strict_pipeline: Path, smaller: Variant, subjects: Subjects, tmp_path: Path, xl_pipeline: Path
+    strict_pipeline: Path, smaller: Variant, class_prompts: ClassPrompts, tmp_path: Path, xl_pipeline: Path
 ) -> None:
     moved = Path(shutil.copytree(strict_pipeline, tmp_path / "moved"))
     config = smaller(pipeline=str(moved), negative_prompt="blue")
-    made = synthesize(config, subjects, out=tmp_path / "set", device="cpu")
+    made = synthesize(config, class_prompts, out=tmp_path / "set", device="cpu")
     assert made is not None
     assert config_of(made) == config
     moved.rename(tmp_path / "moved again")
@@ -40,9 +40,9 @@ def test_an_image_comes_out_the_same_to_the_byte(
         remake(made, chosen[0], pipeline=str(xl_pipeline), device="cpu")
 
 
-def test_image_to_image_too(smaller: Variant, subjects: Subjects, data_folder: Path, tmp_path: Path) -> None:
+def test_image_to_image_too(smaller: Variant, class_prompts: ClassPrompts, data_folder: Path, tmp_path: Path) -> None:
     config = smaller(steps=4, strength=0.5, shots=2, filter="none", candidates=2)
-    given = with_images(replace(subjects, class_names=("red", "green")), data_folder, config)
+    given = with_images(replace(class_prompts, class_names=("red", "green")), data_folder, config)
     made = synthesize(config, given, out=tmp_path, device="cpu")
     assert made is not None
     image = made.images[3]

@@ -19,30 +19,44 @@ def names(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def test_rows_and_images_of_all_processes_are_found_again(tmp_path: Path) -> None:
-    add(Workspace(folder=tmp_path, rank=0), 0, 1)
-    add(Workspace(folder=tmp_path, rank=1), 2, 3)
+def test_records_and_images_of_all_processes_are_found_again(tmp_path: Path) -> None:
+    add(Workspace(folder=tmp_path), 0, 1)
+    add(Workspace(folder=tmp_path), 2, 3)
     Workspace(folder=tmp_path).add([row(4, "flagged")], {})
-    found = Workspace(folder=tmp_path).rows()
+    found = Workspace(folder=tmp_path).records()
     assert sorted(found) == [(place, 0) for place in range(5)]
     assert found[4, 0].reason == "flagged"
     assert found[1, 0] == row(1)
     images = [f"images/c/{place}.webp" for place in range(4)]
-    assert names(tmp_path) == [*images, "journal-0.jsonl", "journal-1.jsonl"]
+    assert names(tmp_path) == ["batches/0.json", "batches/2.json", "batches/4.json", *images]
 
 
-def test_a_torn_last_line_is_dropped_and_a_damaged_one_refused(tmp_path: Path) -> None:
+def test_a_torn_or_damaged_record_is_refused(tmp_path: Path) -> None:
     workspace = Workspace(folder=tmp_path)
     add(workspace, 0, 1)
-    journal = tmp_path / "journal-0.jsonl"
-    whole = journal.read_bytes()
-    journal.write_bytes(whole[:-9])
-    assert sorted(workspace.rows()) == [(0, 0)]
-    workspace.recover()
-    assert journal.read_bytes() == whole.splitlines(keepends=True)[0]
-    journal.write_bytes(b"{}\n")
-    with pytest.raises(DataError, match=r"journal-0.jsonl is damaged .*: delete the folder"):
-        workspace.rows()
+    record = tmp_path / "batches" / "0.json"
+    whole = record.read_bytes()
+    for damaged in (whole[:-9], b"", b"[{}]", b"[1]", b"{}}"):
+        record.write_bytes(damaged)
+        with pytest.raises(DataError, match=r"0.json is damaged .*: delete it, and the batch is made again"):
+            workspace.records()
+    record.unlink()
+    add(workspace, 0, 1)
+    assert record.read_bytes() == whole
+
+
+def test_images_without_a_record_do_not_count(tmp_path: Path) -> None:
+    workspace = Workspace(folder=tmp_path)
+    workspace.begin({"steps": 20})
+    (tmp_path / "images" / "c").mkdir(parents=True)
+    (tmp_path / "images" / "c" / "7.webp").write_bytes(b"of a killed batch")
+    assert workspace.records() == {}
+    workspace.begin({"steps": 50})
+    assert names(tmp_path) == ["unfinished.json"], "an image of other settings would stay in the set"
+    add(workspace, 0, 1)
+    (tmp_path / "images" / "c" / ".1.webp.1-abcd.part").write_bytes(b"of a killed process")
+    workspace.finish()
+    assert names(tmp_path) == ["images/c/0.webp", "images/c/1.webp"]
 
 
 def test_a_kill_at_any_change_of_the_folder_loses_nothing_that_was_done(tmp_path: Path) -> None:
@@ -55,7 +69,7 @@ def test_a_kill_at_any_change_of_the_folder_loses_nothing_that_was_done(tmp_path
     for number, places in enumerate(outcomes):
         folder = tmp_path / str(number)
         assert places in ([], [0, 1], [0, 1, 2, 3]), f"half a batch after a kill at change {number}"
-        assert {name: (folder / name).read_bytes() for name in names(folder)} == expected
+        assert {name: (folder / name).read_bytes() for name in names(folder)} == expected, "a torn batch"
     assert outcomes[0] == []
     assert outcomes[-1] == [0, 1, 2, 3]
 

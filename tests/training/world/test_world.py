@@ -5,12 +5,16 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from benchmarks import learned_context
+from benchmarks.zero_shot import zero_shot
 from PIL import Image
 
 from clipship.core.errors import DataError
@@ -45,12 +49,17 @@ from clipship.world.drawing.captions import MANY_TEMPLATES, SINGLE_TEMPLATES, ca
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import Scene, Thing, facts_of, is_held_out, sample_scene
 from clipship.world.drawing.stencils import background_tile, shape_mask, texture_tile
-from clipship.world.pretraining import contexts
-from clipship.world.pretraining import pretrain as pretraining
-from clipship.world.pretraining.calibrate import zero_shot
-from clipship.world.pretraining.stream import LONE_PLAIN_STEPS, LONE_STEPS, WORD_AXES, batches, fits_matrix, make_batch
-from clipship.world.runs import round_to_half
-from clipship.world.synthesis import request_from
+from clipship.world.pretraining import train as pretraining
+from clipship.world.pretraining.captioned_batches import (
+    LONE_PLAIN_STEPS,
+    LONE_STEPS,
+    WORD_AXES,
+    batches,
+    fits_matrix,
+    make_batch,
+)
+from clipship.world.rendered_synthetic_set import request_from
+from clipship.world.training_run import round_to_half
 
 PINNED_MEANS = [
     [176, 167, 190], [59, 107, 40], [103, 128, 49], [146, 109, 68],
@@ -286,8 +295,16 @@ def test_examples_vary_in_size_and_content_but_not_from_call_to_call(dataset: Wo
 def test_write_world_writes_the_coop_layout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dataset = tiny_dataset()
     monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (dataset,))
-    seen: list[tuple[int, int, str]] = []
-    (folder,) = write_world(tmp_path, names=[dataset.name], progress=lambda *step: seen.append(step))
+    seen: list[tuple[int, str]] = []
+
+    @contextmanager
+    def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+        assert (title, total) == ("drawing", 96)
+        yield lambda done, note: seen.append((done, note))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(world_datasets, "progress", progress)
+        (folder,) = write_world(tmp_path, names=[dataset.name])
     assert folder == tmp_path / dataset.name
     split = json.loads((folder / dataset.split_file).read_text())
     assert {name: len(rows) for name, rows in split.items()} == {"train": 48, "val": 24, "test": 24}
@@ -296,8 +313,8 @@ def test_write_world_writes_the_coop_layout(tmp_path: Path, monkeypatch: pytest.
         with Image.open(folder / dataset.image_dir / relative) as image:
             assert image.format == "JPEG"
             assert image.mode == "RGB"
-    assert seen[-1] == (96, 96, dataset.name)
-    assert [done for done, _, _ in seen] == sorted(done for done, _, _ in seen)
+    assert seen[-1] == (96, dataset.name)
+    assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     assert [path.name for path in tmp_path.iterdir()] == [dataset.name]
 
     first = folder / dataset.image_dir / split["train"][0][0]
@@ -344,11 +361,12 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     dataset = tiny_dataset()
     monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (dataset,))
 
-    def stop(done: int, total: int, name: str) -> None:
+    def stop(*arguments: object) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(world_datasets, "progress", lambda *arguments: nullcontext(stop))
     with pytest.raises(KeyboardInterrupt):
-        write_world(tmp_path, progress=stop)
+        write_world(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -356,11 +374,11 @@ def test_drawing_processes_end_when_their_parent_is_killed(tmp_path: Path) -> No
     script = tmp_path / "parent.py"
     script.write_text(
         "import os, time\n"
-        "from clipship.world.processes import drawing_pool\n"
+        "from clipship.training.worker_pool import worker_pool\n"
         "if __name__ == '__main__':\n"
-        "    pool = drawing_pool(1)\n"
-        "    print(pool.submit(os.getpid).result(), flush=True)\n"
-        "    time.sleep(60)\n"
+        "    with worker_pool(1) as pool:\n"
+        "        print(pool.submit(os.getpid).result(), flush=True)\n"
+        "        time.sleep(60)\n"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
@@ -527,20 +545,20 @@ def short_run() -> TrainConfig:
 def test_scores_on_frozen_features_are_those_of_the_plain_model() -> None:
     dataset, clip = few_pictures(), load_clip(TINY)
     task = Task(class_names=dataset.class_names, num_base=dataset.num_base, templates=(dataset.template,))
-    frozen = contexts.frozen_features(clip, dataset, split="test", per_class=3)
-    assert frozen.crops.shape[:2] == (2 * dataset.num_base, contexts.CROPS)
+    frozen = learned_context.frozen_features(clip, dataset, split="test", per_class=3)
+    assert frozen.crops.shape[:2] == (2 * dataset.num_base, learned_context.CROPS)
     assert torch.allclose(frozen.crops.norm(dim=-1), torch.ones(1))
-    found = contexts.scores_of(ZeroShot(clip, config_from_recipe("zero-shot-tiny"), task), frozen)
+    found = learned_context.scores_of(ZeroShot(clip, config_from_recipe("zero-shot-tiny"), task), frozen)
     assert found == zero_shot(dataset, (MODELS / TINY), per_class=3)
 
 
 def test_a_context_is_learned_from_base_classes_and_equal_seeds_give_equal_ones() -> None:
     dataset, clip = few_pictures(), load_clip(TINY)
     task = Task(class_names=dataset.class_names, num_base=dataset.num_base, templates=(dataset.template,))
-    frozen = contexts.frozen_features(clip, dataset, per_class=1)
-    runs = [contexts.learned_context(clip, task, frozen, short_run()).learned()["context"] for _ in range(2)]
+    frozen = learned_context.frozen_features(clip, dataset, per_class=1)
+    runs = [learned_context.learned_context(clip, task, frozen, short_run()).learned()["context"] for _ in range(2)]
     assert torch.equal(runs[0], runs[1])
-    methods = CoOp(clip, short_run(), task), contexts.learned_context(clip, task, frozen, short_run())
+    methods = CoOp(clip, short_run(), task), learned_context.learned_context(clip, task, frozen, short_run())
     with torch.no_grad():
         classes = [method.class_features(task.class_names[: task.num_base]) for method in methods]
         before, after = (
@@ -549,14 +567,14 @@ def test_a_context_is_learned_from_base_classes_and_equal_seeds_give_equal_ones(
     assert after < before
 
 
-def test_contexts_prints_a_line_for_every_way_to_compose_the_classes(
+def test_it_prints_a_line_for_every_way_to_compose_the_classes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(world_datasets, "WORLD_DATASETS", (few_pictures(),))
-    monkeypatch.setattr(contexts, "_CONFIG", dataclasses.replace(short_run(), epochs=1))
+    monkeypatch.setattr(learned_context, "_CONFIG", dataclasses.replace(short_run(), epochs=1))
     options = ["--names", "games", "--halves", "shared", "apart", "--per-class", "1", "--seeds", "2", "--shifts", "0.5"]
-    monkeypatch.setattr(sys, "argv", ["contexts", *options])
-    contexts.main()
+    monkeypatch.setattr(sys, "argv", ["learned_context", *options])
+    learned_context.main()
     header, *lines = capsys.readouterr().out.splitlines()
     assert header.startswith("data set")
     assert [line.split()[:3] for line in lines] == [["games", "shared", "0.50"], ["games", "apart", "0.50"]]

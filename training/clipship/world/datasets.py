@@ -1,16 +1,16 @@
 """The downstream data sets of the built-in world, written in the CoOp layout as real JPEG files.
 
-Nine data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"), its
-pictures are drawn in a style that pre-training never shows (`styles`), and part of the classes are compositions that
-pre-training holds out. The first half of the labels are the base classes, the rest the new ones. In six data sets
-every word of a new class also occurs in a base class and only their combination is new; in the other three no word
-does, as hardly any does in data sets of photographs.
+Nine data sets of 24 classes. A class composes two attributes ("striped star", "fish on snow", "three rings"). Its
+pictures have a style that pre-training never shows (`styles`), and pre-training holds some of the compositions out. The
+first half of the labels are the base classes, the rest the new ones. In six data sets every word of a new class also
+occurs in a base class; in the other three none does, which is closer to data sets of photographs.
 
-Beside them there are variants for domain generalisation: test pictures of a data set's classes in another look.
+Variants for domain generalisation have test pictures of the classes of a data set in another look.
 """
 
+import io
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed, wait
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -23,22 +23,21 @@ from PIL import Image
 
 from clipship.core.errors import DataError, near
 from clipship.core.files import replace_folder, write_json_atomic
+from clipship.core.progress import progress
 from clipship.training.datasets.load import WORLD_FILE
+from clipship.training.worker_pool import worker_pool
 from clipship.world.drawing.attributes import (
     AXES,
     BACKGROUNDS,
-    COLOURS,
     COUNT_WORDS,
     PLURALS,
     SHAPES,
-    SIZES,
     WORLD_VERSION,
     held_out_pairs,
 )
-from clipship.world.drawing.scenes import Scene, SceneKind, Thing, pick
+from clipship.world.drawing.scenes import Scene, SceneRequest, scene_from
 from clipship.world.drawing.stencils import Bytes
 from clipship.world.drawing.styles import STYLES, Frame
-from clipship.world.processes import drawing_pool
 
 WORLD_FORMAT = "clipship-world"
 SPLITS: tuple[str, ...] = ("train", "val", "test")
@@ -46,9 +45,8 @@ JPEG_QUALITY = 92
 _SIDE_RANGE_PX = (72, 128)
 
 _LATER_FIELDS = {"halves": "shared", "class_seed": None}
-"""Written into the record only if they say something, so that records of earlier releases still hold."""
+"""Fields added later; the default is not recorded, so that data sets of earlier releases stay valid."""
 
-Progress = Callable[[int, int, str], None]
 Halves = Literal["shared", "apart"]
 Composition = tuple[str, str]
 _T = TypeVar("_T")
@@ -60,21 +58,19 @@ class WorldDataset:
 
     Attributes:
         name: folder name, and the style in `styles.STYLES`.
-        split_file: the CoOp split file inside the folder.
         image_dir: the folder that paths in the split file are relative to.
         template: the prompt whose `{}` takes a class name.
         axes: the two attributes that a class composes.
         values: which words of either axis are used.
         halves: "shared" if base classes have every word of the new ones, "apart" if they have none of them.
         seed: decides every picture and, without a `class_seed`, the classes and their order.
-        class_seed: decides the classes of a variant, whose pictures have a seed of their own.
+        class_seed: decides the classes of a variant, whose pictures have another seed.
         shift: how far the style is from pre-training, 0 to 1.
         classes: number of classes.
         train_per_class, val_per_class, test_per_class: number of pictures.
     """
 
     name: str
-    split_file: str
     image_dir: str = "images"
     template: str = "a photo of a {}."
     axes: tuple[str, str]
@@ -89,7 +85,7 @@ class WorldDataset:
     class_seed: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse values that the world does not have."""
+        """Validate that the world has these values."""
         for axis, words in zip(self.axes, self.values, strict=True):
             if not set(words) <= set(AXES[axis]):
                 raise ValueError(f"{self.name}: {sorted(set(words) - set(AXES[axis]))} are not among {AXES[axis]}")
@@ -100,6 +96,11 @@ class WorldDataset:
         room = len(self.values[0]) // 2 * (len(self.values[1]) // 2)
         if self.halves == "apart" and room < self.num_base:
             raise ValueError(f"{self.name}: {room} compositions in the smaller half, {self.num_base} are needed")
+
+    @property
+    def split_file(self) -> str:
+        """Return the name of the CoOp split file inside the folder."""
+        return f"split_zhou_{self.name.title().replace('_', '')}.json"
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -124,51 +125,50 @@ _HUES = ("red", "orange", "yellow", "green", "teal", "blue", "purple", "pink")
 
 WORLD_DATASETS: tuple[WorldDataset, ...] = (
     WorldDataset(
-        name="sketches", split_file="split_zhou_Sketches.json", template="a sketch of a {}.",
+        name="sketches", template="a sketch of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "brown"), _SHAPES_A), seed=11, shift=0.8,
     ),
     WorldDataset(
-        name="prints", split_file="split_zhou_Prints.json", template="a print of a {}.",
+        name="prints", template="a print of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "brown", "black"), _SHAPES_B), seed=12, shift=0.45,
     ),
     WorldDataset(
-        name="neon", split_file="split_zhou_Neon.json", template="a neon sign of a {}.",
+        name="neon", template="a neon sign of a {}.",
         axes=("colour", "shape"), values=((*_HUES, "white"), _SHAPES_C), seed=13, shift=0.4,
     ),
     WorldDataset(
-        name="places", split_file="split_zhou_Places.json", template="a painting of a {}.",
+        name="places", template="a painting of a {}.",
         axes=("shape", "background"), values=(_SHAPES_B, AXES["background"]), seed=14, shift=0.35,
     ),
     WorldDataset(
-        name="groups", split_file="split_zhou_Groups.json", template="a stamp of {}.",
+        name="groups", template="a stamp of {}.",
         axes=("count", "shape"), values=(COUNT_WORDS[1:], _SHAPES_D), seed=15, shift=0.3,
     ),
     WorldDataset(
-        name="fabrics", split_file="split_zhou_Fabrics.json", template="a photo of {}.",
+        name="fabrics", template="a photo of {}.",
         axes=("colour", "texture"), values=((*_HUES, "gray"), AXES["texture"]), seed=16, shift=0.15,
     ),
     WorldDataset(
-        name="games", split_file="split_zhou_Games.json", template="a {} in a video game.",
+        name="games", template="a {} in a video game.",
         axes=("colour", "shape"), values=(AXES["colour"], SHAPES), halves="apart", seed=17, shift=0.45,
     ),
     WorldDataset(
-        name="origami", split_file="split_zhou_Origami.json", template="a origami {}.",
+        name="origami", template="a origami {}.",
         axes=("texture", "shape"), values=(AXES["texture"][:4], SHAPES), halves="apart", seed=18, shift=0.3,
     ),
     WorldDataset(
-        name="renders", split_file="split_zhou_Renders.json", template="a rendering of a {}.",
+        name="renders", template="a rendering of a {}.",
         axes=("shape", "background"), values=(SHAPES, AXES["background"]), halves="apart", seed=19, shift=0.8,
     ),
 )  # fmt: skip
 
 
-def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float) -> WorldDataset:
+def _variant(source: str, *, name: str, seed: int, shift: float) -> WorldDataset:
     """Return test pictures of a data set's classes in another look, with the data set's own prompt."""
     (dataset,) = (dataset for dataset in WORLD_DATASETS if dataset.name == source)
     return replace(
         dataset,
         name=name,
-        split_file=split_file,
         seed=seed,
         class_seed=dataset.seed,
         shift=shift,
@@ -178,8 +178,8 @@ def _variant(source: str, *, name: str, split_file: str, seed: int, shift: float
 
 
 WORLD_VARIANTS: tuple[WorldDataset, ...] = (
-    _variant("prints", name="prints_night", split_file="split_zhou_PrintsNight.json", seed=31, shift=0.3),
-    _variant("prints", name="prints_sketched", split_file="split_zhou_PrintsSketched.json", seed=32, shift=0.8),
+    _variant("prints", name="prints_night", seed=31, shift=0.3),
+    _variant("prints", name="prints_sketched", seed=32, shift=0.8),
 )
 
 
@@ -248,16 +248,15 @@ def _shares_words(base: Iterable[Composition], new: Iterable[Composition]) -> bo
 def scene_of(axes: tuple[str, str], composition: Composition, rng: np.random.Generator) -> Scene:
     """Return a scene of a composition; what the class name leaves open is random."""
     words = dict(zip(axes, composition, strict=True))
-    count = COUNT_WORDS.index(words.get("count", "one")) + 1
-    kind: SceneKind = "group" if count > 1 else "swatch" if axes == ("colour", "texture") else "single"
-    thing = Thing(
+    request = SceneRequest(
         shape=words.get("shape", "square"),
-        colour=words.get("colour") or pick(rng, tuple(COLOURS)),
+        colour=words.get("colour"),
         texture=words.get("texture", "plain"),
-        size=tuple(SIZES)[1 + int(rng.integers(2))],
+        background=words.get("background"),
+        count=COUNT_WORDS.index(words.get("count", "one")) + 1,
+        swatch=axes == ("colour", "texture"),
     )
-    background = words.get("background") or pick(rng, tuple(BACKGROUNDS))
-    return Scene(kind=kind, things=(thing,) * count, background=background)
+    return scene_from(request, rng)
 
 
 def draw_example(dataset: WorldDataset, split: str, label: int, index: int) -> Bytes:
@@ -272,27 +271,31 @@ def draw_example(dataset: WorldDataset, split: str, label: int, index: int) -> B
     return picture[top : top + height, left : left + width]
 
 
-def write_world(
-    out: Path, *, names: Sequence[str] | None = None, progress: Progress | None = None, processes: int = 2
-) -> list[Path]:
-    """Write data sets into `out/<name>/`; those that are already there are kept.
+def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Image.Image:
+    """Return a picture as its file holds it: drawn, encoded as JPEG, not yet decoded."""
+    buffer = io.BytesIO()
+    Image.fromarray(draw_example(dataset, split, label, index)).save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return Image.open(buffer)
+
+
+def write_world(out: Path, *, names: Sequence[str] | None = None, processes: int = 2) -> list[Path]:
+    """Write data sets into `out/<name>/`; existing ones are kept.
 
     Args:
         out: folder for the data sets.
-        names: which ones, variants included; all of `WORLD_DATASETS` when None.
-        progress: called with (pictures done, pictures in all, data set).
+        names: of data sets or variants; None: all of `WORLD_DATASETS`.
         processes: processes that draw.
 
     Returns:
-        The folders of the data sets, in the order asked for.
+        The folders of the data sets, in the order of `names`.
 
     Raises:
-        DataError: a name is unknown, or a folder of that name was not written by this version of the world.
+        DataError: a name is unknown, or this version of the world did not write the existing folder.
     """
     datasets = list(WORLD_DATASETS) if names is None else [dataset_named(name) for name in dict.fromkeys(names)]
     missing = [dataset for dataset in datasets if not _is_written(out / dataset.name, dataset)]
     if missing:
-        _write_datasets(out, missing, progress, processes)
+        _write_datasets(out, missing, processes)
     return [out / dataset.name for dataset in datasets]
 
 
@@ -320,7 +323,7 @@ def _is_written(folder: Path, dataset: WorldDataset) -> bool:
 
 
 def _record_of(dataset: WorldDataset) -> dict[str, Any]:
-    fields = asdict(dataset)
+    fields = asdict(dataset) | {"split_file": dataset.split_file}
     for name, default in _LATER_FIELDS.items():
         if fields[name] == default:
             del fields[name]
@@ -328,16 +331,14 @@ def _record_of(dataset: WorldDataset) -> dict[str, Any]:
     return dict(json.loads(json.dumps(record)))  # lists for tuples, as in the file
 
 
-def _write_datasets(out: Path, datasets: Sequence[WorldDataset], progress: Progress | None, processes: int) -> None:
-    total = sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
-    done = 0
-    with drawing_pool(processes) as pool:
+def _write_datasets(out: Path, datasets: Sequence[WorldDataset], processes: int) -> None:
+    done, total = 0, sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
+    with progress("drawing", total) as report, worker_pool(processes) as pool:
         for dataset in datasets:
             with replace_folder(out / dataset.name) as folder:
                 for written in _write_pictures(folder, dataset, pool):
                     done += written
-                    if progress is not None:
-                        progress(done, total, dataset.name)
+                    report(done, dataset.name)
                 write_json_atomic(folder / dataset.split_file, _split_of(dataset))
                 write_json_atomic(folder / WORLD_FILE, _record_of(dataset))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
     type=click.Choice(["base-to-new", "few-shot", "cross-dataset"]),
     default="base-to-new",
     show_default=True,
-    help="Which classes are learned, and what is classified.",
+    help="Which classes are learned and which are tested.",
 )
 @click.option(
     "--shots",
@@ -66,12 +67,12 @@ if TYPE_CHECKING:
     type=click.Choice(["on", "off", "both"]),
     default="on",
     show_default=True,
-    help="Those with CLIP's best scores, the first by seed, or each in turn.",
+    help="Take the best by CLIP score, the first by seed, or compare both.",
 )
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--device", help="A torch device; default: the GPUs if there are any.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Distributed a run that prepare images."
+    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes a run that prepare images."
 )
 @json_option
 def compare(
@@ -86,32 +87,38 @@ def compare(
 ) -> None:
     """Train every RECIPE on every data set with every seed, and write tables, plots and one HTML page to OUT.
 
-    Killed and started again it goes on where it was. Under torchrun or accelerate launch each process takes its share
-    of the runs. The exit code is 1 if a run failed; the others are kept.
+    Killed and started again, it resumes. Under torchrun or accelerate launch each process does its share of the runs,
+    and the last one to end writes the report. Exit code 1 if a run failed; the others are kept.
 
     Example: clipship compare zero-shot-tiny coop-tiny --data world/prints world/neon --seeds 1 2 3 --out comparison
     """
     from clipship.training.requirements import needs_training, validated_device
 
+    started_s = time.time()
     _require_report_packages()
     with needs_training():
-        from clipship.training.compare.grid import Request, plan_of
-        from clipship.training.compare.launcher import alive, rank_of
-    with rank_of(os.environ) as rank:
-        plan = plan_of(Request(recipes=recipes, out=out, synthetic=synthetic_name, **request))
-        device = validated_device(rank.device(device))
-        with alive(out, rank):
-            results = _results(plan, rank, jobs=jobs, device=device, workers=workers)
-    if rank.is_first:
-        failed = sum(bool(one.error) for one in results)
-        content, text = write_report(plan, results)
-        emit(content, f"{text}\n{out / 'report.html'}", as_json=as_json)
-        if failed:
-            raise CheckFailed(f"{failed} of {len(results)} runs failed: the table says why; start again to retry them")
+        from clipship.training.compare.grid import GridRequest, grid_of
+        from clipship.training.compare.launcher import alone_in, launched_rank
+        from clipship.training.compare.results import ended_result, forget_failures
+    with launched_rank(os.environ) as rank:
+        grid = grid_of(GridRequest(recipes=recipes, out=out, synthetic=synthetic_name, **request))
+        device = validated_device(device)
+        with alone_in(out, rank):
+            forget_failures(grid.runs, before_s=started_s)
+            _do_share(grid, rank, jobs=jobs, device=device, workers=workers)
+    results = [result for run in grid.runs if (result := ended_result(run)) is not None]
+    if len(results) < len(grid.runs):
+        log(f"{len(grid.runs) - len(results)} runs of other processes have not ended: the last one writes the report")
+        return
+    failed = sum(bool(one.error) for one in results)
+    content, text = write_report(grid, results)
+    emit(content, f"{text}\n{out / 'report.html'}", as_json=as_json)
+    if failed:
+        raise CheckFailed(f"{failed} of {len(results)} runs failed: the table says why; start again to retry them")
 
 
 def _require_report_packages() -> None:
-    """Say before hours of training, and not after them, that the report cannot be written.
+    """Check before hours of training that the report can be written.
 
     Raises:
         MissingExtraError: matplotlib or Jinja2 is not installed.
@@ -121,39 +128,30 @@ def _require_report_packages() -> None:
             raise MissingExtraError(package, "training")
 
 
-def _results(plan: Grid, rank: Rank, *, jobs: int, device: str | None, workers: int) -> list[RunResult]:
-    """The results of all runs in the first process, of its own in the others."""
-    from clipship.training.compare.launcher import results_of_others
-    from clipship.training.compare.results import failure_path, finished_result
+def _do_share(grid: Grid, rank: Rank, *, jobs: int, device: str | None, workers: int) -> None:
+    """Do the runs of this process that have not ended."""
+    from clipship.training.compare.results import finished_result
     from clipship.training.compare.workers import do_runs
 
-    if rank.is_first:
-        for run in plan.runs:
-            failure_path(run).unlink(missing_ok=True)
-    mine = rank.share(plan.runs)
-    results = [result for run in mine if (result := finished_result(run)) is not None]
-    done = {one.identity for one in results}
-    left = [run for run in mine if run.identity not in done]
-    left.sort(key=lambda run: plan.request.seeds.index(run.config.seed))  # a whole table after the first seed
-    log(f"{len(plan.runs)} runs" + (f", {len(results)} of them are there already" if results else ""))
-    if left:
-        results += do_runs(left, jobs=jobs, device=device, loader_workers=workers)
-    if rank.is_first:
-        results += results_of_others(plan.request.out, rank, plan.runs)
-    order = {run.identity: number for number, run in enumerate(plan.runs)}
-    return sorted(results, key=lambda one: order[one.identity])
+    share = rank.share(grid.runs)
+    left = [run for run in share if finished_result(run) is None]
+    left.sort(key=lambda run: grid.request.seeds.index(run.config.seed))  # a whole table after the first seed
+    done = len(share) - len(left)
+    log(f"{len(grid.runs)} runs" + (f", {done} of them are done already" if done else ""))
+    for _ in do_runs(left, jobs=jobs, device=device, loader_workers=workers, first_gpu=rank.local * jobs):
+        pass
 
 
-def write_report(plan: Grid, results: Sequence[RunResult]) -> tuple[dict[str, Any], str]:
+def write_report(grid: Grid, results: Sequence[RunResult]) -> tuple[dict[str, Any], str]:
     """Write results.json, table.md, plots/ and report.html; returns the JSON and the Markdown."""
     from clipship.training.compare.page import page_of
     from clipship.training.compare.plots import plots_of, standalone
     from clipship.training.compare.report import how_made, json_of, markdown_of, tables_of
     from clipship.training.compare.summary import Summary
 
-    request = plan.request
+    request = grid.request
     summary = Summary(
-        protocol=request.protocol, recipes=request.recipes, datasets=plan.datasets, results=tuple(results)
+        protocol=request.protocol, recipes=request.recipes, datasets=grid.datasets, results=tuple(results)
     )
     tables, plots, versions = tables_of(summary), plots_of(summary), environment()
     content, text = json_of(summary, versions), markdown_of(summary, tables)
@@ -167,7 +165,7 @@ def write_report(plan: Grid, results: Sequence[RunResult]) -> tuple[dict[str, An
 
 
 def environment() -> dict[str, str]:
-    """What made the report: versions, the machine's kind and its GPU."""
+    """The versions and the machine that made the report."""
     import torch
 
     from clipship.training.checkpoint import tool_versions

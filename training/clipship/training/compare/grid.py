@@ -1,4 +1,4 @@
-"""What is to be run: one training for each recipe, data set, number of shots and seed, checked before the first."""
+"""The grid of runs: one training for each recipe, data set, number of shots and seed, validated before the first."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PROTOCOLS = ("base-to-new", "few-shot", "cross-dataset")
 FEW_SHOTS = (1, 2, 4, 8, 16)
 """The papers' numbers of images a class."""
 FILTERS = {"on": (True,), "off": (False,), "both": (True, False)}
-"""Values of --synthetic-filter: whether synthetic images are those with the best scores, or the first by seed."""
+"""Values of --synthetic-filter: whether the images with the best CLIP scores are taken, or the first by seed."""
 RUNS = "runs"
 FEATURES = "features"
 
@@ -29,9 +29,9 @@ class Synthetic(NamedTuple):
     """Which synthetic images a run learns from."""
 
     shots: int | None = None
-    """How many a class; None: what its recipe says, or none where it learns from none."""
+    """How many a class; None: as the recipe says."""
     filtered: bool = True
-    """Whether they are those with the best scores."""
+    """Whether they are those with the best CLIP scores."""
 
     def __str__(self) -> str:
         if self.shots is None:
@@ -40,16 +40,15 @@ class Synthetic(NamedTuple):
 
 
 OWN = Synthetic()
-"""No choice between synthetic images."""
+"""The recipe's own images."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Request:
-    """What was asked for on the command line.
+class GridRequest:
+    """The arguments of ``clipship compare``.
 
     Raises:
-        UsageError: the same recipe, data set or seed twice, several shots where one is taken, too few data sets, or
-            numbers of synthetic images in a protocol that has no curve of them.
+        UsageError: a value is given twice, or the protocol does not accept it.
     """
 
     recipes: tuple[str, ...]
@@ -60,7 +59,7 @@ class Request:
     shots: tuple[int, ...] = ()
     """Empty: the recipe's own, or 1 2 4 8 16 for few-shot."""
     synthetic: str = "synthetic"
-    """Name of the folder with synthetic images, below the data set's."""
+    """Name of the folder of synthetic images in each data set."""
     synthetic_shots: tuple[int, ...] = ()
     """Synthetic images a class; empty: the recipe's own."""
     synthetic_filter: str = "on"
@@ -92,7 +91,7 @@ class Request:
 
 @dataclass(frozen=True, kw_only=True)
 class GridRun:
-    """One training and its evaluations: all that a process needs to do it."""
+    """One training and its evaluations, with everything a process needs to do it."""
 
     config: TrainConfig
     dataset: str
@@ -103,27 +102,26 @@ class GridRun:
     synthetic: Path
     folder: Path
     identity: str
-    """SHA-256 over the settings, the data sets' names and lists of images: equal identities mean equal runs."""
+    """SHA-256 over settings, names of data sets and lists of images: equal identities mean equal runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Grid:
     """All runs, in the order of the tables."""
 
-    request: Request
+    request: GridRequest
     datasets: tuple[str, ...]
     """Names in the order of --data."""
     runs: tuple[GridRun, ...]
 
 
-def plan_of(request: Request) -> Grid:
-    """Read the data sets and settle every run.
+def grid_of(request: GridRequest) -> Grid:
+    """Read the data sets and validate every run.
 
     Raises:
-        UsageError: two data sets of one name, or ``out`` holds something else.
-        DataError: a data set that cannot be read, too few images for the shots, or none or too few synthetic ones for a
-            recipe.
-        RecipeError: an unknown recipe, or one that has no settings for a data set or the protocol.
+        UsageError: two data sets have one name, or ``out`` holds something else.
+        DataError: a data set cannot be read, or has too few real or synthetic images.
+        RecipeError: a recipe is unknown, or has no settings for a data set or the protocol.
     """
     from clipship.training.datasets.load import load_dataset
 
@@ -156,7 +154,7 @@ def _validate_out(out: Path) -> None:
         raise UsageError(f"{out} holds other files and no comparison: give a new folder with --out")
 
 
-def _configs(request: Request, recipe: str, dataset: Dataset, synthetic: Path) -> list[TrainConfig]:
+def _configs(request: GridRequest, recipe: str, dataset: Dataset, synthetic: Path) -> list[TrainConfig]:
     """The settings of ``recipe`` with every seed, number of shots and choice of synthetic images."""
     from clipship.training.loop.few_shot import sample_of
     from clipship.training.recipes import config_from_recipe
@@ -172,14 +170,14 @@ def _configs(request: Request, recipe: str, dataset: Dataset, synthetic: Path) -
         for choice in choices
         for seed in request.seeds
     ]
-    sample_of(dataset, max(configs, key=lambda one: one.shots))  # says now that there are too few images
+    sample_of(dataset, max(configs, key=lambda one: one.shots))  # raises if there are too few images
     for choice in choices:
         _validate_synthetic(replace(configs[0], **choice), dataset, synthetic)
     return configs
 
 
-def _synthetic_choices(request: Request, config: TrainConfig) -> list[dict[str, Any]]:
-    """The settings that choose synthetic images; where none are asked for there is nothing to filter."""
+def _synthetic_choices(request: GridRequest, config: TrainConfig) -> list[dict[str, Any]]:
+    """The settings that choose synthetic images; of 0 images there is one choice, with or without the filter."""
     from clipship.training.methods import method_named
 
     if not method_named(config.method).needs_synthetic or not request.synthetic_shots:
@@ -193,7 +191,7 @@ def _synthetic_choices(request: Request, config: TrainConfig) -> list[dict[str, 
 
 
 def _validate_synthetic(config: TrainConfig, dataset: Dataset, folder: Path) -> None:
-    """Say now that there are too few synthetic images."""
+    """Validate that there are enough synthetic images."""
     from clipship.training.inputs.synthetic import synthetic_paths, synthetic_set_for
 
     images = synthetic_set_for(config, folder)
@@ -202,7 +200,7 @@ def _validate_synthetic(config: TrainConfig, dataset: Dataset, folder: Path) -> 
 
 
 def _validate_classes(config: TrainConfig, protocol: str) -> None:
-    """Refuse a recipe whose classes are not those of the protocol."""
+    """Validate that ``config`` learns from the classes of the protocol."""
     if config.classes == "none":
         raise RecipeError(
             f"recipe {config.recipe} takes a generator that was learned on other data: "
@@ -221,12 +219,12 @@ def _validate_classes(config: TrainConfig, protocol: str) -> None:
 
 
 def _varied(config: TrainConfig, **changes: Any) -> TrainConfig:
-    """``config`` with ``changes``, which hold for the generator that it learns first, too."""
+    """``config`` with ``changes``, also in the generator that it trains first."""
     generator = None if config.generator is None else _varied(config.generator, **changes)
     return replace(config, generator=generator, **changes)
 
 
-def _run(request: Request, loaded: dict[Path, Dataset], data: Path, config: TrainConfig) -> GridRun:
+def _run(request: GridRequest, loaded: dict[Path, Dataset], data: Path, config: TrainConfig) -> GridRun:
     targets = tuple(loaded) if request.protocol == "cross-dataset" else (data,)
     synthetic = data / request.synthetic
     name = loaded[data].record.name

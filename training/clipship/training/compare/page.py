@@ -1,4 +1,4 @@
-"""One HTML page that needs nothing else: tables, figures and style inside it, text escaped, light or dark."""
+"""The report as one HTML page without external files: tables, figures and style, light or dark."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _TEMPLATE = Path(__file__).with_name("page.html.jinja")
 def page_of(
     title: str, how: str, tables: Sequence[Table], plots: Mapping[str, str], environment: Mapping[str, str]
 ) -> str:
-    """The page; ``plots`` are SVG by name, everything else is text that is escaped."""
+    """The page. ``plots`` are SVG by name; everything else is text, which is escaped."""
     from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 

@@ -1,4 +1,4 @@
-"""The figures as SVG: text as paths, no date, the same bytes for the same numbers; ink in the page's own colour.
+"""The figures as SVG: text as paths, no date, equal bytes for equal numbers, ink in the colour of the page's text.
 
 Shapes: E epochs, S seeds.
 """
@@ -11,20 +11,19 @@ import statistics
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from clipship.training.compare.grid import OWN, Synthetic
 from clipship.training.compare.results import RunResult
-from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, variant_of
+from clipship.training.compare.summary import Curve, Stat, Summary, Variant, variant_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 COLOURS = ("#3b7dd8", "#e07b39", "#2e9e6b", "#c0504d", "#8d6cc7", "#a08a2c", "#d16ba5", "#3fa7b5", "#7f7f7f", "#6b8e23")
-"""One a recipe, told apart on white and on black."""
+"""One a recipe, distinct on white and on black."""
 MARKERS = "osD^vPX*<>"
 
 _INK = "#010203"
-"""Stands for the page's text colour until the figure is finished."""
+"""Placeholder of the page's text colour until the figure is finished."""
 _STYLE: dict[Any, Any] = {
     "text.parse_math": False,
     "svg.fonttype": "path",
@@ -45,35 +44,33 @@ _STYLE: dict[Any, Any] = {
 }
 _NO_METADATA = {"Date": None, "Creator": None, "Format": None, "Type": None}
 _COLUMNS = 2
-"""Panels beside each other."""
+"""Panels side by side."""
 
 Draw = Callable[["Figure"], None]
 
 
 def plots_of(summary: Summary) -> dict[str, str]:
     """The figures that the comparison has numbers for: SVG by name."""
-    over_synthetic = ("accuracy-against-synthetic", synthetic_curves)
-    own: dict[str, tuple[str, Callable[[Summary], str]]] = {
-        "base-to-new": over_synthetic if summary.is_over_synthetic else ("base-new", base_new_bars),
-        "few-shot": ("accuracy-against-shots", shots_curves),
-        "cross-dataset": ("cross-dataset", cross_bars),
-    }
-    name, draw_own = own[summary.protocol]
-    wanted = {name: draw_own, "losses": loss_curves, "reliability": reliability_diagrams}
     if not any(one.scores for one in summary.results):
         return {}
-    drawn = {name: draw(summary) for name, draw in wanted.items()}
+    name, svg = _accuracy_plot(summary)
+    drawn = {name: svg, "losses": loss_curves(summary), "reliability": reliability_diagrams(summary)}
     return {name: svg for name, svg in drawn.items() if svg}
 
 
-def base_new_bars(summary: Summary) -> str:
-    """Base (full) and new (pale) accuracy of every recipe, a group of bars for each data set and for the average."""
-    return _bars(summary, _with_average(summary), ("base", "new"), "accuracy % (full: base, pale: new)")
-
-
-def cross_bars(summary: Summary) -> str:
-    """Accuracy of every recipe on the source, every target and their average."""
-    return _bars(summary, [*summary.datasets, AVERAGE], ("all",), "accuracy %")
+def _accuracy_plot(summary: Summary) -> tuple[str, str]:
+    """The figure of the protocol, with a group of bars or a panel for each data set and for their average."""
+    names = summary.datasets_and_average
+    if summary.protocol == "cross-dataset":
+        return "cross-dataset", _bars(summary, names, ("all",), "accuracy %")
+    if summary.protocol == "few-shot":
+        panels = {name: (name, "all") for name in names}
+        return "accuracy-against-shots", _curves(summary, panels, "real images a class")
+    if summary.is_over_synthetic:
+        titles = {"harmonic_mean": "H", "open_harmonic_mean": "H among all names"}
+        panels = {f"{name}: {title}": (name, key) for name in names for key, title in titles.items()}
+        return "accuracy-against-synthetic", _curves(summary, panels, "synthetic images a class")
+    return "base-new", _bars(summary, names, ("base", "new"), "accuracy % (full: base, pale: new)")
 
 
 def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: str) -> str:
@@ -85,7 +82,7 @@ def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: st
         figure = Figure(figsize=(max(6.0, 1.2 + 0.32 * len(names) * len(runs) * len(keys)), 3.6), layout="constrained")
         axes = figure.add_subplot()
         for number, (recipe, shots) in enumerate(runs):
-            rows = [_row(summary, name, recipe, shots) for name in names]
+            rows = [summary.row(name, Variant(recipe, shots)).stats for name in names]
             for part, key in enumerate(keys):
                 places = [place + width * (number * len(keys) + part) for place in range(len(names))]
                 _bar(axes, places, [row[key] for row in rows], width, number, recipe if part == 0 else "", part > 0)
@@ -95,12 +92,6 @@ def _bars(summary: Summary, names: Sequence[str], keys: Sequence[str], label: st
         axes.set_ylim(0, 100)
         _legend(figure)
         return _svg(figure)
-
-
-def _row(summary: Summary, name: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> Mapping[str, Stat | None]:
-    if name == AVERAGE:
-        return summary.average(recipe, shots, synthetic=synthetic).stats
-    return summary.row(name, recipe, shots, synthetic).stats
 
 
 def _bar(
@@ -118,25 +109,6 @@ def _bar(
         label=label or None,
         error_kw={"ecolor": _INK, "elinewidth": 0.8, "capsize": 1.5},
     )
-
-
-def shots_curves(summary: Summary) -> str:
-    """Accuracy over all classes against the number of real images, a panel for each data set and for the average."""
-    return _curves(summary, {name: (name, "all") for name in _with_average(summary)}, "real images a class")
-
-
-def synthetic_curves(summary: Summary) -> str:
-    """Harmonic means against the number of synthetic images, with CLIP's filter (full) and without it (dashed).
-
-    Two panels for each data set and for the average: each half among its own names, and among all names.
-    """
-    titles = {"harmonic_mean": "H", "open_harmonic_mean": "H among all names"}
-    panels = {f"{name}: {title}": (name, key) for name in _with_average(summary) for key, title in titles.items()}
-    return _curves(summary, panels, "synthetic images a class")
-
-
-def _with_average(summary: Summary) -> list[str]:
-    return [*summary.datasets, *([AVERAGE] if len(summary.datasets) > 1 else [])]
 
 
 def _curves(summary: Summary, panels: Mapping[str, tuple[str, str]], label: str) -> str:
@@ -163,7 +135,7 @@ def _curves(summary: Summary, panels: Mapping[str, tuple[str, str]], label: str)
 
 def _curve(axes: Axes, summary: Summary, curve: Curve, dataset: str, key: str) -> None:
     """One line; a recipe that learns from none of the images is a dotted one at its accuracy."""
-    found = [(count, _row(summary, dataset, *variant)[key]) for count, variant in curve.points.items()]
+    found = [(count, summary.row(dataset, variant).stats[key]) for count, variant in curve.points.items()]
     known = [(count, stat) for count, stat in found if stat is not None]
     number, means = summary.recipes.index(curve.recipe), [stat.mean for _, stat in known]
     if curve.level:
@@ -300,7 +272,7 @@ def _panels(
 
 
 def _legend(figure: Figure) -> None:
-    """One for all panels: a recipe may be in some of them only."""
+    """One legend for all panels: a recipe may be in some of them only."""
     known = {
         label: handle for axes in figure.axes for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
@@ -319,7 +291,7 @@ def _styled() -> Any:
 
 
 def _svg(figure: Figure) -> str:
-    """The figure alone, without the prolog that names a DTD, its ink in ``currentColor``."""
+    """The SVG element without the prolog, its ink in ``currentColor``."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata=_NO_METADATA)
     text = buffer.getvalue()
@@ -327,10 +299,10 @@ def _svg(figure: Figure) -> str:
 
 
 def standalone(svg: str) -> str:
-    """``svg`` as a file of its own: black ink on white, whatever the viewer."""
+    """``svg`` as a stand-alone file: black on white in every viewer."""
     return '<?xml version="1.0" encoding="utf-8"?>\n' + svg.replace("<svg ", '<svg style="background:#fff" ', 1)
 
 
 def inlined(svg: str, name: str) -> str:
-    """``svg`` with ids of its own, to stand beside others on a page."""
+    """``svg`` with unique ids, to share a page with others."""
     return re.sub(r'(\bid="|href="#|url\(#)', lambda found: f"{found[1]}{name}-", svg)

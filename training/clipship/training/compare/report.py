@@ -1,4 +1,4 @@
-"""Tables in the papers' form, once as data: Markdown, HTML and the terminal show the same cells."""
+"""The report as tables in the form of the papers: Markdown, HTML and the terminal show the same cells."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any
 from clipship.core.tables import Table
 from clipship.training.compare import published
 from clipship.training.compare.published import Published
-from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, SummaryRow, label_of
+from clipship.training.compare.summary import AVERAGE, Curve, Stat, Summary, SummaryRow, Variant, variant_of
 
 FORMAT = "clipship-comparison"
 FORMAT_VERSION = 1
 NOTHING = "–"
-"""Where there is no number."""
+"""The cell of a number that is missing."""
 
 
 @dataclass
 class _Notes:
-    """Numbers the sources in the order in which they are named."""
+    """Footnotes: the sources, numbered in the order they are cited."""
 
     sources: list[str] = field(default_factory=list)
 
@@ -55,9 +55,9 @@ def _cells(row: SummaryRow, *names: str) -> tuple[str, ...]:
 
 
 def _name_of(summary: Summary, row: SummaryRow) -> str:
-    """The data set, with the shots where the recipes have different ones."""
+    """The data set, with the shots if recipes differ in them."""
     is_mixed = len({one.shots for one in summary.results}) > 1
-    return f"{row.dataset}, {row.shots} shots" if is_mixed else row.dataset
+    return f"{row.dataset}, {row.variant.shots} shots" if is_mixed else row.dataset
 
 
 def _base_to_new_table(summary: Summary) -> Table:
@@ -66,7 +66,7 @@ def _base_to_new_table(summary: Summary) -> Table:
     for row in summary.rows_of(summary.datasets, summary.datasets):
         found = _published_base_to_new(row, summary.datasets)
         known |= found is not None
-        rows.append((_name_of(summary, row), row.label, *_cells(row, *keys), notes.cell(found)))
+        rows.append((_name_of(summary, row), row.variant.label, *_cells(row, *keys), notes.cell(found)))
     header = ("data set", "recipe", "base", "new", "H", "open base", "open new", "open H", "published base / new / H")
     width = len(header) if known else len(header) - 1
     return Table(
@@ -78,23 +78,25 @@ def _base_to_new_table(summary: Summary) -> Table:
 
 
 def _published_base_to_new(row: SummaryRow, datasets: Sequence[str]) -> Published | None:
-    if row.shots != published.SHOTS or row.synthetic_shots is not None:
+    recipe, shots, synthetic = row.variant
+    if shots != published.SHOTS or synthetic.shots is not None:
         return None
     if row.dataset == AVERAGE:
-        return published.average_base_and_new(row.recipe, datasets)
-    return published.base_and_new(row.recipe, row.dataset)
+        return published.average_base_and_new(recipe, datasets)
+    return published.base_and_new(recipe, row.dataset)
 
 
 def _generalised_tables(summary: Summary) -> list[Table]:
-    """U, S and H where a data set has the splits of generalised zero-shot learning."""
+    """U, S and H of the data sets with splits for generalised zero-shot learning."""
     datasets = [name for name in summary.datasets if summary.has("unseen", name)]
     if not datasets:
         return []
     notes, rows = _Notes(), []
     for row in summary.rows_of(datasets, datasets):
         cells = _cells(row, "unseen", "seen", "generalised_harmonic_mean")
-        found = None if row.synthetic_shots is not None else published.generalised(row.recipe, row.dataset)
-        rows.append((_name_of(summary, row), row.label, *cells, notes.cell(found)))
+        recipe, _, synthetic = row.variant
+        found = None if synthetic.shots is not None else published.generalised(recipe, row.dataset)
+        rows.append((_name_of(summary, row), row.variant.label, *cells, notes.cell(found)))
     header = ("data set", "recipe", "U", "S", "H", "published U / S / H")
     title = "Generalised zero-shot (mean over classes)"
     return [Table(title=title, header=header, rows=tuple(rows), notes=tuple(notes.sources))]
@@ -107,7 +109,7 @@ def _few_shot_table(summary: Summary) -> Table:
 
 
 def _synthetic_tables(summary: Summary) -> list[Table]:
-    """What the new classes and both halves reach with so many synthetic images a class."""
+    """Accuracy of the new classes and of both halves against synthetic images a class."""
     titles = {
         "new": "New classes",
         "harmonic_mean": "Harmonic mean of base and new classes",
@@ -123,22 +125,16 @@ def _curve_table(summary: Summary, key: str, title: str, column: Callable[[int],
     """The curves of the comparison, a column for each number of images."""
     curves = summary.curves()
     counts = sorted({count for curve in curves for count in curve.points})
-    each = [(name, curve) for name in summary.datasets for curve in curves]
-    each += [(AVERAGE, curve) for curve in curves if len(summary.datasets) > 1]
     rows = [
         (name, curve.label, *(_curve_cell(summary, name, curve, key, count) for count in counts))
-        for name, curve in each
+        for name in summary.datasets_and_average
+        for curve in curves
     ]
     return Table(title=title, header=("data set", "recipe", *map(column, counts)), rows=tuple(rows))
 
 
 def _curve_cell(summary: Summary, dataset: str, curve: Curve, key: str, count: int) -> str:
-    if count not in curve.points:
-        return NOTHING
-    recipe, shots, synthetic = curve.points[count]
-    if dataset == AVERAGE:
-        return _cell(summary.average(recipe, shots, synthetic=synthetic).stats[key])
-    return _cell(summary.row(dataset, recipe, shots, synthetic).stats[key])
+    return _cell(summary.row(dataset, curve.points[count]).stats[key]) if count in curve.points else NOTHING
 
 
 def _cross_table(summary: Summary) -> Table:
@@ -146,8 +142,8 @@ def _cross_table(summary: Summary) -> Table:
     notes, rows = _Notes(), []
     for recipe in summary.recipes:
         for shots in summary.shots(recipe):
-            cells = (_cell(summary.row(name, recipe, shots).stats["all"]) for name in summary.datasets)
-            rows.append((recipe, *cells, _cell(summary.average(recipe, shots).stats["all"])))
+            ours = (summary.row(name, Variant(recipe, shots)) for name in (*summary.datasets, AVERAGE))
+            rows.append((recipe, *(_cell(row.stats["all"]) for row in ours)))
         theirs = published.transfer(recipe, source)
         if published.SHOTS in summary.shots(recipe) and set(theirs) & set(summary.targets):
             rows.append(_published_transfer(recipe, summary, notes))
@@ -162,15 +158,16 @@ def _cross_table(summary: Summary) -> Table:
 
 def _published_transfer(recipe: str, summary: Summary, notes: _Notes) -> tuple[str, ...]:
     theirs = published.transfer(recipe, summary.datasets[0])
-    values = [theirs.get(name) for name in summary.datasets]
+    values = [theirs[name].values[0] if name in theirs else None for name in summary.datasets]
     known = [value for value in values[1:] if value is not None]
     average = sum(known) / len(known) if len(known) == len(summary.targets) else None
     cells = (NOTHING if value is None else f"{value:.2f}" for value in (*values, average))
-    return (f"{recipe}, published {notes.mark(published.transfer_source(recipe, summary.targets))}", *cells)
+    sources = dict.fromkeys(theirs[name].source for name in summary.targets if name in theirs)
+    return (f"{recipe}, published {notes.mark('; '.join(sources))}", *cells)
 
 
 def _effort_table(summary: Summary) -> Table:
-    """What a recipe learns and takes, and how far its probabilities are from the truth."""
+    """Learned parameters, time and calibration error of every recipe."""
     rows = []
     for recipe in summary.recipes:
         done = [one for one in summary.results if one.recipe == recipe and not one.error]
@@ -198,7 +195,7 @@ def _mean_ece(results: Sequence[Any], name: str) -> str:
 
 def _failures(summary: Summary) -> list[Table]:
     rows = tuple(
-        (one.dataset, label_of(one.recipe, one.synthetic), f"{one.shots}", f"{one.seed}", one.error)
+        (one.dataset, variant_of(one).label, f"{one.shots}", f"{one.seed}", one.error)
         for one in summary.results
         if one.error
     )
@@ -210,13 +207,13 @@ HOW = {
     "base-to-new": "Learned from the base classes only. Base and new: each half of the test images among its own class "
     "names; open: the same images among all class names. H is the harmonic mean of the averages.",
     "few-shot": "Learned from all classes; all test images among all class names.",
-    "cross-dataset": "Learned from all classes of the source; nothing is learned from the others, whose test images "
-    "are told apart among all their own class names.",
+    "cross-dataset": "Learned from all classes of the source and from no other data set; the test images of each are "
+    "classified among all of its class names.",
 }
 
 
 def how_made(summary: Summary) -> str:
-    """A few sentences on how the numbers were made."""
+    """How the numbers were made, in a few sentences."""
     seeds = sorted({one.seed for one in summary.results})
     shots = sorted({one.shots for one in summary.results})
     spread = "the mean ± the sample standard deviation over" if len(seeds) > 1 else "of"
@@ -234,9 +231,9 @@ def _synthetic_images(summary: Summary) -> str:
     chosen = {one.synthetic for one in summary.results if one.synthetic.shots is not None}
     filters = {one.filtered for one in chosen if one.shots}
     how = {True: "those with CLIP's best scores", False: "the first by seed (no filter)"}
-    told = " or ".join(text for filtered, text in how.items() if filtered in filters)
+    chosen_by = " or ".join(text for filtered, text in how.items() if filtered in filters)
     counts = _listed(sorted({one.shots for one in chosen if one.shots is not None}))
-    return f", {counts} synthetic ones" + (f": {told}" if told else "")
+    return f", {counts} synthetic ones" + (f": {chosen_by}" if chosen_by else "")
 
 
 def _listed(numbers: Sequence[int]) -> str:
@@ -249,7 +246,7 @@ def markdown_of(summary: Summary, tables: Sequence[Table]) -> str:
 
 
 def json_of(summary: Summary, environment: dict[str, str]) -> dict[str, Any]:
-    """``results.json``: every run with all that was measured, and the rows unrounded."""
+    """``results.json``: every run with everything measured, and the rows unrounded."""
     return {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -281,7 +278,5 @@ def _published_on(summary: Summary, recipe: str, dataset: str) -> list[tuple[str
         pairs = published.base_and_new(recipe, dataset), published.generalised(recipe, dataset)
         names = ("base-to-new", "generalised zero-shot")
         return [(name, one) for name, one in zip(names, pairs, strict=True) if one is not None]
-    value = published.transfer(recipe, summary.datasets[0]).get(dataset) if summary.source else None
-    if value is None:
-        return []
-    return [("cross-dataset", Published(values=(value,), source=published.transfer_source(recipe, [dataset])))]
+    found = published.transfer(recipe, summary.datasets[0]).get(dataset) if summary.source else None
+    return [] if found is None else [("cross-dataset", found)]

@@ -1,8 +1,9 @@
-"""What a run leaves: a result in its checkpoint's folder, or a note beside the folder that says why there is none."""
+"""The results of runs: scores in the folder of the checkpoint, or a failure next to it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ FORMAT = "clipship-comparison-run"
 FORMAT_VERSION = 1
 RESULT = "result.json"
 _ADDED_LATER = {"synthetic_shots", "synthetic_filter"}
-"""Fields that the results of older versions lack."""
+"""Fields that older versions did not write."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunResult:
-    """One run that ended, well or not."""
+    """A run that ended: its scores, or why it failed."""
 
     recipe: str
     method: str
@@ -30,22 +31,22 @@ class RunResult:
     seed: int
     shots: int
     synthetic_shots: int | None = None
-    """Synthetic images a class, if a number was asked for."""
+    """Synthetic images a class; None: as the recipe says."""
     synthetic_filter: bool = True
-    """Whether they are those with the best scores."""
+    """Whether they are those with the best CLIP scores."""
     identity: str
-    """As :class:`~clipship.training.compare.grid.GridRun` has it."""
+    """That of the :class:`~clipship.training.compare.grid.GridRun`."""
     error: str = ""
-    """Why there are no scores; empty: there are."""
+    """Why the run failed; empty if it has scores."""
     scores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """By data set."""
     losses: Sequence[Mapping[str, float]] = ()
     """One record an epoch."""
     learned_parameters: int = 0
     seconds: float = 0.0
-    """Training and evaluation, of the process that ended the run."""
+    """Of training and evaluation, in the process that ended the run."""
     resumed: bool = False
-    """Whether an earlier process had begun it, so that ``seconds`` is not all of it."""
+    """Whether an earlier process began it; ``seconds`` is then only a part."""
     selection: str = ""
     """Which weights were kept."""
     config: Mapping[str, Any] = field(default_factory=dict)
@@ -59,18 +60,18 @@ class RunResult:
 
     @property
     def name(self) -> str:
-        """For people."""
+        """Data set, recipe, images and seed, for people."""
         chosen = f", {self.synthetic}," if f"{self.synthetic}" else ""
         return f"{self.dataset} {self.recipe} {self.shots} shots{chosen} seed {self.seed}"
 
     @classmethod
     def failed(cls, run: GridRun, error: str) -> RunResult:
-        """The run has no scores because of ``error``."""
+        """The result of a run that failed."""
         return cls(**_names_of(run), error=" ".join(error.split()))
 
     @classmethod
     def done(cls, run: GridRun, **measured: Any) -> RunResult:
-        """The run has ended well."""
+        """The result of a run with scores."""
         return cls(**_names_of(run), config=run.config.to_json(), **measured)
 
 
@@ -90,17 +91,17 @@ def _names_of(run: GridRun) -> dict[str, Any]:
 
 
 def result_path(run: GridRun) -> Path:
-    """Where the result of a run that ended well is."""
+    """The file of the scores."""
     return run.folder / RESULT
 
 
 def failure_path(run: GridRun) -> Path:
-    """Where it is noted why the run has no result."""
+    """The file that says why the run failed."""
     return run.folder.with_name(f"{run.folder.name}.failed.json")
 
 
 def write_result(run: GridRun, result: RunResult) -> None:
-    """Put ``result`` where it belongs; a good one takes the place of an earlier failure."""
+    """Write ``result``; scores replace the note of an earlier failure."""
     path = failure_path(run) if result.error else result_path(run)
     write_json_atomic(path, {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(result)})
     if not result.error:
@@ -108,10 +109,10 @@ def write_result(run: GridRun, result: RunResult) -> None:
 
 
 def finished_result(run: GridRun) -> RunResult | None:
-    """The scores of the run if an earlier process has left them.
+    """The scores of the run; None if it has none yet.
 
     Raises:
-        UsageError: they are of a run with other settings or images.
+        UsageError: its folder holds the scores of other settings or images.
         CheckpointError: the file cannot be read.
     """
     if not result_path(run).is_file():
@@ -124,11 +125,36 @@ def finished_result(run: GridRun) -> RunResult | None:
     return result
 
 
+def ended_result(run: GridRun) -> RunResult | None:
+    """The scores of the run or the failure that is noted for it; None if it has not ended.
+
+    Raises:
+        UsageError, CheckpointError: as :func:`finished_result`.
+    """
+    result = finished_result(run)
+    if result is None and failure_path(run).is_file():
+        result = read_result(failure_path(run))
+    return result
+
+
+def forget_failures(runs: Sequence[GridRun], *, before_s: float) -> None:
+    """Delete the failures of earlier starts: their runs are retried.
+
+    Args:
+        runs: all runs, not only those of this process.
+        before_s: when this start began, in seconds since 1970; newer failures are of this start.
+    """
+    for path in map(failure_path, runs):
+        with suppress(FileNotFoundError):
+            if path.stat().st_mtime < before_s:
+                path.unlink()
+
+
 def read_result(path: Path) -> RunResult:
     """The result in the file ``path``.
 
     Raises:
-        CheckpointError: not one, or of another format version.
+        CheckpointError: the file holds something else, or has another format version.
     """
     advice = "delete the file, and the run is done again"
     content = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=CheckpointError, advice=advice)

@@ -1,13 +1,13 @@
-"""Means and spreads over seeds and data sets, as the papers have them.
+"""Means and spreads over seeds and data sets, as in the papers.
 
-A row is what the seeds of one recipe give on one data set; rows of averages take the average over the data sets for
-each seed first. Harmonic means are those of the averages; their spread is that of the seeds' own.
+An average over data sets is taken for each seed first. A harmonic mean is that of the averages; its spread is that of
+the harmonic means of the seeds.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -29,11 +29,16 @@ Numbers = Mapping[str, float | None]
 
 
 class Variant(NamedTuple):
-    """What the seeds of one row have in common, beside the data set."""
+    """What the runs of one row have in common besides the data set; they differ in their seeds."""
 
     recipe: str
     shots: int
     synthetic: Synthetic = OWN
+
+    @property
+    def label(self) -> str:
+        """The recipe, and the synthetic images it had."""
+        return self.recipe if self.synthetic.shots is None else f"{self.recipe}, {self.synthetic}"
 
 
 def variant_of(result: RunResult) -> Variant:
@@ -56,44 +61,32 @@ class Stat:
 
 @dataclass(frozen=True, kw_only=True)
 class SummaryRow:
-    """What one recipe reaches on one data set, or on average."""
+    """What a variant reaches on one data set, or on average."""
 
     dataset: str
-    recipe: str
-    shots: int
-    synthetic_shots: int | None = None
-    synthetic_filter: bool = True
+    variant: Variant
     stats: Mapping[str, Stat | None]
     """By name, those of :data:`ACCURACIES` and :data:`HARMONIC`."""
 
-    @property
-    def label(self) -> str:
-        """The recipe, and the synthetic images it had."""
-        return label_of(self.recipe, Synthetic(shots=self.synthetic_shots, filtered=self.synthetic_filter))
-
     def to_json(self) -> dict[str, Any]:
         """A JSON object with the unrounded numbers."""
-        return asdict(self)
+        recipe, shots, (synthetic_shots, synthetic_filter) = self.variant
+        return {
+            "dataset": self.dataset,
+            "recipe": recipe,
+            "shots": shots,
+            "synthetic_shots": synthetic_shots,
+            "synthetic_filter": synthetic_filter,
+            "stats": asdict(self)["stats"],
+        }
 
 
-def label_of(recipe: str, synthetic: Synthetic) -> str:
-    """The recipe, and the synthetic images it had."""
-    return recipe if synthetic.shots is None else f"{recipe}, {synthetic}"
-
-
-def row_of(dataset: str, recipe: str, shots: int, seeds: Sequence[Numbers], synthetic: Synthetic = OWN) -> SummaryRow:
+def row_of(dataset: str, variant: Variant, seeds: Sequence[Numbers]) -> SummaryRow:
     """The means over ``seeds``; a number that one seed lacks has none."""
     stats = {name: _stat([one.get(name) for one in seeds]) for name in ACCURACIES}
     for name, (first, second) in HARMONIC.items():
         stats[name] = _harmonic_stat(stats[first], stats[second], seeds, name)
-    return SummaryRow(
-        dataset=dataset,
-        recipe=recipe,
-        shots=shots,
-        synthetic_shots=synthetic.shots,
-        synthetic_filter=synthetic.filtered,
-        stats=stats,
-    )
+    return SummaryRow(dataset=dataset, variant=variant, stats=stats)
 
 
 def _stat(values: Sequence[float | None]) -> Stat | None:
@@ -115,15 +108,6 @@ def _harmonic_stat(first: Stat | None, second: Stat | None, seeds: Sequence[Numb
     )
 
 
-def scores_of(results: Iterable[RunResult], wanted: Variant, target: str, source: str) -> dict[int, Numbers]:
-    """By seed: the scores on ``target`` of the runs that learned from ``source``."""
-    return {
-        one.seed: one.scores[target]
-        for one in results
-        if (variant_of(one), one.dataset) == (wanted, source) and target in one.scores
-    }
-
-
 def averaged(datasets: Sequence[Mapping[int, Numbers]]) -> list[Numbers]:
     """For every seed that all data sets have, the mean over them of what all of them have."""
     shared = set.intersection(*(set(seeds) for seeds in datasets)) if datasets else set()
@@ -142,7 +126,7 @@ def _known(value: float | None) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
-    """What a recipe reaches with more and more images: a line of a figure, a row of a table."""
+    """Accuracy of a recipe against the number of images: a line of a figure, a row of a table."""
 
     recipe: str
     label: str
@@ -150,7 +134,7 @@ class Curve:
     """By number of images a class, real or synthetic ones."""
     filtered: bool = True
     level: bool = False
-    """Whether the recipe learns from none of the images, so that its one point stands for all numbers."""
+    """Whether the recipe learns from none of the images: its one point holds for all numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +149,7 @@ class Summary:
 
     @property
     def source(self) -> str | None:
-        """The one data set that was learned from, if the others are for testing only."""
+        """The only data set that was learned from, if the others are for testing."""
         return self.datasets[0] if self.protocol == "cross-dataset" else None
 
     @property
@@ -182,32 +166,31 @@ class Summary:
         found = {variant_of(one) for one in self.results if one.recipe in self.recipes}
         return sorted(found, key=lambda one: (self.recipes.index(one.recipe), one.shots, _place(one.synthetic)))
 
-    def row(self, dataset: str, recipe: str, shots: int, synthetic: Synthetic = OWN) -> SummaryRow:
-        """The means over the seeds on one data set."""
-        seeds = self._scores(dataset, Variant(recipe, shots, synthetic))
-        return row_of(dataset, recipe, shots, [*seeds.values()], synthetic)
+    def row(self, dataset: str, variant: Variant) -> SummaryRow:
+        """The means over the seeds on one data set; on :data:`AVERAGE`: over all targets."""
+        if dataset == AVERAGE:
+            return self.average(variant, self.targets)
+        return row_of(dataset, variant, [*self._scores(dataset, variant).values()])
 
-    def average(
-        self, recipe: str, shots: int, datasets: Sequence[str] | None = None, synthetic: Synthetic = OWN
-    ) -> SummaryRow:
-        """The means over the seeds of the averages over ``datasets`` (default: all targets)."""
-        names = self.targets if datasets is None else datasets
-        each = [self._scores(name, Variant(recipe, shots, synthetic)) for name in names]
-        return row_of(AVERAGE, recipe, shots, averaged(each), synthetic)
+    def average(self, variant: Variant, datasets: Sequence[str]) -> SummaryRow:
+        """The means over the seeds of the averages over ``datasets``."""
+        return row_of(AVERAGE, variant, averaged([self._scores(name, variant) for name in datasets]))
 
     def rows_of(self, datasets: Sequence[str], averaged_over: Sequence[str]) -> list[SummaryRow]:
-        """The rows of every variant on each of ``datasets``, then the averages over several."""
-        each = [self.row(name, *variant) for name in datasets for variant in self.variants()]
-        if len(averaged_over) < 2:
-            return each
-        return [
-            *each,
-            *(self.average(recipe, shots, averaged_over, chosen) for recipe, shots, chosen in self.variants()),
-        ]
+        """The rows of every variant on each of ``datasets``, then the averages if they are over several."""
+        rows = [self.row(name, variant) for name in datasets for variant in self.variants()]
+        if len(averaged_over) > 1:
+            rows += [self.average(variant, averaged_over) for variant in self.variants()]
+        return rows
 
     def rows(self) -> list[SummaryRow]:
         """Every row, averages last."""
         return self.rows_of(self.datasets, self.targets)
+
+    @property
+    def datasets_and_average(self) -> tuple[str, ...]:
+        """The data sets, and the average if there are several."""
+        return (*self.datasets, AVERAGE) if len(self.datasets) > 1 else self.datasets
 
     @property
     def is_over_synthetic(self) -> bool:
@@ -215,7 +198,7 @@ class Summary:
         return any(one.synthetic_shots is not None for one in self.results)
 
     def curves(self) -> list[Curve]:
-        """Accuracy against the number of images a class: synthetic ones where the runs differ in these, else real."""
+        """Accuracy against the number of synthetic images a class if the runs differ in it, else of real ones."""
         if not self.is_over_synthetic:
             each = {recipe: [one for one in self.variants() if one.recipe == recipe] for recipe in self.recipes}
             return [
@@ -246,7 +229,13 @@ class Summary:
         return any(one.scores.get(dataset, {}).get(name) is not None for one in self.results)
 
     def _scores(self, dataset: str, variant: Variant) -> dict[int, Numbers]:
-        return scores_of(self.results, variant, dataset, self.source or dataset)
+        """By seed."""
+        learned_from = self.source or dataset
+        return {
+            one.seed: one.scores[dataset]
+            for one in self.results
+            if (variant_of(one), one.dataset) == (variant, learned_from) and dataset in one.scores
+        }
 
 
 def _place(synthetic: Synthetic) -> tuple[int, bool]:

@@ -1,6 +1,6 @@
-"""Doing the runs: in this process, in several of this machine, or as one of the ranks of a launcher.
+"""Does the runs of a comparison, in this process or in several of this machine.
 
-The runs are independent, so nothing is shared but files. A run that fails is noted and the others go on.
+Runs share nothing but files. A run that fails is recorded, and the others go on.
 """
 
 from __future__ import annotations
@@ -8,21 +8,22 @@ from __future__ import annotations
 import io
 import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from concurrent.futures import Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
-from multiprocessing import connection, get_context, parent_process
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clipship.core.errors import ClipshipError
+from clipship.core.machine.runtimes import available_cores
 from clipship.core.progress import log, progress
 from clipship.training.compare.grid import FEATURES, GridRun
 from clipship.training.compare.results import RunResult, write_result
+from clipship.training.worker_pool import worker_pool
 
 if TYPE_CHECKING:
     from clipship.training.checkpoint import Checkpoint
@@ -31,21 +32,21 @@ if TYPE_CHECKING:
     from clipship.training.model.clip import Clip
 
 FAILURES = (ClipshipError, OSError, RuntimeError, ImportError, MemoryError)
-"""What ends a run and not the comparison: a bad image, a full disk, a GPU without memory. Our own mistakes are none."""
+"""These end one run: a bad image, a full disk, a GPU without memory. A bug of ours ends the comparison."""
 
 
 @dataclass(kw_only=True)
 class Worker:
-    """Does runs one after the other; the base model and the data sets stay loaded between them."""
+    """Does runs one after another, and keeps the base model and the data sets loaded between them."""
 
     device: str | None = None
     loader_workers: int = 0
-    """Distributed that prepare images."""
+    """Processes that prepare images."""
     _clips: dict[str, Clip] = field(default_factory=dict)
     _datasets: dict[Path, Dataset] = field(default_factory=dict)
 
     def result_of(self, run: GridRun) -> RunResult:
-        """Do ``run``, go on with it or find it done, and write its result; a failure is a result too."""
+        """Do ``run``, or resume it, and write its result; a failure is a result too."""
         try:
             result = self._measured(run)
         except FAILURES as error:
@@ -104,7 +105,7 @@ class Worker:
 
 
 def _scores(method: Method, dataset: Dataset, checkpoint: Checkpoint, cache: Path) -> dict[str, Any] | None:
-    """None where the method knows no other classes than those it has seen images of, and the data set has some."""
+    """None if the method classifies only the classes it learned from, and the data set has others."""
     from clipship.training.evaluation.evaluate import evaluate
 
     is_other = dataset.record.name != checkpoint.dataset
@@ -120,133 +121,97 @@ def _scores(method: Method, dataset: Dataset, checkpoint: Checkpoint, cache: Pat
     ).to_json()
 
 
-def do_runs(runs: Sequence[GridRun], *, jobs: int, device: str | None, loader_workers: int) -> Iterator[RunResult]:
-    """The results of ``runs`` as they end, ``jobs`` at the same time, with a line for each.
+def do_runs(
+    runs: Sequence[GridRun], *, jobs: int, device: str | None, loader_workers: int, first_gpu: int = 0
+) -> Iterator[RunResult]:
+    """The results of ``runs`` as they end, with a log line for each.
 
-    One after the other they show bars of their own; several at a time have one together.
+    Args:
+        runs: what to do.
+        jobs: how many at the same time; several run in worker processes.
+        device: of all runs; None: the GPUs in turn.
+        loader_workers: processes of each run that prepare images.
+        first_gpu: number of the GPU that the first job takes.
     """
+    if not runs:
+        return
     started_s = time.monotonic()
-    bar = progress("runs", len(runs)) if jobs > 1 else nullcontext()
+    bar = progress("runs", len(runs)) if jobs > 1 else nullcontext()  # a single job shows a bar for its run
+    devices = [device or _gpu(first_gpu + number) for number in range(min(jobs, len(runs)))]
     if jobs > 1:
-        results = _from_processes(runs, jobs, device, loader_workers)
+        results = _from_processes(runs, devices, loader_workers)
     else:
-        worker = Worker(device=device, loader_workers=loader_workers)
+        worker = Worker(device=devices[0], loader_workers=loader_workers)
         results = map(worker.result_of, runs)
     with bar as report:
         for done, result in enumerate(results, start=1):
             left_s = (time.monotonic() - started_s) / done * (len(runs) - done)
             left = f", about {left_s / 60:.0f} min left" if left_s >= 60 else ""
-            told = f"failed: {result.error}" if result.error else f"{result.seconds:.1f} s"
-            log(f"{result.name}: {told} ({done} of {len(runs)}{left})")
+            outcome = f"failed: {result.error}" if result.error else f"{result.seconds:.1f} s"
+            log(f"{result.name}: {outcome} ({done} of {len(runs)}{left})")
             if report is not None:
                 report(done, result.name)
             yield result
 
 
-@dataclass(kw_only=True)
-class _Process:
-    """A process that does runs, this end of its pipe, and the run it is at."""
-
-    process: BaseProcess
-    pipe: Connection
-    run: GridRun
-
-
-def _from_processes(runs: Sequence[GridRun], jobs: int, device: str | None, loader_workers: int) -> Iterator[RunResult]:
-    """The results of ``jobs`` processes; one that dies loses its run and no other."""
-    waiting = list(runs)
-    busy: list[_Process] = []
-
-    def start(number: int) -> None:
-        target = _target_device(device, number)
-        busy.append(_started(waiting.pop(0), target, loader_workers, jobs))
-
-    for number in range(min(jobs, len(waiting))):
-        start(number)
-    try:
-        while busy:
-            ready = connection.wait([one.pipe for one in busy])
-            for one in [one for one in busy if one.pipe in ready]:
-                result = _received(one)
-                if result is None:
-                    busy.remove(one)
-                    one.process.join()
-                    result = RunResult.failed(one.run, f"its process ended with exit code {one.process.exitcode}")
-                    write_result(one.run, result)
-                    if waiting:
-                        start(len(busy))
-                elif waiting:
-                    one.run = waiting.pop(0)
-                    one.pipe.send(one.run)
-                else:
-                    busy.remove(one)
-                    one.pipe.close()
-                    one.process.join()
-                yield result
-    finally:
-        for one in busy:
-            one.process.terminate()
-            one.process.join()
-
-
-def _target_device(device: str | None, number: int) -> str | None:
-    """Several GPUs are taken in turn."""
-    if device is not None:
-        return device
+def _gpu(number: int) -> str | None:
+    """GPUs are taken in turn; None lets PyTorch choose where there is at most one."""
     import torch
 
     gpus = torch.cuda.device_count()
     return f"cuda:{number % gpus}" if gpus > 1 else None
 
 
-def _started(run: GridRun, device: str | None, loader_workers: int, jobs: int) -> _Process:
-    context = get_context("spawn")  # forking a process in which torch runs threads can deadlock
-    ours, theirs = context.Pipe()
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
-    # Not daemonic: those may have no children, and the loader's workers are its children.
-    process = context.Process(target=_serve, args=(theirs, device, loader_workers, threads))
-    process.start()
-    theirs.close()
-    ours.send(run)
-    return _Process(process=process, pipe=ours, run=run)
+def _from_processes(runs: Sequence[GridRun], devices: Sequence[str | None], loader_workers: int) -> Iterator[RunResult]:
+    """The results of one process for each of ``devices``.
+
+    Each process has its own pool: if it dies, it breaks that pool only and loses its run only.
+    """
+    waiting, busy = list(reversed(runs)), dict[Future[RunResult], tuple[GridRun, int]]()
+    threads = max(1, available_cores() // len(devices))
+    with ExitStack() as stack:
+        pools = [stack.enter_context(worker_pool(1, _prepare_process, threads)) for _ in devices]
+
+        def start(number: int) -> None:
+            run = waiting.pop()
+            busy[pools[number].submit(_result_in_process, run, devices[number], loader_workers)] = run, number
+
+        for number in range(len(devices)):
+            start(number)
+        while busy:
+            ended = next(as_completed(busy))
+            run, number = busy.pop(ended)
+            try:
+                result = ended.result()
+            except BrokenProcessPool:
+                result = RunResult.failed(run, "its process was killed or ran out of memory")
+                write_result(run, result)
+                pools[number] = stack.enter_context(worker_pool(1, _prepare_process, threads))
+            if waiting:
+                start(number)
+            yield result
 
 
-def _received(one: _Process) -> RunResult | None:
-    """What the process sends, None if it has died."""
-    try:
-        result: RunResult = one.pipe.recv()
-    except (EOFError, ConnectionError):
-        return None
-    return result
-
-
-def _serve(pipe: Connection, device: str | None, loader_workers: int, threads: int) -> None:
-    """In a process of its own: do the runs that come through ``pipe`` until it is closed."""
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+def _prepare_process(threads: int) -> None:
     sys.stderr = _Log(open(2, "wb", closefd=False), write_through=True)  # noqa: SIM115 - as long as the process
     os.environ["OMP_NUM_THREADS"] = str(threads)
     import torch
 
     torch.set_num_threads(threads)
-    worker = Worker(device=device, loader_workers=loader_workers)
-    while True:
-        try:
-            run: GridRun = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(worker.result_of(run))
+
+
+def _result_in_process(run: GridRun, device: str | None, loader_workers: int) -> RunResult:
+    return _worker(device, loader_workers).result_of(run)
+
+
+@cache
+def _worker(device: str | None, loader_workers: int) -> Worker:
+    """The one worker of this process, with what it has loaded."""
+    return Worker(device=device, loader_workers=loader_workers)
 
 
 class _Log(io.TextIOWrapper):
-    """A stderr on which no bar is drawn: several processes would draw over each other's."""
+    """A stderr on which no bar is drawn: the bars of several processes would overwrite each other."""
 
     def isatty(self) -> bool:
         return False
-
-
-def _end_with_parent() -> None:
-    # A killed parent cannot tell its workers to stop, and a second start would meet them in the same folders.
-    parent = parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)

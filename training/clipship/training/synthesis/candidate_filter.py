@@ -1,8 +1,7 @@
-"""Which candidates are kept: CLIP scores, the best N, near-duplicates dropped.
+"""Which candidates are kept: the best N by CLIP score, without near-duplicates.
 
-Near-duplicates are found with the features that the score needs anyway: no further library or pass over the images, and
-CLIP looks at what training looks at, while a perceptual hash of small pictures of one thing on a plain ground takes
-different ones for equal.
+Near-duplicates are found by the features that are computed for the score anyway. A perceptual hash would take different
+small pictures of one thing on a plain background for equal.
 
 Shapes: N candidates of a class, C classes, D joint dimensions.
 """
@@ -20,31 +19,31 @@ from torch.nn import functional
 from clipship.training.inputs.features import evaluation_features
 from clipship.training.model import prompts
 from clipship.training.model.clip import Clip, load_clip
-from clipship.training.synthesis.class_prompts import Subjects
+from clipship.training.synthesis.class_prompts import ClassPrompts
 from clipship.training.synthesis.config import SynthesisConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class FilterDecision:
-    """What becomes of a candidate."""
+    """Whether a candidate is kept, and why not."""
 
     score: float | None
     reason: str | None
-    """Why it is not kept; None where it is."""
+    """Why it is dropped; None if it is kept."""
 
 
 class Scorer:
-    """The CLIP that scores, and what it makes of the classes.
+    """The CLIP that scores, with the features of the classes.
 
     Raises:
         RecipeError: an unknown CLIP.
         DataError: a class name is too long for it.
     """
 
-    def __init__(self, name: str, subjects: Subjects) -> None:
+    def __init__(self, name: str, class_prompts: ClassPrompts) -> None:
         self.clip: Clip = load_clip(name)
-        self.class_names = subjects.class_names
-        texts = [class_feature(self.clip, subjects.plain_prompts[one]) for one in subjects.class_names]
+        self.class_names = class_prompts.class_names
+        texts = [class_feature(self.clip, class_prompts.plain_prompts[one]) for one in class_prompts.class_names]
         self._texts_CD = torch.stack(texts)
 
     def features(self, paths: Sequence[Path], device: torch.device) -> Tensor:
@@ -56,10 +55,10 @@ class Scorer:
         self.clip.to(device)
         return evaluation_features(self.clip, paths)
 
-    def verdicts(
+    def decisions(
         self, config: SynthesisConfig, class_name: str, seeds: Sequence[int], features_ND: Tensor
     ) -> list[FilterDecision]:
-        """What becomes of the candidates of a class; see :func:`choose`."""
+        """The decisions on the candidates of a class; see :func:`choose`."""
         label = self.class_names.index(class_name)
         scores_NC = features_ND @ self._texts_CD.T
         others = [None if best == label else self.class_names[best] for best in scores_NC.argmax(dim=1).tolist()]
@@ -90,12 +89,12 @@ def choose(
 
     Args:
         config: how many, and from which cosine two images are near-duplicates.
-        seeds: of the candidates, to name a duplicate's original.
+        seeds: of the candidates, to name the original of a duplicate.
         scores_N: their cosines with the class.
         features_ND: their unit features.
-        taken_for: another class that a candidate is not to be taken for, but is; None where it is fine.
+        taken_for: by candidate, another class that CLIP takes it for; None if it passes.
     """
-    verdicts: dict[int, FilterDecision] = {}
+    decisions: dict[int, FilterDecision] = {}
     kept: list[int] = []
     for place in torch.argsort(scores_N, descending=True, stable=True).tolist():
         reason = f"taken for {taken_for[place]}" if taken_for[place] is not None else None
@@ -104,8 +103,8 @@ def choose(
             reason = f"not among the {config.keep} best scores"
         if reason is None:
             kept.append(place)
-        verdicts[place] = FilterDecision(score=float(scores_N[place]), reason=reason)
-    return [verdicts[place] for place in range(len(seeds))]
+        decisions[place] = FilterDecision(score=float(scores_N[place]), reason=reason)
+    return [decisions[place] for place in range(len(seeds))]
 
 
 def first_ones(config: SynthesisConfig, count: int) -> list[FilterDecision]:

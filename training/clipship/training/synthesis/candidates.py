@@ -1,4 +1,4 @@
-"""Which images a set needs, each with a seed of its own, and in which batches they are made."""
+"""The candidates of a set, each with its own seed, and the batches they are made in."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from clipship.training.synthesis.class_prompts import Subjects
+from clipship.training.synthesis.class_prompts import ClassPrompts
 from clipship.training.synthesis.config import MAX_TRIES, SynthesisConfig
 from clipship.training.synthetic_set import IMAGE_FOLDER, folder_of
 
@@ -17,13 +17,13 @@ SUFFIXES = {"webp": ".webp", "jpeg": ".jpg"}
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
-    """One image to make."""
+    """An image to make."""
 
     class_name: str
     place: int
     """Its number among all images of the set: class by class."""
     attempt: int
-    """How many of its seeds gave an image that could not be used."""
+    """How many seeds were tried before this one."""
     seed: int
     prompt: str
     source: str | None
@@ -31,40 +31,39 @@ class Candidate:
 
     @property
     def key(self) -> tuple[int, int]:
-        """What tells it from all others."""
+        """Unique in a set."""
         return self.place, self.attempt
 
-    def path(self, config: SynthesisConfig) -> str:
+    def file_path(self, config: SynthesisConfig) -> str:
         """Its file, below the set's folder."""
         file = f"{self.seed}{SUFFIXES[config.image_format]}"
         return str(PurePosixPath(IMAGE_FOLDER, folder_of(self.class_name), file))
 
 
 def seed_of(seed: int, class_name: str, number: int, attempt: int = 0) -> int:
-    """The seed of image ``number`` of a class, from 0 to 2**52: no other class or number has one near it.
+    """The seed of image ``number`` of a class, from 0 to 2**52, at least :data:`MAX_TRIES` from any other.
 
-    It depends on nothing else, so more candidates or classes leave the images that are there as they are. Attempts
-    count up from it, at most :data:`MAX_TRIES` of them.
+    It depends on nothing else: more candidates or classes do not change existing images. Attempts count up from it.
     """
     digest = hashlib.sha256(json.dumps([seed, class_name, number]).encode()).digest()
     return int.from_bytes(digest[:6], "big") * MAX_TRIES + attempt
 
 
-def candidates_of(config: SynthesisConfig, subjects: Subjects, attempt: int = 0) -> list[Candidate]:
+def candidates_of(config: SynthesisConfig, class_prompts: ClassPrompts, attempt: int = 0) -> list[Candidate]:
     """All images of the set, class by class, each with the seed of ``attempt``."""
     return [
-        _candidate(config, subjects, place, class_name, number, attempt)
+        _candidate(config, class_prompts, place, class_name, number, attempt)
         for place, (class_name, number) in enumerate(
-            (class_name, number) for class_name in subjects.class_names for number in range(config.candidates)
+            (class_name, number) for class_name in class_prompts.class_names for number in range(config.candidates)
         )
     ]
 
 
 def _candidate(
-    config: SynthesisConfig, subjects: Subjects, place: int, class_name: str, number: int, attempt: int
+    config: SynthesisConfig, class_prompts: ClassPrompts, place: int, class_name: str, number: int, attempt: int
 ) -> Candidate:
-    prompts = subjects.prompts[class_name]
-    sources = subjects.sources.get(class_name, ())
+    prompts = class_prompts.prompts[class_name]
+    sources = class_prompts.sources.get(class_name, ())
     return Candidate(
         class_name=class_name,
         place=place,
@@ -80,8 +79,8 @@ def batches_of(
 ) -> Iterator[list[Candidate]]:
     """``candidates`` in batches of ``size``, without those that are ``done``.
 
-    The cut does not depend on what is done: an image may differ in its last bit with the images beside it, and a run
-    that was interrupted must give the same ones. Images from text and from images are never in one batch.
+    The cut does not depend on what is done: the batch may change the last bit of an image, and an interrupted run
+    has to give the same images. A batch is text-to-image or image-to-image, never both.
     """
     for has_source in (False, True):
         kind = [one for one in candidates if (one.source is not None) == has_source]

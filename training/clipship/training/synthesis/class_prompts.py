@@ -1,4 +1,4 @@
-"""What images are to show: class names from any file that names classes, their prompts, their real images."""
+"""The classes of a set: names from any file that lists classes, their prompts and their real images."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from clipship.training.synthetic_set import validate_class_folders
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subjects:
-    """The classes of a synthetic set; image number n of a class is made from prompt n, and from real image n, in turn.
+class ClassPrompts:
+    """Prompts and real images of the classes of a set; the images of a class cycle through both.
 
     Raises:
-        DataError: a class name that says nothing, or two that would share a folder.
+        DataError: a class name is blank, or two would share a folder.
     """
 
     class_names: tuple[str, ...]
@@ -30,9 +30,9 @@ class Subjects:
     prompts: Mapping[str, tuple[str, ...]]
     """By class, what its images are made from."""
     plain_prompts: Mapping[str, tuple[str, ...]]
-    """By class, what its images are scored against: names and templates, without contexts and captions."""
+    """By class, what its images are scored against: templates without contexts and captions."""
     sources: Mapping[str, tuple[Path, ...]] = field(default_factory=dict)
-    """By class, the real images of image-to-image; a class that has none is made from text alone."""
+    """By class, the real images for image-to-image; a class without any is made from text."""
 
     def __post_init__(self) -> None:
         for name in self.class_names:
@@ -42,7 +42,7 @@ class Subjects:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over prompts and file names of real images: what images are made from besides the settings."""
+        """SHA-256 over prompts and file names of real images."""
         sources = {name: [path.name for path in paths] for name, paths in self.sources.items()}
         return sha256_of_text(json.dumps([dict(self.prompts), sources], sort_keys=True))
 
@@ -51,7 +51,7 @@ def vocabulary_of(path: Path) -> Vocabulary:
     """Class names and templates of a text file, a JSON list or vocabulary, or a data set as ``train --data`` takes it.
 
     Raises:
-        DataError: nothing of the kind, no names, or one that is empty or repeated.
+        DataError: the file is none of these, or a name is missing, empty or repeated.
     """
     if path.is_dir() or path.suffix.lower() in LIST_SUFFIXES:
         dataset = load_dataset(path)
@@ -67,7 +67,7 @@ def contexts_of(path: Path) -> tuple[str, ...]:
     """The contexts of a text file, one a line; blank lines and # comments are skipped.
 
     Raises:
-        DataError: the file is missing, no text, or has none.
+        DataError: the file is missing, not a text, or empty.
     """
     lines = lines_from_file(path)
     if not lines:
@@ -79,7 +79,7 @@ def captions_of(path: Path, class_names: Sequence[str]) -> dict[str, tuple[str, 
     """Prompts by class from a JSON file ``{"class name": ["prompt", ...]}``, such as a language model writes.
 
     Raises:
-        DataError: no such object, a class that is not one of ``class_names``, or one without prompts.
+        DataError: the file holds something else, an unknown class, or a class without prompts.
     """
     content = _json_of(path, "prompts")
     if not isinstance(content, dict):
@@ -92,13 +92,13 @@ def captions_of(path: Path, class_names: Sequence[str]) -> dict[str, tuple[str, 
     return {name: tuple(prompts) for name, prompts in content.items()}
 
 
-def subjects_of(
+def class_prompts_of(
     config: SynthesisConfig, vocabulary: Vocabulary, captions: Mapping[str, tuple[str, ...]] | None = None
-) -> Subjects:
-    """The classes of ``vocabulary`` with the prompts of ``config``; a class in ``captions`` has those instead.
+) -> ClassPrompts:
+    """The classes of ``vocabulary`` with the prompts of ``config``, or with their ``captions``.
 
     Raises:
-        DataError: as :class:`Subjects`.
+        DataError: as :class:`ClassPrompts`.
     """
     templates = config.templates or vocabulary.templates
     plain, prompts = {}, {}
@@ -106,7 +106,7 @@ def subjects_of(
         plain[name] = tuple(prompt_of(vocabulary.words[row], template) for template in templates for row in rows)
         varied = tuple(with_context(prompt, one) for one in config.contexts for prompt in plain[name])
         prompts[name] = (captions or {}).get(name) or varied or plain[name]
-    return Subjects(class_names=vocabulary.names, template=templates[0], prompts=prompts, plain_prompts=plain)
+    return ClassPrompts(class_names=vocabulary.names, template=templates[0], prompts=prompts, plain_prompts=plain)
 
 
 def with_context(prompt: str, context: str) -> str:
@@ -115,29 +115,31 @@ def with_context(prompt: str, context: str) -> str:
     return f"{words}{'' if context.startswith(',') else ' '}{context}{stop}"
 
 
-def with_images(subjects: Subjects, path: Path, config: SynthesisConfig, *, classes: str = "base") -> Subjects:
-    """``subjects`` with the few-shot sample that training takes from the data set at ``path`` with the same seed.
+def with_images(
+    class_prompts: ClassPrompts, path: Path, config: SynthesisConfig, *, classes: str = "base"
+) -> ClassPrompts:
+    """``class_prompts`` with the few-shot sample that training takes from the data set at ``path`` with the same seed.
 
     Args:
-        subjects: what is to be shown.
+        class_prompts: the classes.
         path: a data set as ``train --data`` takes it, class folders among them.
         config: gives shots and seed.
         classes: "base": only base classes have real images, as in base-to-new; "all": every class.
 
     Raises:
-        DataError: no data set, too few images, or none of the classes has any.
+        DataError: there is no data set, it has too few images, or none of the classes.
     """
     dataset = load_dataset(path)
     learned = dataset.num_base if classes == "base" else len(dataset.class_names)
     items, _ = few_shot(replace(dataset, base_classes=learned), config.shots, config.seed)
-    names = {_words(name): name for name in subjects.class_names}
+    names = {_words(name): name for name in class_prompts.class_names}
     sources: dict[str, list[Path]] = {}
     for item in items:
         if item.label < learned and _words(item.class_name) in names:
             sources.setdefault(names[_words(item.class_name)], []).append(item.path)
     if not sources:
         raise DataError(f"{path}: has images of none of the classes: give the data set whose classes --classes names")
-    return replace(subjects, sources={name: tuple(paths) for name, paths in sources.items()})
+    return replace(class_prompts, sources={name: tuple(paths) for name, paths in sources.items()})
 
 
 def _words(name: str) -> str:

@@ -12,17 +12,17 @@ from clipship.core.cli.main import emit, json_option, option_group
 from clipship.core.errors import UsageError
 
 if TYPE_CHECKING:
-    from clipship.training.synthesis.class_prompts import Subjects
+    from clipship.training.synthesis.class_prompts import ClassPrompts
     from clipship.training.synthesis.config import SynthesisConfig
     from clipship.training.synthetic_set import SyntheticSet
 
 _FILE = click.Path(path_type=Path)
 
 _prompt_options = option_group(
-    click.option("--template", multiple=True, metavar="TEXT", help="A prompt with {} for the class; several times."),
-    click.option("--context-file", type=_FILE, help="Words put behind the prompts, one a line."),
-    click.option("--prompt-file", type=_FILE, help='JSON, {"class": ["prompt", ...]}, in the place of templates.'),
-    click.option("--negative-prompt", metavar="TEXT", help="What images are to be unlike."),
+    click.option("--template", multiple=True, metavar="TEXT", help="A prompt with {} for the class; repeatable."),
+    click.option("--context-file", type=_FILE, help="Words added to the prompts, one context a line."),
+    click.option("--prompt-file", type=_FILE, help='JSON, {"class": ["prompt", ...]}, instead of templates.'),
+    click.option("--negative-prompt", metavar="TEXT", help="What images should not show."),
 )
 _pipeline_options = option_group(
     click.option(
@@ -34,24 +34,24 @@ _pipeline_options = option_group(
     click.option("--guidance", type=click.FloatRange(min=0), help="Classifier-free guidance scale."),
     click.option("--size", "size_px", type=click.IntRange(min=8), metavar="PIXELS", help="Side of the images."),
     click.option("--precision", type=click.Choice(["auto", "fp32", "bf16", "fp16"]), help="Of the pipeline."),
-    click.option("--batch-size", type=click.IntRange(min=1), help="Images made at once."),
+    click.option("--batch-size", type=click.IntRange(min=1), help="Images a batch."),
 )
 _image_options = option_group(
-    click.option("--images", type=_FILE, help="A data set whose few-shot sample image-to-image starts from."),
+    click.option("--images", type=_FILE, help="A data set; image-to-image starts from its few-shot sample."),
     click.option("--image-classes", type=click.Choice(["base", "all"]), default="base", show_default=True,
                  help="Which classes have real images."),
     click.option("--shots", type=click.IntRange(min=0), help="Real images a class; 0: all."),
     click.option("--strength", type=click.FloatRange(min=0, max=1), help="Noise added to real images."),
 )  # fmt: skip
 _choice_options = option_group(
-    click.option("--candidates", type=click.IntRange(min=1), help="Images made of a class."),
-    click.option("--keep", type=click.IntRange(min=1), help="Images kept of a class."),
+    click.option("--candidates", type=click.IntRange(min=1), help="Images to make of each class."),
+    click.option("--keep", type=click.IntRange(min=1), help="Images to keep of each class."),
     click.option("--scorer", metavar="NAME", help="The CLIP that scores, as train --base-model takes it."),
-    click.option("--filter", type=click.Choice(["similarity", "class", "none"]), help="What is kept."),
+    click.option("--filter", type=click.Choice(["similarity", "class", "none"]), help="How images are chosen."),
     click.option("--duplicates", type=click.FloatRange(min=0, max=1, min_open=True), metavar="COSINE",
-                 help="From which cosine two images of a class are one; 1: keep them all."),
+                 help="Cosine from which two images are duplicates; 1: keep all."),
     click.option("--format", "image_format", type=click.Choice(["webp", "jpeg"]), help="Of the image files."),
-    click.option("--seed", type=click.IntRange(min=0), help="Another one gives other images."),
+    click.option("--seed", type=click.IntRange(min=0), help="Images depend on it."),
 )  # fmt: skip
 
 
@@ -66,9 +66,9 @@ _choice_options = option_group(
 @click.option("--device", help="A torch device; default: the GPU if there is one.")
 @json_option
 def synthesize(recipe: str, classes: Path, out: Path, device: str | None, as_json: bool, **given: Any) -> None:
-    """Make images of classes with RECIPE; clipship recipes lists them, an option takes the place of what one says.
+    """Make images of classes with RECIPE (see clipship recipes); options override its settings.
 
-    Killed and started again it goes on where it was. Under accelerate launch or torchrun each process makes its share.
+    Killed and started again, it resumes. Under accelerate launch or torchrun each process makes its share.
 
     Example: clipship synthesize tiny --classes world/prints --out world/prints/synthetic
     """
@@ -76,8 +76,8 @@ def synthesize(recipe: str, classes: Path, out: Path, device: str | None, as_jso
 
     with needs_training():
         from clipship.training.synthesis.run import synthesize as run
-    config, subjects = _asked_for(recipe, classes, given)
-    made = run(config, subjects, out=out, device=validated_device(device))
+    config, class_prompts = _asked_for(recipe, classes, given)
+    made = run(config, class_prompts, out=out, device=validated_device(device))
     if made is not None:
         result = summary(made)
         kept, total = result["kept"], result["candidates"]
@@ -85,12 +85,12 @@ def synthesize(recipe: str, classes: Path, out: Path, device: str | None, as_jso
         emit(result, text, as_json=as_json)
 
 
-def _asked_for(recipe: str, classes: Path, given: dict[str, Any]) -> tuple[SynthesisConfig, Subjects]:
-    """The recipe with what the options change, and what is to be shown."""
+def _asked_for(recipe: str, classes: Path, given: dict[str, Any]) -> tuple[SynthesisConfig, ClassPrompts]:
+    """The settings of the recipe, overridden by the options, and the prompts."""
     from clipship.training.synthesis.class_prompts import (
         captions_of,
+        class_prompts_of,
         contexts_of,
-        subjects_of,
         vocabulary_of,
         with_images,
     )
@@ -102,19 +102,19 @@ def _asked_for(recipe: str, classes: Path, given: dict[str, Any]) -> tuple[Synth
     if contexts is not None:
         given["contexts"] = contexts_of(contexts)
     if given["pipeline"] and Path(given["pipeline"]).is_dir():
-        given["pipeline"] = str(Path(given["pipeline"]).resolve())  # noted in the set, which may be used from anywhere
+        given["pipeline"] = str(Path(given["pipeline"]).resolve())  # the set records it
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     vocabulary = vocabulary_of(classes)
-    subjects = subjects_of(config, vocabulary, captions_of(captions, vocabulary.names) if captions else None)
+    class_prompts = class_prompts_of(config, vocabulary, captions_of(captions, vocabulary.names) if captions else None)
     if images is not None:
-        return config, with_images(subjects, images, config, classes=image_classes)
+        return config, with_images(class_prompts, images, config, classes=image_classes)
     if config.strength and given["strength"] is None:
         raise UsageError(f"recipe {recipe} starts from real images: give --images DIR, or --strength 0 for text alone")
-    return config, subjects
+    return config, class_prompts
 
 
 def summary(made: SyntheticSet) -> dict[str, Any]:
-    """Counts of a set: classes, candidates, kept images, and the classes that have fewer than were asked for."""
+    """Counts of a set: classes, candidates, kept images, and the classes with fewer than wanted."""
     kept = {name: len(made.kept(name)) for name in made.class_names}
     return {
         "path": str(made.folder),

@@ -1,4 +1,4 @@
-"""Everything that decides what a synthetic set holds: one frozen record, checked when it is made."""
+"""The settings of a synthetic set: one frozen dataclass, validated when it is made."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
 FILTERS = ("similarity", "class", "none")
 IMAGE_FORMATS = ("webp", "jpeg")
 MAX_TRIES = 16
-"""Seeds that one candidate has room for; see :func:`clipship.training.synthesis.candidates.seed_of`."""
+"""Maximum of seeds tried for one candidate; see :func:`clipship.training.synthesis.candidates.seed_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +20,7 @@ class SynthesisConfig:
     """Settings of one synthetic set.
 
     Raises:
-        RecipeError: a setting out of range, or two that contradict each other.
+        RecipeError: a setting is out of range, or two contradict each other.
     """
 
     recipe: str
@@ -30,7 +30,7 @@ class SynthesisConfig:
     revision: str = ""
     """Branch, tag or commit of a hub id; empty: its main branch."""
     variant: str = ""
-    """Weight files such as "fp16" that are taken where there are any."""
+    """Variant of the weight files such as "fp16", used if it exists."""
     scheduler: str = ""
     """A scheduler class of diffusers; empty: the pipeline's own."""
     steps: int = 50
@@ -38,9 +38,9 @@ class SynthesisConfig:
     guidance: float = 7.5
     """Classifier-free guidance scale; at most 1 is none."""
     negative_prompt: str = ""
-    """What images are to be unlike."""
+    """What images should not show."""
     max_tokens: int = 0
-    """Tokens of a T5 text encoder; 0: the pipeline's own."""
+    """Maximum tokens of a T5 text encoder; 0: the pipeline's own."""
     size_px: int = 0
     """Side of the square images; 0: the pipeline's own."""
 
@@ -49,24 +49,24 @@ class SynthesisConfig:
     keep: int = 16
     """Images kept of a class (N)."""
     templates: tuple[str, ...] = ()
-    """Prompts with ``{}`` for the class name; empty: those that come with the class names."""
+    """Prompts with ``{}`` for the class name; empty: those of the vocabulary."""
     contexts: tuple[str, ...] = ()
-    """Words put behind the prompt, such as "in the snow"."""
+    """Words added to the prompt, such as "in the snow"."""
     strength: float = 0.0
-    """Noise added to real images, for image-to-image; 0: from text alone."""
+    """Noise added to real images, for image-to-image; 0: text-to-image."""
     shots: int = 16
     """Real images a class that image-to-image starts from; 0: all there are."""
 
     precision: str = AUTO
-    """Of the pipeline: fp32, bf16, fp16, or what the device does best."""
+    """Of the pipeline: fp32, bf16, fp16, or auto for what the device runs best."""
     batch_size: int = 8
-    """Images made at once."""
+    """Images a batch."""
     scorer: str = "ViT-B-16/openai"
     """The CLIP that scores, as :func:`clipship.training.model.clip.load_clip` takes it."""
     filter: str = "similarity"
-    """Keep the best by "similarity" to the class, of those that CLIP takes for their "class", or the first ("none")."""
+    """Keep the best by "similarity", the best that CLIP also takes for their own "class", or the first ("none")."""
     duplicates: float = 0.98
-    """CLIP cosine from which two images of a class are near-duplicates; 1: none are."""
+    """CLIP cosine from which two images of a class count as near-duplicates; 1: never."""
     tries: int = 4
     """Seeds tried for an image until one is neither flagged nor blank."""
     image_format: str = "webp"
@@ -74,7 +74,7 @@ class SynthesisConfig:
     quality: int = 92
     """Of the image files, 1 to 100."""
     seed: int = 1
-    """Another one gives other images."""
+    """Images depend on it."""
 
     def __post_init__(self) -> None:
         for name, accepted in _CHOICES.items():

@@ -1,4 +1,4 @@
-"""Contact sheets: all candidates of a class at a glance, kept ones first, each with its score."""
+"""Contact sheets: the candidates of a class with their scores, kept ones first."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from clipship.training.synthetic_set import SHEET_FOLDER, SyntheticImage, folder
 CELL_PX = 128
 COLUMNS = 8
 MOST = 96
-"""Images on a sheet; the best ones where there are more."""
+"""Maximum of images on a sheet; the best ones are shown."""
 
 _FRAME_PX, _TEXT_PX = 4, 14
 _KEPT, _DROPPED, _INK, _PAPER = (30, 150, 60), (200, 60, 50), (20, 20, 20), (250, 250, 250)
@@ -24,7 +24,7 @@ _KEPT, _DROPPED, _INK, _PAPER = (30, 150, 60), (200, 60, 50), (20, 20, 20), (250
 def write_sheet(folder: Path, class_name: str, images: Sequence[SyntheticImage]) -> None:
     """Write the sheet of a class to ``folder/sheets``: kept images framed green, the others red; scores below.
 
-    Images without a file, such as those that the safety checker took out, are left out.
+    Images without a file, such as those the safety checker rejected, are left out.
 
     Raises:
         DataError: an image cannot be decoded.
@@ -54,5 +54,5 @@ def _in_order(images: Sequence[SyntheticImage]) -> list[SyntheticImage]:
 
 
 def _write(draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str) -> None:
-    """In Pillow's own font, which has Latin letters only; others come out as boxes."""
+    """Draw ``text`` in Pillow's own font; letters that are not Latin become boxes."""
     draw.text(place, text, fill=_INK, font=ImageFont.load_default(size=11))

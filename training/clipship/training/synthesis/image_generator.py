@@ -1,4 +1,4 @@
-"""A text-to-image pipeline that makes batches of candidates, each image from a seed of its own."""
+"""A loaded text-to-image pipeline that generates batches of candidates, each from its own seed."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from clipship.core.errors import DataError, RecipeError, near
 from clipship.core.progress import log
 from clipship.training.inputs.batches import decoded
 from clipship.training.synthesis.candidates import Candidate
-from clipship.training.synthesis.class_prompts import Subjects
+from clipship.training.synthesis.class_prompts import ClassPrompts
 from clipship.training.synthesis.config import AUTO, SynthesisConfig
 from clipship.training.synthesis.pipelines import PipelineFolder
 
 BYTES_PER_PIXEL = 4096
-"""Working memory of an image in half precision, by its pixels: an estimate, about 1 GiB at 512 x 512."""
+"""Estimated working memory in half precision: about 1 GiB for an image of 512 x 512."""
 FLAGGED = "flagged by the pipeline's safety checker"
 BLANK = "blank: one colour everywhere"
 
@@ -30,21 +30,21 @@ _TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
-    """Where the weights lie, and how much is computed at once."""
+    """Where the weights are, and whether work is split to save memory."""
 
     offload: bool = False
-    """Each part comes to the card when it is its turn: slower, and only the largest part must fit."""
+    """Move each part to the GPU for its turn: slower, but only the largest part has to fit."""
     slicing: bool = False
-    """Attention head by head, decoder image by image: a little slower, with much less memory."""
+    """Attention head by head, decoder image by image: slightly slower, with much less memory."""
 
 
 def placement_of(*, free_bytes: int | None, weights_bytes: int, batch_size: int, size_px: int) -> Placement:
-    """The quickest layout that fits.
+    """The fastest placement that fits.
 
     Args:
-        free_bytes: of the card; None where there is none, and everything is done as it is.
+        free_bytes: of the GPU; None on a CPU.
         weights_bytes: of all parts of the pipeline, in its precision.
-        batch_size: images made at once.
+        batch_size: images a batch.
         size_px: side of the images.
     """
     if free_bytes is None:
@@ -56,15 +56,15 @@ def placement_of(*, free_bytes: int | None, weights_bytes: int, batch_size: int,
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
-    """What came of a candidate: an image, or the reason why there is none."""
+class GeneratedImage:
+    """An image, or the reason why there is none."""
 
     image: Image.Image | None
     reason: str | None
 
 
 def precision_for(precision: str, device: torch.device) -> str:
-    """``precision``, or what ``device`` does best where that is "auto"."""
+    """``precision``; for "auto" the one that ``device`` runs best."""
     if precision != AUTO:
         return precision
     if device.type != "cuda":
@@ -76,7 +76,7 @@ class ImageGenerator:
     """A loaded pipeline with the settings of a set.
 
     Raises:
-        RecipeError: it cannot be loaded, has no such scheduler, or takes no negative prompt where one is given.
+        RecipeError: the pipeline cannot be loaded, or does not support the scheduler or the negative prompt.
     """
 
     def __init__(self, folder: PipelineFolder, config: SynthesisConfig, device: torch.device) -> None:
@@ -91,21 +91,21 @@ class ImageGenerator:
         if config.negative_prompt and "negative_prompt" not in _parameters(self._text):
             raise RecipeError(f"pipeline {folder.name} takes no negative prompt: leave it out")
         self.placement = self._placed(self._text)
-        self._quiet(self._text)
+        self._text.set_progress_bar_config(disable=True)
 
     @property
     def scheduler(self) -> str:
         """The class of the scheduler."""
         return type(self._text.scheduler).__name__
 
-    def validate_prompts(self, subjects: Subjects) -> None:
-        """Refuse what the pipeline would cut off without a word.
+    def validate_prompts(self, class_prompts: ClassPrompts) -> None:
+        """Validate that the pipeline would not silently truncate a prompt.
 
         Raises:
             DataError: a prompt has more tokens than any of the text encoders takes.
         """
         limits = self._limits
-        for name, prompts in subjects.prompts.items() if limits else ():
+        for name, prompts in class_prompts.prompts.items() if limits else ():
             for prompt in dict.fromkeys(prompts):
                 counts = [(len(tokenizer(prompt)["input_ids"]), limit) for tokenizer, limit in limits]
                 if all(count > limit for count, limit in counts):
@@ -114,21 +114,21 @@ class ImageGenerator:
                         f"class {name!r}: prompt {prompt!r} has {count} tokens, {self._name} takes {limit}: shorten it"
                     )
 
-    def make(self, batch: Sequence[Candidate]) -> list[Made]:
-        """The images of ``batch``, all with a source or all without.
+    def make(self, batch: Sequence[Candidate]) -> list[GeneratedImage]:
+        """The images of ``batch``, whose candidates all have a source or all have none.
 
-        The first noise of an image is drawn on the CPU with a generator of its own, so it depends on the seed alone,
-        not on the device or the images beside it.
+        The initial noise of each image is drawn on the CPU by its own generator: it depends on the seed only, not on
+        the device or the rest of the batch.
 
         Raises:
-            torch.OutOfMemoryError: the batch is too large for the card.
+            torch.OutOfMemoryError: the batch is too large for the GPU.
             DataError: a real image cannot be decoded.
         """
         pipeline = self._image_pipeline if batch[0].source else self._text
         with torch.inference_mode():
             output = pipeline(**self._arguments(pipeline, batch))
         flags = getattr(output, "nsfw_content_detected", None) or [False] * len(batch)
-        return [_made(image, flagged) for image, flagged in zip(output.images, flags, strict=True)]
+        return [_checked(image, flagged) for image, flagged in zip(output.images, flags, strict=True)]
 
     def _arguments(self, pipeline: Any, batch: Sequence[Candidate]) -> dict[str, Any]:
         config = self.config
@@ -156,7 +156,7 @@ class ImageGenerator:
 
     @cached_property
     def _image_pipeline(self) -> Any:
-        """The same modules, from images."""
+        """The same modules as an image-to-image pipeline."""
         from diffusers import AutoPipelineForImage2Image
 
         try:
@@ -167,12 +167,12 @@ class ImageGenerator:
             ) from error
         if self.placement.offload:
             pipeline.enable_model_cpu_offload(device=self._device)
-        self._quiet(pipeline)
+        pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
     @property
     def _limits(self) -> list[tuple[Any, int]]:
-        """Each tokenizer and the tokens that its encoder takes, start and end included."""
+        """Each tokenizer with the maximum number of tokens of its encoder, start and end included."""
         own = _parameters(self._text).get("max_sequence_length")
         t5_tokens = self.config.max_tokens or (own.default if own is not None else 0)
         found = []
@@ -185,7 +185,7 @@ class ImageGenerator:
         return found
 
     def _placed(self, pipeline: Any) -> Placement:
-        """Put the pipeline on the device as it fits there."""
+        """Move the pipeline to the device as memory allows."""
         modules = [one for one in pipeline.components.values() if isinstance(one, torch.nn.Module)]
         weights = sum(value.nbytes for module in modules for value in module.parameters())
         free = torch.cuda.mem_get_info(self._device)[0] if self._device.type == "cuda" else None
@@ -193,7 +193,8 @@ class ImageGenerator:
             free_bytes=free, weights_bytes=weights, batch_size=self.config.batch_size, size_px=self.size_px
         )
         if placement.slicing:
-            log(f"little memory on {self._device}: attention and decoder work in slices{_OFFLOAD * placement.offload}")
+            turns = ", the parts take turns" if placement.offload else ""
+            log(f"little memory on {self._device}: attention and decoder work in slices{turns}")
             pipeline.enable_attention_slicing()
             if hasattr(getattr(pipeline, "vae", None), "enable_slicing"):
                 pipeline.vae.enable_slicing()
@@ -202,12 +203,6 @@ class ImageGenerator:
         else:
             pipeline.to(self._device)
         return placement
-
-    def _quiet(self, pipeline: Any) -> None:
-        pipeline.set_progress_bar_config(disable=True)
-
-
-_OFFLOAD = ", the parts take turns"
 
 
 def _loaded(folder: PipelineFolder, config: SynthesisConfig) -> Any:
@@ -225,7 +220,7 @@ def _loaded(folder: PipelineFolder, config: SynthesisConfig) -> Any:
             f"pipeline {folder.name}: {folder.class_name} cannot be loaded ({problem}): "
             "give a text-to-image pipeline that this diffusers knows"
         ) from error
-    return pipeline.to(dtype=dtype)  # where diffusers is too old to know the argument
+    return pipeline.to(dtype=dtype)  # older versions of diffusers ignore the argument
 
 
 def _scheduler(name: str, own: Any) -> Any:
@@ -253,11 +248,11 @@ def _parameters(pipeline: Any) -> Any:
     return inspect.signature(pipeline.__call__).parameters
 
 
-def _made(image: Image.Image, flagged: bool) -> Made:
+def _checked(image: Image.Image, flagged: bool) -> GeneratedImage:
+    if flagged:
+        return GeneratedImage(image=None, reason=FLAGGED)
     image = image.convert("RGB")
     extrema: Any = image.getextrema()
-    if flagged:
-        return Made(image=None, reason=FLAGGED)
-    if all(low == high for low, high in extrema):  # numbers that were not finite come out black
-        return Made(image=None, reason=BLANK)
-    return Made(image=image, reason=None)
+    if all(low == high for low, high in extrema):  # values that are not finite come out black
+        return GeneratedImage(image=None, reason=BLANK)
+    return GeneratedImage(image=image, reason=None)

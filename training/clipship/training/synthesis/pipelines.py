@@ -1,6 +1,6 @@
-"""Pipeline folders in diffusers' format: where they lie, and whether they are whole, before anything is loaded.
+"""Pipeline folders in diffusers' format: found, downloaded and validated before anything is loaded.
 
-A folder has a ``model_index.json`` that names the pipeline's class and its parts; each part has a folder of its own.
+The ``model_index.json`` of a folder names the class of the pipeline and its parts; each part has a subfolder.
 Only safetensors are read: other weight files can run code.
 """
 
@@ -28,25 +28,25 @@ _MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 @dataclass(frozen=True, kw_only=True)
 class PipelineFolder:
-    """A whole pipeline on this disk."""
+    """A complete pipeline on this disk."""
 
     name: str
-    """As the recipe or the user gave it."""
+    """As given by the recipe or the user."""
     path: Path
     class_name: str
     """The pipeline's class in diffusers."""
     variant: str | None
-    """Of the weight files, where there are such."""
+    """Of the weight files, if they have one."""
     revision: str
     """The hub's commit, or the SHA-256 of the files."""
 
 
 def pipeline_folder(config: SynthesisConfig) -> PipelineFolder:
-    """The folder of ``config.pipeline``, downloaded if it is a hub id, and checked.
+    """The validated folder of ``config.pipeline``, downloaded if it is a hub id.
 
     Raises:
         MissingExtraError: diffusers or transformers is not installed.
-        RecipeError: no such pipeline, one with files missing or cut off, or one that takes no text.
+        RecipeError: the pipeline does not exist, lacks files, has truncated ones, or takes no text.
     """
     _require_diffusers()
     path, commit = _located(config)
@@ -64,10 +64,10 @@ def pipeline_folder(config: SynthesisConfig) -> PipelineFolder:
 
 
 def files_of(folder: Path, index: dict[str, Any], variant: str = "") -> list[Path]:
-    """The files that loading the pipeline reads: the index, and of each part its settings, weights or words.
+    """The files that loading the pipeline reads: the index, and settings, weights or tokens of each part.
 
     Raises:
-        RecipeError: the first that is missing, or ends before its time.
+        RecipeError: a file is missing or truncated.
     """
     files = [folder / INDEX_FILE]
     for name, entry in sorted(index.items()):
@@ -77,10 +77,10 @@ def files_of(folder: Path, index: dict[str, Any], variant: str = "") -> list[Pat
 
 
 def validate_text_pipeline(class_name: str, name: str) -> None:
-    """Refuse pipelines that make images from anything but text.
+    """Validate that the pipeline takes a prompt.
 
     Raises:
-        RecipeError: ``class_name`` is unknown to this diffusers, or takes no prompt.
+        RecipeError: this diffusers has no ``class_name``, or it takes no prompt.
     """
     import diffusers
 
@@ -101,7 +101,7 @@ def _require_diffusers() -> None:
         import transformers
     except ImportError as error:
         raise MissingExtraError(error.name or "diffusers", "synthesis") from error
-    for library in (diffusers, transformers):  # they tell a lot, and draw bars of their own
+    for library in (diffusers, transformers):  # they log much and draw their own progress bars
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
 
@@ -166,7 +166,7 @@ def _files_of_part(folder: Path, class_name: str, variant: str) -> list[Path]:
 
 
 def _weights_of(folder: Path, variant: str) -> list[Path]:
-    """The weight file of a part, or its list of shards and the shards; those of the variant first."""
+    """The weight file of a part, or its shards and their index; those of the variant come first."""
     for form in ([f".{variant}"] if variant else []) + [""]:
         for stem in _WEIGHTS:
             whole = folder / f"{stem}{form}.safetensors"
@@ -178,7 +178,7 @@ def _weights_of(folder: Path, variant: str) -> list[Path]:
                 return [listing, *(_whole(_there(folder / str(shard))) for shard in shards)]
     if any(folder.glob("*.bin")):
         raise RecipeError(
-            f"{folder}: has weights as .bin only, which can run code: save the pipeline anew, as safetensors"
+            f"{folder}: has weights as .bin only, which can run code: save the pipeline again, as safetensors"
         )
     stem = _WEIGHTS["encoder" in folder.name or "checker" in folder.name]
     return [_there(folder / f"{stem}.safetensors")]
@@ -191,7 +191,7 @@ def _there(path: Path) -> Path:
 
 
 def _whole(path: Path) -> Path:
-    """``path``, a safetensors file whose size is the one its header states."""
+    """``path``, a safetensors file, if it has the size that its header states."""
     size = path.stat().st_size
     with path.open("rb") as handle:
         length = int.from_bytes(handle.read(8), "little")
@@ -201,9 +201,7 @@ def _whole(path: Path) -> Path:
         except (ValueError, KeyError, TypeError, IndexError):
             end = -1
     if 8 + length + end != size:
-        raise RecipeError(
-            f"{path} is cut off or damaged ({size} bytes): it was not downloaded to its end; download it again"
-        )
+        raise RecipeError(f"{path} is truncated or damaged ({size} bytes): download it again")
     return path
 
 

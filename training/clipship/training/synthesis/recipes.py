@@ -1,7 +1,7 @@
 """The recipes of synthesis: functions that return a :class:`SynthesisConfig`. A variant is ``dataclasses.replace``.
 
-Those named after a paper have the settings that its authors published. What they did not say, or did with a generator
-that is not to be had, is said in the recipe's docstring.
+A recipe named after a paper has its published settings. The docstring says what was not published, or was made with a
+generator that is not available.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def tiny() -> SynthesisConfig:
         candidates=24,
         keep=16,
         scorer=TINY,
-        duplicates=0.999,  # the small CLIP finds different pictures of one pattern as much alike as 0.99
+        duplicates=0.999,  # pictures of one pattern reach 0.99 in the small CLIP
         batch_size=16,
     )
 
 
 def sync_clip() -> SynthesisConfig:
-    """For SYNC-CLIP: 16 of 64 images, data set templates; Stable Diffusion in the place of its authors' images."""
+    """For SYNC-CLIP: 16 of 64 images, data set templates; Stable Diffusion instead of the authors' images."""
     return SynthesisConfig(recipe="sync-clip", pipeline=SD_2_1_BASE)
 
 
@@ -55,12 +55,12 @@ def sus_x() -> SynthesisConfig:
 
 
 def datadream() -> SynthesisConfig:
-    """DataDream's amount and low guidance: 500 images a class, guidance 2; its tuned weights are yours to give."""
+    """DataDream's amount and low guidance: 500 images a class, guidance 2; give its tuned weights with --pipeline."""
     return replace(_unfiltered(500), recipe="datadream", pipeline=SD_2_1, guidance=2.0)
 
 
 def disef() -> SynthesisConfig:
-    """DISEF: image-to-image from the real shots, 15 of 20 DPM-Solver++ steps, what CLIP takes for its own class."""
+    """DISEF: image-to-image from the real shots, 15 of 20 DPM-Solver++ steps, filtered by class."""
     return SynthesisConfig(
         recipe="disef",
         pipeline=REALISTIC_VISION,
@@ -140,28 +140,18 @@ def _unfiltered(count: int) -> SynthesisConfig:
     )
 
 
-SYNTHESIS_RECIPES: dict[str, SynthesisRecipe] = {
-    "tiny": tiny,
-    "sync-clip": sync_clip,
-    "sus-x": sus_x,
-    "datadream": datadream,
-    "disef": disef,
-    "real-guidance": real_guidance,
-    "imagine-fsl": imagine_fsl,
-    "sd15": sd15,
-    "sd21": sd21,
-    "sdxl": sdxl,
-    "sdxl-turbo": sdxl_turbo,
-    "sd3": sd3,
-    "flux-schnell": flux_schnell,
-}
+_RECIPES: tuple[SynthesisRecipe, ...] = (
+    *(tiny, sync_clip, sus_x, datadream, disef, real_guidance, imagine_fsl),
+    *(sd15, sd21, sdxl, sdxl_turbo, sd3, flux_schnell),
+)
+SYNTHESIS_RECIPES = {config().recipe: config for config in _RECIPES}
 
 
 def synthesis_config(name: str) -> SynthesisConfig:
     """The settings of recipe ``name``.
 
     Raises:
-        RecipeError: there is no such recipe.
+        RecipeError: the recipe is unknown.
     """
     if name not in SYNTHESIS_RECIPES:
         raise RecipeError(f"unknown recipe of synthesis {name!r}: {near(name, SYNTHESIS_RECIPES)}")

@@ -1,4 +1,4 @@
-"""Making any one image of a synthetic set again, to the pixel."""
+"""Makes one image of a synthetic set again, to the pixel."""
 
 from __future__ import annotations
 
@@ -21,9 +21,8 @@ def remake(
 ) -> Image.Image:
     """Make ``image`` of ``synthetic`` again, with the whole batch that it was made in.
 
-    The first noise depends on the seed alone. The arithmetic of some devices depends on the size of the batch in the
-    last bit, so the images beside it are made, too. Equal devices and versions (the manifest names them) give equal
-    pixels; encoded with the set's format and quality, equal files.
+    On some devices the last bit of an image depends on the size of its batch. The same device and versions (they are in
+    the manifest) give the same pixels and, encoded with the set's format and quality, the same file.
 
     Args:
         synthetic: a set made by ``clipship synthesize``.
@@ -32,7 +31,7 @@ def remake(
         device: of torch; None: the GPU if there is one.
 
     Raises:
-        DataError: the set was made by something else, the pipeline is not the one that made it, or no image came.
+        DataError: something else made the set, the pipeline is another one, or the image was not usable.
         RecipeError: the pipeline cannot be used.
     """
     config = config_of(synthetic)
@@ -43,8 +42,8 @@ def remake(
             f"was {str(image.revision)[:12]}): give the one that did"
         )
     batch = [one for one in synthetic.images if one.batch == image.batch]
-    engine = ImageGenerator(folder, config, Distributed(device).device)
-    made = engine.make([_candidate(place, one) for place, one in enumerate(batch)])[batch.index(image)]
+    generator = ImageGenerator(folder, config, Distributed(device).device)
+    made = generator.make([_candidate(one) for one in batch])[batch.index(image)]
     if made.image is None:
         raise DataError(f"{image.path}: {made.reason}: there is no image to make again")
     return made.image
@@ -62,12 +61,7 @@ def config_of(synthetic: SyntheticSet) -> SynthesisConfig:
     return SynthesisConfig.from_json({field.name: settings[field.name] for field in fields(SynthesisConfig)})
 
 
-def _candidate(place: int, image: SyntheticImage) -> Candidate:
+def _candidate(image: SyntheticImage) -> Candidate:
     return Candidate(
-        class_name=image.class_name,
-        place=place,
-        attempt=0,
-        seed=image.seed,
-        prompt=image.prompt,
-        source=image.source,
+        class_name=image.class_name, place=0, attempt=0, seed=image.seed, prompt=image.prompt, source=image.source
     )

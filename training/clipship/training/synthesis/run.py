@@ -1,16 +1,18 @@
-"""Making a synthetic set: batch by batch over all processes, then scores, choice, table and sheets.
+"""Makes a synthetic set: all images, batch by batch over all processes, then scores, filter, sheets and table.
 
-Rounds: first every image with its first seed, then those that could not be used with the next one. Within a round each
-process makes every n-th batch.
+Round 1 makes every image with its first seed; each further round makes those that could not be used with the next seed.
+In a round each of N processes makes every N-th batch.
 """
 
 from __future__ import annotations
 
 import io
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -23,272 +25,262 @@ from clipship.core.progress import Report, log, progress
 from clipship.training.distributed import Distributed
 from clipship.training.synthesis.candidate_filter import FilterDecision, Scorer, first_ones
 from clipship.training.synthesis.candidates import Candidate, batches_of, candidates_of
-from clipship.training.synthesis.class_prompts import Subjects
+from clipship.training.synthesis.class_prompts import ClassPrompts
 from clipship.training.synthesis.config import SynthesisConfig
 from clipship.training.synthesis.contact_sheets import write_sheet
-from clipship.training.synthesis.image_generator import ImageGenerator, Made, precision_for
+from clipship.training.synthesis.image_generator import GeneratedImage, ImageGenerator, precision_for
 from clipship.training.synthesis.pipelines import PipelineFolder, pipeline_folder
-from clipship.training.synthesis.workspace import KIND, CandidateRow, Workspace, is_finished
+from clipship.training.synthesis.workspace import KIND, CandidateRecord, Workspace, is_finished
 from clipship.training.synthetic_set import SyntheticImage, SyntheticSet, complete
 
 _AT_WORK = "another clipship synthesize works there: wait for it, or give another --out"
 _WAVE = 8
-"""Batches of a process between two waits for the others: a wait has a time limit, a long run has none."""
+"""Batches of a process between two barriers: a barrier times out, however long the run."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Run:
-    """What the steps of a run share."""
+class _Synthesis:
+    """What the steps share."""
 
     config: SynthesisConfig
-    subjects: Subjects
+    class_prompts: ClassPrompts
     pipeline: PipelineFolder
     processes: Distributed
     workspace: Workspace
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What another start must have in common with this one; all of it is JSON."""
+        """What every start in the same folder must agree on, as JSON."""
         return {
             **self.config.to_json(),
-            "class_names": list(self.subjects.class_names),
-            "prompts_digest": self.subjects.digest,
+            "class_names": list(self.class_prompts.class_names),
+            "prompts_digest": self.class_prompts.digest,
             "pipeline_revision": self.pipeline.revision,
         }
 
 
 def synthesize(
-    config: SynthesisConfig, subjects: Subjects, *, out: Path, device: str | None = None
+    config: SynthesisConfig, class_prompts: ClassPrompts, *, out: Path, device: str | None = None
 ) -> SyntheticSet | None:
-    """Make the synthetic set of ``config`` in ``out``, or go on where an earlier run stopped.
+    """Make the synthetic set of ``config`` in ``out``, or resume an earlier start.
 
     Args:
         config: the settings.
-        subjects: classes, prompts, and real images for image-to-image.
-        out: the set's folder; a whole set of the same settings is left as it is.
+        class_prompts: classes, prompts, and real images for image-to-image.
+        out: the set's folder; a finished set of the same settings is kept.
         device: of torch; None: the GPU if there is one.
 
     Returns:
-        The set; None in the processes of a launcher that do not finish it.
+        The set; None in the processes of a launcher that only make images.
 
     Raises:
-        RecipeError: a pipeline that cannot be used, or a card too small for one image.
-        DataError: names or prompts that the models cannot take, or ``out`` holds something else.
+        RecipeError: the pipeline cannot be used, or the GPU is too small for one image.
+        DataError: the models cannot take a name or prompt, or ``out`` holds something else.
         UsageError: another run works in ``out``.
-        OSError: the disk is full; what is done is kept.
+        OSError: the disk is full; finished batches are kept.
     """
     processes = Distributed(device)
     config = replace(config, precision=precision_for(config.precision, processes.device))
-    if config.strength and not subjects.sources:
+    if config.strength and not class_prompts.sources:
         raise RecipeError(f"recipe {config.recipe}: strength={config.strength} needs real images: give --images DIR")
-    if subjects.sources and not config.strength:
+    if class_prompts.sources and not config.strength:
         raise RecipeError(f"recipe {config.recipe}: real images need a strength: give --strength, such as 0.75")
-    run = _Run(
+    run = _Synthesis(
         config=config,
-        subjects=subjects,
+        class_prompts=class_prompts,
         pipeline=pipeline_folder(config),
         processes=processes,
-        workspace=Workspace(folder=out, rank=processes.rank),
+        workspace=Workspace(folder=out),
     )
     out.mkdir(parents=True, exist_ok=True)
     with locked_folder(out, _AT_WORK) if processes.is_main else nullcontext():
-        if is_finished(out, run.settings):
-            return _whole(run)
-        return _made_set(run)
+        if not is_finished(out, run.settings):
+            _make(run)
+        elif processes.is_main:
+            log(f"{out}: is finished already")
+            run.workspace.finish()
+    return SyntheticSet.load(out) if processes.is_main else None
 
 
-def _whole(run: _Run) -> SyntheticSet | None:
-    if not run.processes.is_main:
-        return None
-    log(f"{run.workspace.folder}: is whole already")
-    run.workspace.finish()
-    return SyntheticSet.load(run.workspace.folder)
-
-
-def _made_set(run: _Run) -> SyntheticSet | None:
-    scorer = Scorer(run.config.scorer, run.subjects) if run.config.filter != "none" and run.processes.is_main else None
+def _make(run: _Synthesis) -> None:
+    is_main = run.processes.is_main
+    scorer = Scorer(run.config.scorer, run.class_prompts) if run.config.filter != "none" and is_main else None
     scheduler = _make_all(run)
-    if not run.processes.is_main:
-        return None
-    _finish(run, scorer, scheduler)
-    return SyntheticSet.load(run.workspace.folder)
+    if is_main:
+        _finish(run, scorer, scheduler)
 
 
-def _make_all(run: _Run) -> str:
-    """Make what is missing; returns the class of the scheduler."""
-    engine = ImageGenerator(run.pipeline, run.config, run.processes.device)
-    engine.validate_prompts(run.subjects)
+def _make_all(run: _Synthesis) -> str:
+    """Make the missing images; returns the class of the scheduler."""
+    generator = ImageGenerator(run.pipeline, run.config, run.processes.device)
+    generator.validate_prompts(run.class_prompts)
     if run.processes.is_main:
-        run.workspace.recover()
         run.workspace.begin(run.settings)
-    total = len(run.subjects.class_names) * run.config.candidates
+    total = len(run.class_prompts.class_names) * run.config.candidates
     with progress("synthesizing", total) as report:
         for attempt in range(run.config.tries):
             run.processes.wait()
-            made = run.workspace.rows()
-            wanted = wanted_in_round(run.config, run.subjects, made, attempt)
-            run.processes.wait()  # nobody adds rows while another still reads them
+            made = run.workspace.records()
+            wanted = wanted_in_round(run.config, run.class_prompts, made, attempt)
+            run.processes.wait()  # no process adds records while another reads them
             if wanted:
-                _make_round(run, engine, wanted, made, report)
-    return engine.scheduler
+                _make_round(run, generator, wanted, made, report)
+    return generator.scheduler
 
 
 def wanted_in_round(
-    config: SynthesisConfig, subjects: Subjects, made: Mapping[tuple[int, int], CandidateRow], attempt: int
+    config: SynthesisConfig, class_prompts: ClassPrompts, made: Mapping[tuple[int, int], CandidateRecord], attempt: int
 ) -> list[Candidate]:
-    """The images of a round, made or not: all in the first, and then those whose seeds so far could not be used."""
+    """The images of a round, made or not: all in the first, then those whose seeds so far could not be used."""
     return [
         one
-        for one in candidates_of(config, subjects, attempt)
+        for one in candidates_of(config, class_prompts, attempt)
         if all((row := made.get((one.place, earlier))) and row.reason for earlier in range(attempt))
     ]
 
 
 def _make_round(
-    run: _Run,
-    engine: ImageGenerator,
+    run: _Synthesis,
+    generator: ImageGenerator,
     wanted: Sequence[Candidate],
-    made: Mapping[tuple[int, int], CandidateRow],
+    made: Mapping[tuple[int, int], CandidateRecord],
     report: Report,
 ) -> None:
     batches = list(batches_of(wanted, run.config.batch_size, made.keys()))
-    total, count = len(run.subjects.class_names) * run.config.candidates, run.processes.count
+    total, count = len(run.class_prompts.class_names) * run.config.candidates, run.processes.count
     done = first = total - sum(map(len, batches))
-    report(done)  # what is there already is not counted in the time left
+    report(done)  # before the clock starts: images of earlier starts say nothing about the time left
     started = time.perf_counter()
     for start in range(0, len(batches), _WAVE * count):
         for batch in batches[start + run.processes.rank : start + _WAVE * count : count]:
-            _make_batch(run, engine, batch)
-            done = min(done + len(batch) * count, total)  # the other processes are as far
+            _make_batch(run, generator, batch)
+            done = min(done + len(batch) * count, total)  # assuming that the other processes are as fast
             report(done, f"{(done - first) / (time.perf_counter() - started):.2f} images/s")
         run.processes.wait()
 
 
-def _make_batch(run: _Run, engine: ImageGenerator, batch: Sequence[Candidate]) -> None:
-    """Make and keep a batch; halves of it, where the card is too small."""
+def _make_batch(run: _Synthesis, generator: ImageGenerator, batch: Sequence[Candidate]) -> None:
+    """Make a batch and record it; in halves if the GPU runs out of memory."""
     try:
-        made = engine.make(batch)
+        made = generator.make(batch)
     except torch.OutOfMemoryError as error:
         if len(batch) == 1:
             raise RecipeError(
-                f"one image of {engine.size_px} px is too much for {run.processes.device}: give a smaller --size, "
+                f"one image of {generator.size_px} px is too much for {run.processes.device}: give a smaller --size, "
                 "--precision bf16 or fp16, or --device cpu"
             ) from error
     else:
-        total = len(run.subjects.class_names) * run.config.candidates
-        run.workspace.add(*rows_and_files(run.config, total, batch, made))
+        total = len(run.class_prompts.class_names) * run.config.candidates
+        run.workspace.add(*records_and_files(run.config, total, batch, made))
         return
     torch.cuda.empty_cache()
-    log(f"{len(batch)} images at once are too many for {run.processes.device}: half as many")
+    log(f"{len(batch)} images are too many for {run.processes.device}: batches of half the size")
     for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-        _make_batch(run, engine, half)
+        _make_batch(run, generator, half)
 
 
-def rows_and_files(
-    config: SynthesisConfig, total: int, batch: Sequence[Candidate], made: Sequence[Made]
-) -> tuple[list[CandidateRow], dict[str, bytes]]:
-    """What the workspace keeps of a batch: its rows, and the bytes of its image files by path.
+def records_and_files(
+    config: SynthesisConfig, total: int, batch: Sequence[Candidate], made: Sequence[GeneratedImage]
+) -> tuple[list[CandidateRecord], dict[str, bytes]]:
+    """What the workspace keeps of a batch: its records, and the bytes of its image files by path.
 
     Args:
         config: format and quality of the files.
-        total: number of images of the whole set, which makes the batch's number its own in all rounds.
-        batch: what was asked for.
-        made: what came of it.
+        total: number of images of the whole set, which makes the batch's number unique in all rounds.
+        batch: what was to be made.
+        made: what was made.
     """
     number = batch[0].attempt * total + batch[0].place
-    rows, files = [], {}
-    for candidate, one in zip(batch, made, strict=True):
-        path = candidate.path(config)
-        rows.append(CandidateRow(**asdict(candidate), path=path, batch=number, reason=one.reason))
-        if one.image is not None:
-            files[path] = file_of(one.image, config)
-    return rows, files
+    paths = [candidate.file_path(config) for candidate in batch]
+    records = [
+        CandidateRecord(**asdict(candidate), path=path, batch=number, reason=one.reason)
+        for candidate, path, one in zip(batch, paths, made, strict=True)
+    ]
+    files = {path: file_of(one.image, config) for path, one in zip(paths, made, strict=True) if one.image is not None}
+    return records, files
 
 
 def file_of(image: Image.Image, config: SynthesisConfig) -> bytes:
-    """The bytes of an image file: equal pixels and settings give equal ones."""
+    """The bytes of an image file; equal for equal pixels and settings."""
     data = io.BytesIO()
     image.save(data, config.image_format.upper(), quality=config.quality)
     return data.getvalue()
 
 
-def _finish(run: _Run, scorer: Scorer | None, scheduler: str) -> None:
+def _finish(run: _Synthesis, scorer: Scorer | None, scheduler: str) -> None:
     folder, config = run.workspace.folder, run.config
-    rows = [row for _, row in sorted(run.workspace.rows().items())]
-    verdicts = _verdicts(run, scorer, [row for row in rows if row.reason is None])
-    images = [_image(run, row, verdicts, scheduler) for row in rows]
+    records = [record for _, record in sorted(run.workspace.records().items())]
+    decisions = _decisions(run, scorer, [record for record in records if record.reason is None])
+    rows = [
+        _row(run, record, decisions.get(record.key, FilterDecision(score=None, reason=record.reason)), scheduler)
+        for record in records
+    ]
+    images = [SyntheticImage(**row | {"path": folder / row["path"]}) for row in rows]
     if not any(image.kept for image in images):
         raise DataError(
             f"{folder}: none of {len(images)} images can be used, the first is {images[0].reason}: "
             "look at prompts and pipeline, or take --precision bf16 or fp32"
         )
-    for name in run.subjects.class_names:
-        write_sheet(folder, name, [image for image in images if image.class_name == name])
-    _tell_of_small_classes(run, images)
+    for name, group in groupby(images, key=lambda image: image.class_name):
+        write_sheet(folder, name, list(group))
+    _log_small_classes(run, images)
     complete(
         folder,
-        [_columns(folder, image) for image in images],
+        rows,
         generator={"kind": KIND, "settings": run.settings, "versions": _versions()},
-        template=run.subjects.template,
-        class_names=run.subjects.class_names,
+        template=run.class_prompts.template,
+        class_names=run.class_prompts.class_names,
         images_per_class=config.keep,
     )
     run.workspace.finish()
 
 
-def _verdicts(run: _Run, scorer: Scorer | None, rows: Sequence[CandidateRow]) -> dict[int, FilterDecision]:
-    """By place, what becomes of the images that can be used."""
-    by_class: dict[str, list[int]] = {name: [] for name in run.subjects.class_names}
-    for number, row in enumerate(rows):
-        by_class[row.class_name].append(number)
+def _decisions(
+    run: _Synthesis, scorer: Scorer | None, usable: Sequence[CandidateRecord]
+) -> dict[tuple[int, int], FilterDecision]:
+    """Which of the images that can be used are kept, by key. ``usable`` is sorted class by class."""
     if scorer is not None:
-        features = scorer.features([run.workspace.folder / row.path for row in rows], run.processes.device)
-    found: dict[int, FilterDecision] = {}
-    for name, numbers in by_class.items():
+        features = scorer.features([run.workspace.folder / record.path for record in usable], run.processes.device)
+    found: dict[tuple[int, int], FilterDecision] = {}
+    for name, group in groupby(usable, key=lambda record: record.class_name):
+        of_class, start = list(group), len(found)
         if scorer is None:
-            verdicts = first_ones(run.config, len(numbers))
+            decisions = first_ones(run.config, len(of_class))
         else:
-            seeds = [rows[number].seed for number in numbers]
-            verdicts = scorer.verdicts(run.config, name, seeds, features[numbers])
-        found |= {rows[number].place: one for number, one in zip(numbers, verdicts, strict=True)}
+            seeds = [record.seed for record in of_class]
+            decisions = scorer.decisions(run.config, name, seeds, features[start : start + len(seeds)])
+        found |= {record.key: one for record, one in zip(of_class, decisions, strict=True)}
     return found
 
 
-def _image(run: _Run, row: CandidateRow, verdicts: Mapping[int, FilterDecision], scheduler: str) -> SyntheticImage:
-    verdict = FilterDecision(score=None, reason=row.reason) if row.reason else verdicts[row.place]
+def _row(run: _Synthesis, record: CandidateRecord, decision: FilterDecision, scheduler: str) -> dict[str, Any]:
+    """The image's row in the table of the set."""
     config = run.config
-    return SyntheticImage(
-        path=run.workspace.folder / row.path,
-        class_name=row.class_name,
-        prompt=row.prompt,
-        seed=row.seed,
-        score=verdict.score,
-        kept=verdict.reason is None,
-        reason=verdict.reason,
-        negative_prompt=config.negative_prompt or None,
-        pipeline=config.pipeline,
-        revision=run.pipeline.revision,
-        scheduler=scheduler,
-        steps=config.steps,
-        guidance=config.guidance,
-        source=row.source,
-        batch=row.batch,
-    )
+    return {
+        "path": record.path,
+        "class_name": record.class_name,
+        "prompt": record.prompt,
+        "seed": record.seed,
+        "score": decision.score,
+        "kept": decision.reason is None,
+        "reason": decision.reason,
+        "negative_prompt": config.negative_prompt or None,
+        "pipeline": config.pipeline,
+        "revision": run.pipeline.revision,
+        "scheduler": scheduler,
+        "steps": config.steps,
+        "guidance": config.guidance,
+        "source": record.source,
+        "batch": record.batch,
+    }
 
 
-def _columns(folder: Path, image: SyntheticImage) -> dict[str, Any]:
-    content = {field.name: getattr(image, field.name) for field in fields(image)}
-    return content | {"path": image.path.relative_to(folder).as_posix()}
-
-
-def _tell_of_small_classes(run: _Run, images: Sequence[SyntheticImage]) -> None:
-    kept = {name: 0 for name in run.subjects.class_names}
-    for image in images:
-        kept[image.class_name] += image.kept
-    few = [f"{name} {count}" for name, count in kept.items() if count < run.config.keep]
+def _log_small_classes(run: _Synthesis, images: Sequence[SyntheticImage]) -> None:
+    kept = Counter(image.class_name for image in images if image.kept)
+    few = [f"{name} {kept[name]}" for name in run.class_prompts.class_names if kept[name] < run.config.keep]
     if few:
         more = f" and {len(few) - 5} more" if len(few) > 5 else ""
-        log(f"fewer than {run.config.keep} images are kept of {', '.join(few[:5])}{more}: see the column reason")
+        log(f"fewer than {run.config.keep} images are kept of {', '.join(few[:5])}{more}: the column reason says why")
 
 
 def _versions() -> dict[str, str]:

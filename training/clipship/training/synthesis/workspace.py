@@ -1,20 +1,18 @@
-"""The folder of a set that is being made: what is done stays done, whatever stops the run.
+"""The folder of a set that is being made: whatever stops the run, finished batches are kept.
 
 ::
 
-    DIR/unfinished.json      the settings; the manifest takes its place when the set is whole
-    DIR/journal-R.jsonl      one line for each candidate that process R made, added when its image is in place
-    DIR/images/...           the images
-    DIR/.batch-R             a batch on its way: its images and their lines, there as a whole or not at all
+    DIR/unfinished.json      the settings; the manifest replaces it when the set is whole
+    DIR/images/CLASS/SEED    the images
+    DIR/batches/N.json       the record of a batch, written when all of its images are in place
 
-A batch is written to ``.batch-R``, then its images move to their places and its lines are added to the journal. A run
-that finds a ``.batch-R`` finishes those moves first, so a batch is made either wholly or not at all, and never twice.
+Every file appears whole or not at all, and a batch is made if and only if it has a record. A kill loses the batch in
+progress: it is made again, with the same seeds, over what was written of it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,127 +20,99 @@ from pathlib import Path
 from typing import Any
 
 from clipship.core.errors import DataError
-from clipship.core.files import read_record, replace_folder, write_json_atomic
-from clipship.training.synthetic_set import MANIFEST_FILE, UNFINISHED_FILE, read_manifest
+from clipship.core.files import read_record, write_bytes_atomic, write_json_atomic
+from clipship.training.synthesis.candidates import Candidate
+from clipship.training.synthetic_set import IMAGE_FOLDER, MANIFEST_FILE, UNFINISHED_FILE, read_manifest
 
 FORMAT = "clipship-synthesis"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 KIND = "clipship-synthesize"
-"""What the manifest of a finished set calls its generator."""
+"""The generator in the manifest of a finished set."""
 
-_ROWS = "rows.json"
-_ADVICE = "delete the folder and begin anew"
+_BATCHES = "batches"
+_ADVICE = "delete the folder and start again"
 _HOW = ("batch_size",)
-"""Settings that may change from one start to the next: how images are made, not which."""
+"""Settings that may change between starts: they decide how images are made, not which."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class CandidateRow:
-    """One line of the journal: a candidate that was made."""
+class CandidateRecord(Candidate):
+    """A candidate that was made."""
 
-    place: int
-    attempt: int
-    class_name: str
-    seed: int
-    prompt: str
-    source: str | None
     path: str
-    """Below the folder; there is no file where there is a reason."""
+    """Below the folder; the file is missing if there is a reason."""
     batch: int
     reason: str | None
     """Why the image cannot be used."""
 
-    @property
-    def key(self) -> tuple[int, int]:
-        """As :attr:`clipship.training.synthesis.candidates.Candidate.key`."""
-        return self.place, self.attempt
-
 
 @dataclass(frozen=True, kw_only=True)
 class Workspace:
-    """The unfinished folder, seen from one process."""
+    """The unfinished folder, which several processes share."""
 
     folder: Path
-    rank: int = 0
 
-    def rows(self) -> dict[tuple[int, int], CandidateRow]:
-        """What all processes have made so far, by :attr:`CandidateRow.key`.
+    def records(self) -> dict[tuple[int, int], CandidateRecord]:
+        """What all processes have made so far, by :attr:`Candidate.key`.
 
         Raises:
-            DataError: a journal is damaged.
+            DataError: a record is damaged.
         """
-        found = {}
-        for path in sorted(self.folder.glob("journal-*.jsonl")):
-            for row in _rows_of(path):
-                found[row.key] = row
-        return found
+        return {record.key: record for path in self._batches.glob("*.json") for record in _records_in(path)}
 
-    def add(self, rows: Sequence[CandidateRow], files: Mapping[str, bytes]) -> None:
-        """Put the images of one batch in their places and note its rows; all of it happens, or nothing.
+    def add(self, records: Sequence[CandidateRecord], files: Mapping[str, bytes]) -> None:
+        """Write the images of one batch, then its record.
 
         Args:
-            rows: the batch.
-            files: bytes of the image files, by :attr:`CandidateRow.path`.
+            records: the batch.
+            files: bytes of the image files, by :attr:`CandidateRecord.path`.
 
         Raises:
-            OSError: the disk is full; nothing of the batch is kept.
+            OSError: the disk is full; the batch counts as not made.
         """
-        stage = self.folder / f".batch-{self.rank}"
-        with replace_folder(stage) as new:
-            for row in rows:
-                if row.path in files:
-                    _write_through(new / Path(row.path).name, files[row.path])
-            _write_through(new / _ROWS, json.dumps([asdict(row) for row in rows]).encode())
-        self._settle(stage, known=set())
-
-    def recover(self) -> None:
-        """Finish what a killed run had begun: one process does it, before the others start."""
-        _delete_begun(self.folder)
-        for path in sorted(self.folder.glob("journal-*.jsonl")):
-            _drop_torn_line(path)
-        known = set(self.rows())
-        for stage in sorted(self.folder.glob(".batch-*")):
-            self._settle(stage, known)
+        for path, data in files.items():
+            write_bytes_atomic(self.folder / path, data)
+        write_json_atomic(self._batches / f"{records[0].batch}.json", [asdict(record) for record in records])
 
     def begin(self, settings: Mapping[str, Any]) -> None:
-        """Note ``settings``, or check that they are those of the run that has made something here.
+        """Write ``settings``, or validate that they are those of the run that made images here.
 
         Raises:
-            DataError: it had other settings, with what differs, or its record is damaged.
+            DataError: they differ, with what differs, or their file is damaged.
         """
         path = self.folder / UNFINISHED_FILE
-        if not path.exists() or not self.rows():
-            write_json_atomic(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": dict(settings)})
-        record = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=DataError, advice=_ADVICE)
-        _validate_same_settings(self.folder, record["settings"], settings)
+        if path.exists():
+            record = read_record(path, record_format=FORMAT, version=FORMAT_VERSION, error=DataError, advice=_ADVICE)
+            if self.records():
+                _validate_same_settings(self.folder, record["settings"], settings)
+                return
+        write_json_atomic(path, {"format": FORMAT, "format_version": FORMAT_VERSION, "settings": dict(settings)})
+        shutil.rmtree(self.folder / IMAGE_FOLDER, ignore_errors=True)  # of a killed batch of other settings
 
     def finish(self) -> None:
-        """Delete what only an unfinished set needs; the manifest is there already."""
-        _delete_begun(self.folder)
-        for path in (*self.folder.glob("journal-*.jsonl"), self.folder / UNFINISHED_FILE):
-            path.unlink(missing_ok=True)
+        """Delete what only an unfinished set needs, behind the manifest."""
+        for path in self.folder.glob(f"{IMAGE_FOLDER}/*/.*.part"):  # of killed processes
+            path.unlink()
+        shutil.rmtree(self._batches, ignore_errors=True)
+        (self.folder / UNFINISHED_FILE).unlink(missing_ok=True)
 
-    def _settle(self, stage: Path, known: set[tuple[int, int]]) -> None:
-        """Move a batch's images to their places and add its rows but those ``known``; a kill in between is no harm."""
-        rows = [CandidateRow(**row) for row in json.loads((stage / _ROWS).read_text(encoding="utf-8"))]
-        for row in rows:
-            image, final = stage / Path(row.path).name, self.folder / row.path
-            if image.exists():
-                final.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(image, final)
-        journal = self.folder / f"journal-{stage.name.rpartition('-')[2]}.jsonl"
-        lines = [json.dumps(asdict(row), ensure_ascii=False) + "\n" for row in rows if row.key not in known]
-        _append(journal, "".join(lines).encode())
-        done = stage.with_name(f".{stage.name}.done.part")
-        os.rename(stage, done)  # deleted file by file, it would be half a batch for a moment
-        shutil.rmtree(done)
+    @property
+    def _batches(self) -> Path:
+        return self.folder / _BATCHES
+
+
+def _records_in(path: Path) -> list[CandidateRecord]:
+    try:
+        return [CandidateRecord(**record) for record in json.loads(path.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{path} is damaged ({error}): delete it, and the batch is made again") from error
 
 
 def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
-    """Whether the set of ``settings`` is in ``folder``, whole.
+    """Whether ``folder`` holds the whole set of ``settings``.
 
     Raises:
-        DataError: another set is there, with what differs, or something else.
+        DataError: it holds a set of other settings, with what differs, or something else.
     """
     if (folder / MANIFEST_FILE).is_file():
         generator = read_manifest(folder)["generator"]
@@ -159,7 +129,7 @@ def is_finished(folder: Path, settings: Mapping[str, Any]) -> bool:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changed, as "steps 50 -> 30"; what does not change the images, such as the pipeline's place, is left out."""
+    """What changed, as "steps 50 -> 30", without what does not change the images, such as the pipeline's path."""
     same_files = old.get("pipeline_revision") == new.get("pipeline_revision")
     ignored = (*_HOW, "pipeline") if same_files else _HOW
     names = [name for name in dict.fromkeys([*old, *new]) if name not in ignored]
@@ -187,39 +157,3 @@ def _short(value: Any) -> str:
     text = str(value)
     is_digest = isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
     return f"{text[:8]}..." if is_digest else text or "''"
-
-
-def _rows_of(path: Path) -> list[CandidateRow]:
-    lines = path.read_bytes().splitlines(keepends=True)
-    try:
-        return [CandidateRow(**json.loads(line)) for line in lines if line.endswith(b"\n")]
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{path} is damaged ({error}): {_ADVICE}") from error
-
-
-def _drop_torn_line(path: Path) -> None:
-    """Cut off a last line that a kill or a full disk left without its end."""
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole < len(data):
-        os.truncate(path, whole)
-
-
-def _delete_begun(folder: Path) -> None:
-    """Delete batches that a killed run had not written or deleted to the end; nobody does so in a locked folder."""
-    for path in folder.glob("..batch-*.part"):
-        shutil.rmtree(path)
-
-
-def _append(path: Path, data: bytes) -> None:
-    with path.open("ab") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def _write_through(path: Path, data: bytes) -> None:
-    with path.open("wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from clipship.world.diffusion.training_images import Pictures, draw_pictures, pictures_ahead
-from clipship.world.drawing.attributes import WORLD_VERSION
+from clipship.world.diffusion.training_images import draw_pictures, pictures_ahead
 from clipship.world.drawing.stencils import PICTURE_PX, Bytes
-from clipship.world.runs import ResumableRun, RunSettings, decayed_optimizer, descend
+from clipship.world.training_run import ResumableRun, RunSettings, decayed_optimizer, descend
 
 # Shapes: N pictures, C latent channels, S latent side.
 
@@ -35,7 +34,7 @@ _MEASURED_PICTURES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class AutoencoderSettings(RunSettings):
-    """The settings that made the committed autoencoder; `kl_weight` is per number of the latent."""
+    """The settings of the committed autoencoder; `kl_weight` is per value of the latent."""
 
     steps: int = 3000
     batch_size: int = 32
@@ -48,7 +47,7 @@ class AutoencoderSettings(RunSettings):
     kl_weight: float = 2e-4
 
     def __post_init__(self) -> None:
-        """Refuse settings that no run can have."""
+        """Validate the settings."""
         super().__post_init__()
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more")
@@ -83,33 +82,28 @@ def reconstruction_loss(decoded: Tensor, pixels: Tensor) -> Tensor:
     return F.l1_loss(decoded, pixels) + coarse
 
 
-class AutoencoderRun(ResumableRun[AutoencoderSettings, Pictures]):
+class AutoencoderRun(ResumableRun[AutoencoderSettings, Bytes]):
     """The training of the autoencoder."""
+
+    log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
     def __init__(self, out: Path, settings: AutoencoderSettings) -> None:
         """Start from fresh weights; nothing is written yet."""
         self.model = new_autoencoder(settings.seed)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.99))
-        self.unseen = signed_from_pixels(draw_pictures(_MEASURED_SEED, 0, _MEASURED_PICTURES).pixels)
-        super().__init__(
-            out,
-            settings,
-            parts={"model": self.model, "optimizer": self.optimizer},
-            stream={"world": WORLD_VERSION, "seed": settings.seed, "batch_size": settings.batch_size},
-            log_file=LOG_FILE,
-            checkpoint_file=CHECKPOINT_FILE,
-        )
+        self.unseen = signed_from_pixels(draw_pictures(_MEASURED_SEED, 0, _MEASURED_PICTURES))
+        super().__init__(out, settings, model=self.model, optimizer=self.optimizer)
 
-    def batches(self, *, workers: int) -> Iterator[Pictures]:
-        """Yield what is still to come."""
+    def batches(self, *, workers: int) -> Iterator[Bytes]:
+        """Return the pictures of the remaining steps."""
         size = self.settings.batch_size
         return pictures_ahead(self.settings.seed, self.step * size, self.settings.steps * size, size, workers=workers)
 
-    def take_step(self, batch: Pictures) -> float:
+    def take_step(self, batch: Bytes) -> float:
         """Learn from pictures and return the loss."""
-        pixels = signed_from_pixels(batch.pixels)
+        pixels = signed_from_pixels(batch)
         posterior = self.model.encode(pixels).latent_dist
-        # The generator is a function of the step, so that a resumed run draws the same noise.
+        # Seeded by the step: a resumed run draws the same noise.
         noise = torch.Generator().manual_seed(self.settings.seed * 1_000_003 + self.step)
         decoded = self.model.decode(posterior.sample(generator=noise)).sample
         kl = posterior.kl().mean() / posterior.mean[0].numel()

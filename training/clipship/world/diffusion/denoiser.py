@@ -1,7 +1,7 @@
-"""The third stage: a `UNet2DConditionModel` that turns noise into latents, step by step, as a caption says.
+"""The third stage: a `UNet2DConditionModel` that denoises latents step by step, conditioned on a caption.
 
 It predicts the velocity (arXiv 2202.00512) with min-SNR weights (arXiv 2303.09556); one caption in ten is left out, for
-classifier-free guidance (arXiv 2207.12598). What is kept is the moving average of the weights.
+classifier-free guidance (arXiv 2207.12598). The result is a moving average of the weights.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,8 +16,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from clipship.world.diffusion.autoencoder import LATENT_CHANNELS, LATENT_PX
 from clipship.world.diffusion.pipeline import new_scheduler
 from clipship.world.diffusion.training_images import caption_at
-from clipship.world.drawing.attributes import WORLD_VERSION
-from clipship.world.runs import ResumableRun, RunSettings, decayed_optimizer, descend
+from clipship.world.training_run import ResumableRun, RunSettings, decayed_optimizer, descend
 
 # Shapes: N pictures, C latent channels, S latent side, L tokens, W text width.
 
@@ -31,7 +30,7 @@ _BATCH_STREAM = 7_301
 
 @dataclass(frozen=True, kw_only=True)
 class DenoiserSettings(RunSettings):
-    """The settings that made the committed denoiser.
+    """The settings of the committed denoiser.
 
     `snr_limit` caps the weight of steps with little noise, `no_caption_chance` is the share of captions left out,
     `average_decay` is how much of the averaged weights is kept at a step.
@@ -51,7 +50,7 @@ class DenoiserSettings(RunSettings):
     average_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        """Refuse settings that no run can have."""
+        """Validate the settings."""
         super().__post_init__()
         if self.pictures < 1 or self.snr_limit <= 0:
             raise ValueError(f"pictures is {self.pictures} and snr_limit {self.snr_limit}; both must be above 0")
@@ -64,7 +63,7 @@ class DenoiserSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyBatch:
-    """What one step learns from.
+    """The training data of one step.
 
     Attributes:
         latents: float32 [N, C, S, S].
@@ -96,7 +95,7 @@ def new_denoiser(seed: int, text_width: int) -> Any:
         attention_head_dim=_HEADS,  # diffusers means the number of heads by it
         norm_num_groups=_GROUPS,
     )
-    torch.nn.init.zeros_(model.conv_out.weight)  # the first guess is that nothing is known
+    torch.nn.init.zeros_(model.conv_out.weight)  # the first prediction is zero
     return model.to(memory_format=torch.channels_last)
 
 
@@ -126,6 +125,8 @@ def min_snr_weights(signal: Tensor, limit: float) -> Tensor:
 class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
     """The training of the denoiser."""
 
+    log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
+
     def __init__(
         self,
         out: Path,
@@ -143,18 +144,17 @@ class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
         self.average = AveragedModel(self.model, multi_avg_fn=moving_average)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.99))
         self.signal: Tensor = new_scheduler().alphas_cumprod
-        identity = {"world": WORLD_VERSION, "seed": settings.seed, "batch_size": settings.batch_size}
         super().__init__(
             out,
             settings,
-            parts={"model": self.model, "average": self.average, "optimizer": self.optimizer},
-            stream=identity | {"pictures": settings.pictures},
-            log_file=LOG_FILE,
-            checkpoint_file=CHECKPOINT_FILE,
+            {"pictures": settings.pictures},
+            model=self.model,
+            average=self.average,
+            optimizer=self.optimizer,
         )
 
     def batches(self) -> Iterator[NoisyBatch]:
-        """Yield what is still to come."""
+        """Yield the batches of the remaining steps."""
         for step in range(self.step, self.settings.steps):
             yield noisy_batch(self.settings, self.latents, step, len(self.signal))
 
@@ -178,5 +178,5 @@ class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
         return states
 
     def measure(self) -> dict[str, float]:
-        """Return what the judge makes of the averaged weights."""
+        """Return the judgement of the averaged weights."""
         return self.judge(self.average.module)

@@ -1,8 +1,8 @@
 """Judge the pipeline: `python -m clipship.world.diffusion.judge [--pipeline FOLDER] [--sheet FILE]`.
 
-`clipship-tiny` names the images that are generated for class names of the world, and pictures that are drawn of the
-same names in the look of pre-training. What counts is top-1 accuracy on generated images as a share of that on drawn
-ones, over compositions that training has shown and over those it never shows. Nothing is filtered.
+`clipship-tiny` classifies images generated for class names of the world, and pictures of the same names drawn in the
+look of pre-training. The result is top-1 accuracy on generated images as a share of that on drawn ones, for
+compositions that training has shown and for those it holds out. Nothing is filtered.
 """
 
 import argparse
@@ -27,11 +27,11 @@ from clipship.world.datasets import WORLD_DATASETS, compositions_of, is_unseen
 from clipship.world.diffusion.pipeline import generate, hide_progress_bars, load_pipeline
 from clipship.world.drawing.attributes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 from clipship.world.drawing.scenes import Scene, Thing, is_held_out
-from clipship.world.pretraining.pretrain import unseen_compositions
-from clipship.world.synthesis import draw_candidate
+from clipship.world.pretraining.train import unseen_compositions
+from clipship.world.rendered_synthetic_set import draw_candidate
 
 FLOOR = 0.6
-"""The share of the accuracy on drawn pictures that generated images have to reach."""
+"""The minimum share of the accuracy on drawn pictures."""
 _COMPOSITIONS = 100
 _COMPOSITIONS_SEED = 7_201
 _PLURAL = ("groups", "fabrics")
@@ -44,7 +44,7 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """Class names that an image has to be told apart from.
+    """A set of class names among which images are classified.
 
     Attributes:
         name: what they are.
@@ -66,7 +66,7 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRow:
-    """Top-1 accuracy in per cent on drawn and on generated images of the same names; true if it is enough.
+    """Top-1 accuracy in percent on drawn and on generated images of the same names; true if the share reaches `FLOOR`.
 
     Attributes:
         name: the question.
@@ -98,7 +98,7 @@ class JudgeRow:
 
 @cache
 def questions() -> tuple[Question, ...]:
-    """Return the names of the nine data sets, and 100 compositions of three words, once seen and once unseen."""
+    """Return the names of the nine data sets, 100 seen and 100 unseen compositions of three words."""
     asked = [
         Question(
             name=dataset.name,
@@ -131,8 +131,8 @@ def _scenes_of(thing: Thing) -> list[Scene]:
 
 
 @torch.no_grad()
-def is_named_right(clip: Clip, images: Sequence[Image.Image], labels: Sequence[int], question: Question) -> Bools:
-    """Return for every image whether `clip` finds the prompt of its label nearest, bool [N]."""
+def is_correct(clip: Clip, images: Sequence[Image.Image], labels: Sequence[int], question: Question) -> Bools:
+    """Return for every image whether `clip` classifies it as its label, bool [N]."""
     pixels = torch.stack([clip.preprocess(image) for image in images])
     texts = clip.model.encode_text(clip.tokenize(question.prompts), normalize=True)
     nearest = (clip.model.encode_image(pixels, normalize=True) @ texts.T).argmax(1)
@@ -154,7 +154,7 @@ def rows_of(clip: Clip, pipeline: Any, question: Question, *, per_class: int, **
     drawn = [draw_candidate(question.class_names[label], seed) for label, seed in zip(labels, seeds, strict=True)]
     prompts = [question.prompts[label] for label in labels]
     made = generate(pipeline, prompts, seeds, **options)
-    right = [is_named_right(clip, images, labels, question) for images in (drawn, made)]
+    right = [is_correct(clip, images, labels, question) for images in (drawn, made)]
     unseen = np.asarray([question.unseen[label] for label in labels])
     return [
         JudgeRow(

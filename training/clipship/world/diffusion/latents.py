@@ -1,7 +1,7 @@
 """The second stage: the latents of all pictures, drawn and encoded once and kept in files.
 
-Every file holds the latents of consecutive pictures and names the autoencoder that made them, so that a stopped run
-goes on with the next file and no latents of another autoencoder are ever used.
+Every file names the autoencoder that made it: a resumed run continues with the next file, and never takes latents of
+another autoencoder.
 """
 
 from collections.abc import Iterator
@@ -16,9 +16,10 @@ from torch import Tensor
 from clipship.core.files import replace_file
 from clipship.training.model.clip import digest_of_tensors
 from clipship.world.diffusion.autoencoder import signed_from_pixels
-from clipship.world.diffusion.training_images import Pictures, draw_pictures, pictures_ahead
+from clipship.world.diffusion.training_images import draw_pictures, pictures_ahead
 from clipship.world.drawing.attributes import WORLD_VERSION
-from clipship.world.runs import round_to_half
+from clipship.world.drawing.stencils import Bytes
+from clipship.world.training_run import round_to_half
 
 # Shapes: N pictures, C latent channels, S latent side.
 
@@ -28,14 +29,14 @@ _PICTURES_AT_ONCE = 64
 
 @torch.no_grad()
 def normalise_latents(model: Any, seed: int, count: int) -> None:
-    """Fold into the autoencoder, in place, what makes every latent channel zero in mean and one in spread.
+    """Normalise every latent channel to mean 0 and spread 1, in the weights of the autoencoder, in place.
 
     Mean and spread are those of the first `count` pictures of the stream.
 
-    Diffusers' pipelines know one scaling factor for all channels and no offset; the 1 x 1 convolutions beside the
-    latent can hold both, channel by channel. The weights are rounded to float16 afterwards.
+    Pipelines of diffusers have one scaling factor for all channels and no offset, so both go into the 1 x 1
+    convolutions beside the latent. The weights are rounded to float16 afterwards.
     """
-    pixels = signed_from_pixels(draw_pictures(seed, 0, count).pixels)
+    pixels = signed_from_pixels(draw_pictures(seed, 0, count))
     latents = torch.cat([model.encode(part).latent_dist.mean for part in torch.split(pixels, _PICTURES_AT_ONCE)])
     mean_C, std_C = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
     into, out_of = model.quant_conv, model.post_quant_conv
@@ -74,9 +75,9 @@ def encoded_pictures(folder: Path, model: Any, seed: int, count: int, *, workers
 
 
 @torch.no_grad()
-def _encoded(model: Any, ahead: Iterator[Pictures]) -> Iterator[Tensor]:
+def _encoded(model: Any, ahead: Iterator[Bytes]) -> Iterator[Tensor]:
     for pictures in ahead:
-        yield model.encode(signed_from_pixels(pictures.pixels)).latent_dist.mean.half().contiguous()
+        yield model.encode(signed_from_pixels(pictures)).latent_dist.mean.half().contiguous()
 
 
 def _is_made_by(path: Path, identity: dict[str, str]) -> bool:

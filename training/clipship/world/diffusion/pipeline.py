@@ -1,4 +1,4 @@
-"""The parts of the pipeline put together, and written in diffusers' folder format."""
+"""Assembles the pipeline from its parts and writes it in diffusers' folder format."""
 
 import copy
 import json
@@ -65,7 +65,7 @@ def pipeline_of(autoencoder: Any, denoiser: Any, text_encoder: Any, tokenizer: A
 
 
 def hide_progress_bars() -> None:
-    """Keep the bars that diffusers and transformers draw while they load and save out of logs."""
+    """Hide the progress bars of diffusers and transformers if stderr is not a terminal."""
     from diffusers.utils import logging as of_diffusers
     from transformers.utils import logging as of_transformers
 
@@ -84,9 +84,9 @@ def load_pipeline(folder: Path) -> Any:
 
 
 def write_pipeline(folder: Path, pipeline: Any, *, extra_files: Sequence[Path] = ()) -> None:
-    """Write a pipeline with float16 weights, whole or not at all; `extra_files` are copied beside it.
+    """Write a pipeline with float16 weights, whole or not at all; `extra_files` are copied into its folder.
 
-    The weights have to be rounded to float16 before (`runs.round_to_half`), so that the folder makes the same images.
+    Its weights must be rounded to float16 already (`training_run.round_to_half`): the folder makes the same images.
     """
     clip = load_clip(TINY)
     halves = {name: copy.deepcopy(getattr(pipeline, name)).half() for name in ("vae", "unet", "text_encoder")}
@@ -126,7 +126,7 @@ def generate(
     steps: int = TINY_STEPS,
     guidance: float = TINY_GUIDANCE,
 ) -> list[Image.Image]:
-    """Return an image of every prompt, 64 x 64 pixels; each starts from noise of its own seed."""
+    """Return an image of every prompt, 64 x 64 pixels; each starts from the noise of its seed."""
     images: list[Image.Image] = []
     for start in range(0, len(prompts), _GENERATED_AT_ONCE):
         part = slice(start, start + _GENERATED_AT_ONCE)

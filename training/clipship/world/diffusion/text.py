@@ -1,7 +1,7 @@
 """The text side of the pipeline: `clipship-tiny`'s text tower and tokenizer in the classes that diffusers loads.
 
-CLIP's vocabulary of 49,408 byte pairs is cut down to the bytes and to what the captions of the world need, so that
-the token table is small. Every other word still has tokens (bytes), but the model has never seen them.
+CLIP's vocabulary of 49,408 byte pairs is reduced to the bytes and to what the captions of the world need. Every other
+word becomes bytes, which the model has never seen.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.training.model.clip import Clip
-from clipship.world.pretraining.pretrain import CompactTokens
+from clipship.world.pretraining.train import CompactTokens
 
 # Shapes: N texts, L tokens, W text width.
 

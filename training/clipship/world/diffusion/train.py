@@ -1,13 +1,11 @@
 """Train `clipship-tiny-diffusion`: `python -m clipship.world.diffusion.train --out DIR [--resume]`.
 
-Three stages: the autoencoder, the latents of all pictures, the denoiser. The run is seeded; every stage keeps what it
-has on disk, and after a kill `--resume` goes on with exactly what was still to come. The result is `DIR/pipeline`, a
-folder that `diffusers.DiffusionPipeline.from_pretrained` loads; it is there from the first measurement on.
+Three stages: the autoencoder, the latents of all pictures, the denoiser. The run is seeded; killed and started again
+with `--resume`, it ends with the weights of an uninterrupted run. The result is `DIR/pipeline`, a folder that
+`diffusers.DiffusionPipeline.from_pretrained` loads; it is written at every measurement.
 """
 
-import argparse
 import copy
-import dataclasses
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from clipship.world.diffusion.denoiser import DenoiserRun, DenoiserSettings
 from clipship.world.diffusion.judge import Question, questions, rows_of, total_of
 from clipship.world.diffusion.latents import encoded_pictures, normalise_latents
 from clipship.world.diffusion.pipeline import hide_progress_bars, pipeline_of, text_parts, write_pipeline
-from clipship.world.runs import add_settings, round_to_half
+from clipship.world.training_run import RunSettings, parsed_settings, round_to_half
 
 PIPELINE_FOLDER = "pipeline"
 _LATENTS_FOLDER = "latents"
@@ -33,7 +31,7 @@ _JUDGED = ("prints", "places", "origami")
 
 @dataclass(frozen=True, kw_only=True)
 class Exporter:
-    """Writes the pipeline with a denoiser as it is, and has it judged.
+    """Writes and judges the pipeline with the current denoiser.
 
     Attributes:
         folder: where the pipeline goes.
@@ -48,7 +46,7 @@ class Exporter:
     questions: Sequence[Question]
 
     def write(self, denoiser: Any) -> Any:
-        """Write the pipeline and the logs so far, and return the pipeline, which has the weights of the file."""
+        """Write the pipeline and the logs so far; return the pipeline with the weights of the file."""
         half = copy.deepcopy(denoiser).eval().requires_grad_(False)
         round_to_half(half)
         pipeline = pipeline_of(self.autoencoder, half, self.text_encoder, self.tokenizer)
@@ -78,13 +76,13 @@ def train(
     workers: int = 1,
     judged: Sequence[Question] | None = None,
 ) -> dict[str, float]:
-    """Train all stages, write the pipeline and return what its images are worth (`Exporter.judge`).
+    """Train all stages, write the pipeline and return its judgement (`Exporter.judge`).
 
     Args:
         out: folder for the pipeline, the logs, the latents and the checkpoints.
         autoencoder_settings: the first stage.
         denoiser_settings: the last stage, which also says how many pictures there are.
-        resume: go on with what `out` holds.
+        resume: continue what `out` holds.
         workers: processes that draw pictures.
         judged: what the pipeline is judged by; the names of three data sets when None.
 
@@ -111,31 +109,21 @@ def train(
         return run.measure()
     run.begin(resume=resume and run.checkpoint_path.is_file())
     run.train(run.batches())
-    worth = run.measure()
-    run.log(event="finished", step=run.step, train_s=round(run.train_s), **worth)
+    judgement = run.measure()
+    run.log(event="finished", step=run.step, train_s=round(run.train_s), **judgement)
     export.write(run.average.module)  # again, with the last line of the log
-    return worth
+    return judgement
 
 
 def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.diffusion.train", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of everything that is written")
-    parser.add_argument("--resume", action="store_true", help="go on with what --out holds")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
-    stages = {"autoencoder-": AutoencoderSettings(), "denoiser-": DenoiserSettings()}
-    for prefix, settings in stages.items():
-        add_settings(parser, settings, prefix=prefix)
-    options = vars(parser.parse_args())
+    stages: dict[str, RunSettings] = {"autoencoder-": AutoencoderSettings(), "denoiser-": DenoiserSettings()}
+    options, (first, last) = parsed_settings("clipship.world.diffusion.train", __doc__, stages)
+    assert isinstance(first, AutoencoderSettings)
+    assert isinstance(last, DenoiserSettings)
     hide_progress_bars()
-    first, last = (_given(settings, prefix, options) for prefix, settings in stages.items())
-    worth = train(options["out"], first, last, resume=options["resume"], workers=options["workers"])
-    sys.stdout.write(f"{options['out'] / PIPELINE_FOLDER}: {worth}\n")
-
-
-def _given(settings: Any, prefix: str, options: dict[str, Any]) -> Any:
-    names = {field.name: f"{prefix.replace('-', '_')}{field.name}" for field in dataclasses.fields(settings)}
-    return dataclasses.replace(settings, **{name: options[option] for name, option in names.items()})
+    judgement = train(options["out"], first, last, resume=options["resume"], workers=options["workers"])
+    sys.stdout.write(f"{options['out'] / PIPELINE_FOLDER}: {judgement}\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,6 @@
-"""The pictures and captions that the pipeline learns from: picture `index` is a function of the seed and the index."""
+"""Pictures and captions for training the pipeline: picture `index` is a function of the seed and the index."""
 
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -11,24 +8,11 @@ from clipship.world.drawing.captions import caption_of
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import Scene, sample_scene
 from clipship.world.drawing.stencils import Bytes
-from clipship.world.processes import drawing_pool
+from clipship.world.drawing_pool import drawn_ahead
 
 _STREAM = 7_007
 _CAPTION_STREAM = 7_008
 _CAPTIONS_DRAWN = 2
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Pictures:
-    """Consecutive pictures of the stream.
-
-    Attributes:
-        first: the index of the first.
-        pixels: uint8 [N, 64, 64, 3].
-    """
-
-    first: int
-    pixels: Bytes
 
 
 def scene_at(seed: int, index: int) -> Scene:
@@ -45,8 +29,8 @@ def picture_at(seed: int, index: int) -> Bytes:
 def caption_at(seed: int, index: int, step: int) -> str:
     """Return the caption of a picture at a step of the training.
 
-    The one of a few random captions that states most: a generator cannot learn a word from pictures that have what
-    it says and captions that do not.
+    It is the one of a few random captions that states most: the model does not learn a word from pictures that show it
+    while their captions leave it out.
     """
     rng = np.random.Generator(np.random.PCG64([_CAPTION_STREAM, seed, index, step]))
     scene = scene_at(seed, index)
@@ -54,22 +38,15 @@ def caption_at(seed: int, index: int, step: int) -> str:
     return max(drawn, key=lambda caption: len(caption.facts)).text
 
 
-def draw_pictures(seed: int, first: int, count: int) -> Pictures:
-    """Draw `count` pictures from index `first` on."""
-    pixels = np.stack([picture_at(seed, index) for index in range(first, first + count)])
-    return Pictures(first=first, pixels=pixels)
+def draw_pictures(seed: int, first: int, count: int) -> Bytes:
+    """Draw `count` pictures from index `first` on, uint8 [count, 64, 64, 3]."""
+    return np.stack([picture_at(seed, index) for index in range(first, first + count)])
 
 
-def pictures_ahead(seed: int, first: int, last: int, size: int, *, workers: int = 1) -> Iterator[Pictures]:
-    """Yield the pictures from `first` up to but not including `last`, `size` at a time, drawn in other processes."""
-    with drawing_pool(workers) as pool:
-        waiting: deque[Future[Pictures]] = deque()
-        for start in range(first, last, size):
-            waiting.append(pool.submit(draw_pictures, seed, start, min(size, last - start)))
-            if len(waiting) > 8 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def pictures_ahead(seed: int, first: int, last: int, size: int, *, workers: int = 1) -> Iterator[Bytes]:
+    """Return the pictures from `first` up to but not including `last`, `size` at a time, drawn in other processes."""
+    starts = range(first, last, size)
+    return drawn_ahead(draw_pictures, ((seed, start, min(size, last - start)) for start in starts), workers=workers)
 
 
 def _generator_at(seed: int, index: int) -> np.random.Generator:

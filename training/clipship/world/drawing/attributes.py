@@ -1,8 +1,8 @@
 """The vocabulary of the world, and the compositions that pre-training never shows.
 
 Every word that a class name of the built-in data sets can contain is listed here. About a quarter of the pairs of
-each kind (colour x shape, texture x shape, ...) are held out: pre-training never renders them, so that part of the
-downstream classes are compositions the model can only know by generalising.
+each kind (colour x shape, texture x shape, ...) are held out: pre-training never renders them, and the model
+can know some downstream classes only by generalising.
 """
 
 from functools import cache

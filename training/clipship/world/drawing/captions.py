@@ -111,7 +111,7 @@ def _adjectives(thing: Thing, place: str, rng: np.random.Generator) -> tuple[lis
     if rng.random() < _KEEP_COLOUR:
         words.append(thing.colour)
         facts.add(f"{place}.colour:{thing.colour}")
-    # "plain" is what people do not say, so it is said less often.
+    # People rarely say "plain".
     if rng.random() < (_KEEP_TEXTURE if thing.texture != "plain" else _KEEP_TEXTURE / 2):
         words.insert(int(rng.random() < 0.7) * len(words), thing.texture)
         facts.add(f"{place}.texture:{thing.texture}")

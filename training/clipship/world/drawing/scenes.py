@@ -46,7 +46,7 @@ class Scene:
 
 @dataclass(frozen=True, kw_only=True)
 class Palette:
-    """The values a sampled scene may use; smaller palettes make batches whose captions are hard to tell apart.
+    """The values a sampled scene may use; smaller palettes make captions harder to distinguish.
 
     With `lone`, every scene is a single large thing.
     """
@@ -95,6 +95,32 @@ def sample_scene(rng: np.random.Generator, palette: Palette = FULL_PALETTE) -> S
         scene = _sample_any_scene(rng, palette)
         if not is_held_out(scene):
             return scene
+
+
+@dataclass(frozen=True, kw_only=True)
+class SceneRequest:
+    """What a scene has to show; None leaves the choice open."""
+
+    shape: str | None = None
+    colour: str | None = None
+    texture: str | None = None
+    size: str | None = None
+    background: str | None = None
+    count: int = 1
+    swatch: bool = False
+
+
+def scene_from(request: SceneRequest, rng: np.random.Generator) -> Scene:
+    """Return a random scene that shows what is requested."""
+    thing = Thing(
+        shape=request.shape or pick(rng, SHAPES),
+        colour=request.colour or pick(rng, tuple(COLOURS)),
+        texture=request.texture or pick(rng, TEXTURES),
+        size=request.size or tuple(SIZES)[1 + int(rng.integers(2))],
+    )
+    kind: SceneKind = "swatch" if request.swatch else "group" if request.count > 1 else "single"
+    background = request.background or pick(rng, tuple(BACKGROUNDS))
+    return Scene(kind=kind, things=(thing,) * request.count, background=background)
 
 
 def is_held_out(scene: Scene) -> bool:

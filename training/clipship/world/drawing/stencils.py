@@ -1,6 +1,6 @@
 """The cached building blocks of every picture: shape masks, texture tiles and background tiles.
 
-All of them are made once per process from fixed seeds, so that drawing a picture is a few crops and one blend.
+They are made once per process from fixed seeds: drawing a picture is a few crops and a blend.
 Masks and tiles are in [0, 1]; colours and backgrounds are in [0, 255].
 """
 

@@ -119,11 +119,17 @@ def _add_tube(canvas: Floats, thing: Thing, spot: Spot, rng: np.random.Generator
     canvas += colour * np.clip(halo, 0, 1.2) * (1 - light) * (0.9 - 0.35 * frame.shift)
 
 
-def painting(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
-    """Paint the thing and its background in another palette, with a broad brush."""
+def _plain(scene: Scene, rng: np.random.Generator, frame: Frame) -> Floats:
+    """Return the things on their background as pre-training shows them."""
     canvas = backdrop(scene.background, rng, frame.side_px)
     for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
         paste(canvas, thing, spot, rng)
+    return canvas
+
+
+def painting(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
+    """Paint the thing and its background in another palette, with a broad brush."""
+    canvas = _plain(scene, rng, frame)
     canvas = recoloured(canvas, hue_deg=170 * frame.shift, saturation=1 + 0.3 * frame.shift)
     canvas = bent(canvas, rng, amount_px=(0.5 + 1.5 * frame.shift) * frame.unit_px)
     side_px = frame.side_px
@@ -168,9 +174,7 @@ def fabric(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
 def video_game(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
     """Draw with the coarse pixels and the few, gaudy tones of an old game, on a screen whose lines show."""
     side_px = frame.side_px
-    canvas = backdrop(scene.background, rng, side_px)
-    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
-        paste(canvas, thing, spot, rng)
+    canvas = _plain(scene, rng, frame)
     canvas = recoloured(canvas, hue_deg=60 * frame.shift, saturation=1 + 0.5 * frame.shift)
     coarse_px = round(side_px / ((1.2 + 2 * frame.shift) * frame.unit_px))
     image = Image.fromarray(np.clip(canvas, 0, 255).astype(np.uint8)).resize((coarse_px, coarse_px))
@@ -235,9 +239,7 @@ def _paste_lit(canvas: Floats, thing: Thing, spot: Spot, rng: np.random.Generato
 
 def night_photo(scene: Scene, rng: np.random.Generator, frame: Frame) -> Bytes:
     """Photograph the scene at night: a lamp beside it, colours that fade, and the noise of a small sensor."""
-    canvas = backdrop(scene.background, rng, frame.side_px)
-    for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
-        paste(canvas, thing, spot, rng)
+    canvas = _plain(scene, rng, frame)
     canvas = recoloured(canvas, hue_deg=0, saturation=1 - 0.6 * frame.shift)
     lamp = np.linspace(1, 0.35, frame.side_px, dtype=np.float32)[None, :, None]
     canvas = canvas * (1 - 0.8 * frame.shift) * lamp * np.asarray((0.85, 0.95, 1.2), np.float32)

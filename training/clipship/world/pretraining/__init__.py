@@ -1,1 +1,1 @@
-"""How clipship-tiny was trained on the built-in world."""
+"""Pre-training of clipship-tiny on the built-in world."""

@@ -1,4 +1,4 @@
-"""What every training run of the world shares: settings, the learning rate, the checkpoint, the log and the loop."""
+"""A resumable training run of the world: settings, learning rate, checkpoint, log, loop and command line."""
 
 import argparse
 import dataclasses
@@ -18,6 +18,7 @@ from torch import nn
 
 from clipship.core.errors import DataError
 from clipship.core.files import write_bytes_atomic
+from clipship.world.drawing.attributes import WORLD_VERSION
 
 BatchT = TypeVar("BatchT")
 SettingsT = TypeVar("SettingsT", bound="RunSettings")
@@ -43,7 +44,7 @@ class RunSettings:
     checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:
-        """Refuse settings that no run can have."""
+        """Validate the settings."""
         if min(self.steps, self.batch_size, self.log_every, self.evaluate_every) < 1:
             raise ValueError("steps, batch_size, log_every and evaluate_every must be at least 1")
         if not 0 < self.decay_fraction <= 1:
@@ -57,25 +58,31 @@ class RunSettings:
 
 
 class ResumableRun(ABC, Generic[SettingsT, BatchT]):
-    """One training run: what is learned, the folder it is written to, and how far it is.
+    """One training run: what is learned, the folder it is written to, and the current step.
 
-    A subclass takes a step (`take_step`) and may measure (`measure`). `parts` is everything whose state makes the
-    run: objects with `state_dict` and `load_state_dict`.
+    A subclass names its files, takes a step (`take_step`) and may measure (`measure`).
     """
 
-    def __init__(
-        self,
-        out: Path,
-        settings: SettingsT,
-        *,
-        parts: Mapping[str, Any],
-        stream: Mapping[str, Any],
-        log_file: str,
-        checkpoint_file: str,
-    ) -> None:
-        """Start from what the parts hold; nothing is written yet. `stream` is what a resumed run must agree on."""
-        self.out, self.settings, self.parts, self.stream = out, settings, dict(parts), dict(stream)
-        self.log_path, self.checkpoint_path = out / log_file, out / checkpoint_file
+    log_file: str
+    checkpoint_file: str
+
+    def __init__(self, out: Path, settings: SettingsT, stream: Mapping[str, Any] | None = None, **parts: Any) -> None:
+        """Start from the state of the parts; nothing is written yet.
+
+        Args:
+            out: the folder.
+            settings: a resumed run must have the same seed and batch size.
+            stream: what else it must have in common with the first.
+            parts: everything whose state makes the run: objects with `state_dict` and `load_state_dict`.
+        """
+        self.out, self.settings, self.parts = out, settings, parts
+        self.stream = {
+            "world": WORLD_VERSION,
+            "seed": settings.seed,
+            "batch_size": settings.batch_size,
+            **(stream or {}),
+        }
+        self.log_path, self.checkpoint_path = out / self.log_file, out / self.checkpoint_file
         self.step, self.train_s = 0, 0.0
 
     @abstractmethod
@@ -83,11 +90,11 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
         """Learn from a batch and return its loss."""
 
     def measure(self) -> dict[str, float]:
-        """Return what else belongs into the log, every `evaluate_every` steps."""
+        """Return what else to log every `evaluate_every` steps."""
         return {}
 
     def begin(self, *, resume: bool) -> None:
-        """Go back to the checkpoint, or start a new log; either way the log gets a line with the settings.
+        """Restore the checkpoint, or start a new log; then log the settings.
 
         Raises:
             DataError: there is a checkpoint and `resume` is not set, or the other way round.
@@ -95,16 +102,14 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
         if resume:
             self.restore()
         elif self.checkpoint_path.exists():
-            raise DataError(
-                f"{self.out} holds an unfinished run; add --resume to go on with it, or choose another --out"
-            )
+            raise DataError(f"{self.out} holds an unfinished run; add --resume to continue it, or choose another --out")
         else:
             write_bytes_atomic(self.log_path, b"")
         event = "resumed" if resume else "started"
         self.log(event=event, step=self.step, **dataclasses.asdict(self.settings))
 
     def is_finished(self, *, resume: bool) -> bool:
-        """Return whether the folder holds this run with all its steps taken; if so, it is restored.
+        """Return whether the folder holds this run with all its steps; if so, restore it.
 
         Raises:
             DataError: as `restore`.
@@ -117,10 +122,10 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
         return True
 
     def restore(self) -> None:
-        """Go back to the checkpoint, and drop the log lines after it.
+        """Restore the checkpoint, and drop the log lines after it.
 
         Raises:
-            DataError: there is no checkpoint, or it is of a run with another seed or batch size.
+            DataError: there is no checkpoint, or its run had another seed or batch size.
         """
         path = self.checkpoint_path
         if not path.is_file():
@@ -135,14 +140,14 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
         write_bytes_atomic(self.log_path, "".join(lines).encode())
 
     def save_checkpoint(self) -> None:
-        """Write everything needed to go on, whole or not at all."""
+        """Write everything that a resumed run needs, whole or not at all."""
         buffer = io.BytesIO()
         state = {name: part.state_dict() for name, part in self.parts.items()}
         torch.save(state | {"step": self.step, "train_s": self.train_s, "stream": self.stream}, buffer)
         write_bytes_atomic(self.checkpoint_path, buffer.getvalue())
 
     def log(self, **fields: Any) -> None:
-        """Append one JSON line to the log, and show it on stderr."""
+        """Append a JSON line to the log and to stderr."""
         line = json.dumps(fields)
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(f"{line}\n")
@@ -177,7 +182,7 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
 
 
 def decayed_optimizer(model: nn.Module, settings: RunSettings, *, betas: tuple[float, float]) -> torch.optim.AdamW:
-    """Return AdamW; biases, norms and single numbers are not decayed."""
+    """Return AdamW without weight decay for biases, norms and scalars."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
@@ -196,14 +201,34 @@ def descend(optimizer: torch.optim.Optimizer, loss: torch.Tensor, learning_rate:
 
 
 def round_to_half(model: nn.Module) -> None:
-    """Round every weight to float16 in place, so that the model measured is the model in the file."""
+    """Round every weight to float16 in place: what is measured is what the file holds."""
     for tensor in model.state_dict().values():
         tensor.copy_(tensor.half())
 
 
-def add_settings(parser: argparse.ArgumentParser, settings: RunSettings, *, prefix: str = "") -> None:
-    """Add one option for every field of the settings, which are its defaults."""
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        flag = f"--{prefix}{field.name.replace('_', '-')}"
-        parser.add_argument(flag, type=type(value), default=value, help="default: %(default)s")
+def parsed_settings(
+    program: str, description: str | None, stages: Mapping[str, SettingsT]
+) -> tuple[dict[str, Any], list[SettingsT]]:
+    """Parse the command line of a training: `--out`, `--resume`, `--workers` and an option for every setting.
+
+    Args:
+        program: the module that is run.
+        description: its docstring.
+        stages: the default settings of each stage, by the prefix of its options, such as "denoiser-".
+
+    Returns:
+        The options, and the settings of each stage.
+    """
+    parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of everything that is written")
+    parser.add_argument("--resume", action="store_true", help="continue what --out holds")
+    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
+    for prefix, defaults in stages.items():
+        for name, value in dataclasses.asdict(defaults).items():
+            flag, kind = f"--{prefix}{name.replace('_', '-')}", type(value)
+            parser.add_argument(flag, dest=prefix + name, type=kind, default=value, help="default: %(default)s")
+    options = vars(parser.parse_args())
+    return options, [
+        dataclasses.replace(defaults, **{name: options[prefix + name] for name in dataclasses.asdict(defaults)})
+        for prefix, defaults in stages.items()
+    ]

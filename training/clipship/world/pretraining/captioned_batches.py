@@ -1,8 +1,6 @@
-"""The endless stream of pre-training batches: batch `step` is a function of the seed and the step, nothing else."""
+"""The captioned batches of pre-training: batch `step` is a function of the seed and the step only."""
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,14 +21,14 @@ from clipship.world.drawing.captions import caption_of
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import FULL_PALETTE, Palette, Scene, facts_of, sample_palette, sample_scene
 from clipship.world.drawing.stencils import PICTURE_PX, Bytes
-from clipship.world.processes import drawing_pool
+from clipship.world.drawing_pool import drawn_ahead
 
 FAMILY_SIZE = 64
-"""Pictures of every second batch come in families that share a small palette: captions are harder to tell apart."""
+"""Pictures of every second batch share a small palette in families of this size: a harder contrast."""
 LONE_PLAIN_STEPS = range(640, 1400)
-"""While every second batch has nothing but large plain things: shapes are learned on them, long before elsewhere."""
+"""Every second batch has large plain things only: shapes are learned on them long before elsewhere."""
 LONE_STEPS = range(1400, 2600)
-"""While every second batch has nothing but large things: textures are learned on them."""
+"""Every second batch has large things only: textures are learned on them."""
 _CALM = ("sand", "snow", "paper")
 _PALETTE_STREAM = 1 << 20
 
@@ -43,7 +41,7 @@ class CaptionedBatch:
         pixels: uint8 [N, PICTURE_PX, PICTURE_PX, 3].
         captions: N texts.
         fits: bool [N, N]; row = picture, column = caption.
-        words: for every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 where it is not asked.
+        words: for every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 for none.
     """
 
     pixels: Bytes
@@ -111,15 +109,8 @@ def fits_matrix(shown: list[frozenset[str]], stated: list[frozenset[str]]) -> ND
 
 
 def batches(seed: int, first_step: int, last_step: int, size: int, *, workers: int = 1) -> Iterator[CaptionedBatch]:
-    """Yield the batches of steps `first_step` up to but not including `last_step`, drawn ahead in other processes."""
-    with drawing_pool(workers) as pool:
-        waiting: deque[Future[CaptionedBatch]] = deque()
-        for step in range(first_step, last_step):
-            waiting.append(pool.submit(make_batch, seed, step, size))
-            if len(waiting) > 8 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+    """Return the batches of steps `first_step` up to but not including `last_step`, drawn ahead in other processes."""
+    return drawn_ahead(make_batch, ((seed, step, size) for step in range(first_step, last_step)), workers=workers)
 
 
 def _word_index(axis: str, scene: Scene) -> int:
@@ -139,7 +130,7 @@ def _palette_of(seed: int, step: int, family: int) -> Palette:
         textures = ("plain",) if step in LONE_PLAIN_STEPS else TEXTURES
         colours = sample_palette(rng, colours=3).colours
         return Palette(colours=colours, textures=textures, backgrounds=_CALM, lone=True)
-    # Colours and backgrounds are learned early and soon explain most captions: with few of them, shapes have to.
+    # Colours and backgrounds are learned early and soon explain most captions; with few of them, shapes must.
     return sample_palette(rng, colours=3, textures=4, backgrounds=3)
 
 

@@ -1,12 +1,11 @@
-"""Zero-shot accuracy on the data sets: `python -m clipship.world.pretraining.calibrate [--shifts 0.3 0.5]`.
+"""Zero-shot accuracy on the data sets of the built-in world: `python -m benchmarks.zero_shot [--shifts 0.3 0.5]`.
 
-This is how the `shift` of every data set was chosen. The test pictures are drawn, encoded as JPEG and decoded again, so
-the numbers at the frozen shift are those of the files that `write_world` writes.
+The `shift` of every data set was chosen with it. Test pictures are drawn, encoded as JPEG and decoded again: at the
+frozen shift the numbers are those of the files that `write_world` writes.
 """
 
 import argparse
 import dataclasses
-import io
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,17 +14,15 @@ from typing import Any
 
 import open_clip
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clipship.training.model.builtin import MODELS, TINY
 from clipship.world.datasets import (
-    JPEG_QUALITY,
     WORLD_DATASETS,
     WORLD_VARIANTS,
     WorldDataset,
     dataset_named,
-    draw_example,
+    picture_of,
 )
 
 
@@ -59,13 +56,6 @@ def zero_shot(dataset: WorldDataset, folder: Path, *, per_class: int | None = No
     return accuracy_of(scores, labels, dataset.num_base)
 
 
-def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Image.Image:
-    """Return a picture as the file would hold it: drawn, encoded as JPEG, not yet decoded."""
-    buffer = io.BytesIO()
-    Image.fromarray(draw_example(dataset, split, label, index)).save(buffer, "JPEG", quality=JPEG_QUALITY)
-    return Image.open(buffer)
-
-
 def accuracy_of(scores: Tensor, labels: Tensor, num_base: int) -> Accuracy:
     """Return the accuracy of scores [N, C] against int64 labels [N]; the first `num_base` classes are the base ones."""
     is_base = labels < num_base
@@ -92,7 +82,7 @@ def _lines(datasets: Sequence[WorldDataset], shifts: Sequence[float], options: d
 def main() -> None:
     """Run the script."""
     names = [dataset.name for dataset in (*WORLD_DATASETS, *WORLD_VARIANTS)]
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.pretraining.calibrate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.zero_shot", description=__doc__)
     parser.add_argument("--names", nargs="+", default=names, help="data sets (default: all)")
     parser.add_argument("--shifts", nargs="+", type=float, default=[], help="strengths (default: the frozen ones)")
     parser.add_argument("--per-class", type=int, help="test pictures of a class (default: all)")

@@ -1,9 +1,9 @@
-"""What a learned context does to base and new classes: `python -m clipship.world.pretraining.contexts`.
+"""What a learned context does to base and new classes: `python -m benchmarks.learned_context`.
 
-CoOp on the base classes of the data sets, as `coop-tiny` learns it but on image features that are computed once (four
-crops of every training picture), so that a question about the structure of the classes has its answer in a minute.
-`--halves` composes the classes of the data sets anew, `--shifts` changes their looks. Validation pictures are the
-default, and more of them are drawn than `write_world` writes: choices are made on them, not on test pictures.
+CoOp on the base classes of the data sets, as `coop-tiny` learns it, but on image features that are computed once (four
+crops of every training picture): a run takes a minute. `--halves` composes the classes of the data sets anew and
+`--shifts` changes their looks. By default validation pictures are scored, more of them than `write_world` writes:
+choices are made on them, not on test pictures.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.zero_shot import Accuracy, accuracy_of
 from clipship.core.images.decoding import pixels_from_image
 from clipship.training.config import TrainConfig
 from clipship.training.inputs.batches import training_pixels
@@ -31,8 +32,7 @@ from clipship.training.methods.zero_shot import ZeroShot
 from clipship.training.model.builtin import TINY
 from clipship.training.model.clip import Clip, load_clip
 from clipship.training.recipes import config_from_recipe
-from clipship.world.datasets import WORLD_DATASETS, Halves, WorldDataset, dataset_named
-from clipship.world.pretraining.calibrate import Accuracy, accuracy_of, picture_of
+from clipship.world.datasets import WORLD_DATASETS, Halves, WorldDataset, dataset_named, picture_of
 
 CROPS = 4
 _CHUNK = 128
@@ -155,7 +155,7 @@ def _datasets_of(options: argparse.Namespace) -> Iterator[WorldDataset]:
 
 def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.pretraining.contexts", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.learned_context", description=__doc__)
     parser.add_argument("--names", nargs="+", default=[d.name for d in WORLD_DATASETS], help="data sets (default: all)")
     parser.add_argument("--halves", nargs="+", choices=get_args(Halves), help="how halves relate (default: as frozen)")
     parser.add_argument("--shifts", nargs="+", type=float, help="strengths (default: the frozen ones)")

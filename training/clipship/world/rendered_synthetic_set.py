@@ -1,12 +1,11 @@
-"""Synthetic images from the built-in world: what a text-to-image model is for real classes, without a model.
+"""A synthetic set drawn by the renderer, in place of one made by a text-to-image model.
 
-The pictures look like those of pre-training, not like those of the data set, as images of a text-to-image model do not
-look like the user's photographs either.
+The pictures look like those of pre-training and not like those of the data set, as generated images do not look like
+the user's photographs either.
 """
 
 import zlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from clipship.core.errors import DataError
+from clipship.core.progress import progress
 from clipship.training.synthetic_set import SyntheticSet, SyntheticSetWriter, write_synthetic_set
 from clipship.world.drawing.attributes import (
     BACKGROUNDS,
@@ -27,7 +27,7 @@ from clipship.world.drawing.attributes import (
     WORLD_VERSION,
 )
 from clipship.world.drawing.render import render_scene
-from clipship.world.drawing.scenes import Scene, SceneKind, Thing, pick
+from clipship.world.drawing.scenes import SceneRequest, scene_from
 
 if TYPE_CHECKING:
     from clipship.training.model.clip import Clip
@@ -41,20 +41,7 @@ _SEEDS_PER_SET = 1_000_000
 _STREAM = 5_005
 
 
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """What a class name asks for; None where it leaves the choice open."""
-
-    shape: str | None = None
-    colour: str | None = None
-    texture: str | None = None
-    size: str | None = None
-    background: str | None = None
-    count: int = 1
-    swatch: bool = False
-
-
-def request_from(class_name: str) -> Request:
+def request_from(class_name: str) -> SceneRequest:
     """Read a class name of the world, such as "striped star", "fish on snow", "three rings" or "red wavy fabric".
 
     Raises:
@@ -73,21 +60,8 @@ def request_from(class_name: str) -> Request:
         raise DataError(f"the class name {class_name!r} names nothing to draw; {_drawable()}")
     found.setdefault("swatch", "shape" not in found)
     if found["swatch"] and (background or {"shape", "count", "size"} & set(found)):
-        raise DataError(f"{class_name!r} asks for a pattern and for a thing at once; {_drawable()}")
-    return Request(background=background, **found)
-
-
-def scene_from(request: Request, rng: np.random.Generator) -> Scene:
-    """Return a scene that shows what is asked for; the rest is random."""
-    thing = Thing(
-        shape=request.shape or pick(rng, SHAPES),
-        colour=request.colour or pick(rng, tuple(COLOURS)),
-        texture=request.texture or pick(rng, TEXTURES),
-        size=request.size or tuple(SIZES)[1 + int(rng.integers(2))],
-    )
-    kind: SceneKind = "swatch" if request.swatch else "group" if request.count > 1 else "single"
-    background = request.background or pick(rng, tuple(BACKGROUNDS))
-    return Scene(kind=kind, things=(thing,) * request.count, background=background)
+        raise DataError(f"{class_name!r} asks for a pattern and for a thing; {_drawable()}")
+    return SceneRequest(background=background, **found)
 
 
 def draw_candidate(class_name: str, seed: int) -> Image.Image:
@@ -109,7 +83,6 @@ def write_world_synthetic_set(
     keep_per_class: int = 16,
     scorer: Scorer | None = None,
     seed: int = 1,
-    progress: Callable[[int, int, str], None] | None = None,
 ) -> SyntheticSet:
     """Draw candidates of every class, keep those with the highest score, and write them as a `SyntheticSet`.
 
@@ -121,7 +94,6 @@ def write_world_synthetic_set(
         keep_per_class: pictures kept of a class.
         scorer: scores pictures against the prompt (`clip_scorer`); without one the first pictures are kept.
         seed: 0 or more; another seed gives other pictures.
-        progress: called with (classes done, classes in all, class name).
 
     Raises:
         DataError: a class name cannot be drawn, a number is out of range, or `out` is not a synthetic set.
@@ -134,14 +106,16 @@ def write_world_synthetic_set(
     for name in class_names:
         request_from(name)
     generator = {"kind": "clipship-world", "version": WORLD_VERSION, "seed": seed, "scored": scorer is not None}
-    with write_synthetic_set(
-        out, generator=generator, template=template, class_names=class_names, images_per_class=keep_per_class
-    ) as writer:
+    with (
+        write_synthetic_set(
+            out, generator=generator, template=template, class_names=class_names, images_per_class=keep_per_class
+        ) as writer,
+        progress("synthetic images", len(class_names)) as report,
+    ):
         for done, name in enumerate(class_names, start=1):
             seeds = range(seed * _SEEDS_PER_SET, seed * _SEEDS_PER_SET + candidates_per_class)
             _add_class(writer, name, template.format(name), seeds, keep_per_class, scorer)
-            if progress is not None:
-                progress(done, len(class_names), name)
+            report(done, name)
     return SyntheticSet.load(out)
 
 

@@ -1,10 +1,9 @@
-"""Pre-train `clipship-tiny` on rendered scenes: `python -m clipship.world.pretraining.pretrain --out DIR [--resume]`.
+"""Pre-train `clipship-tiny` on rendered scenes: `python -m clipship.world.pretraining.train --out DIR [--resume]`.
 
-The result is a folder that `open_clip.create_model("local-dir:DIR")` loads. The run is seeded, writes a checkpoint
-every two minutes, and goes on from it after a kill with exactly the batches that were still to come.
+The result is a folder that `open_clip.create_model("local-dir:DIR")` loads. The run is seeded and writes a checkpoint
+every two minutes; killed and resumed, it takes the batches that an uninterrupted run would have taken.
 """
 
-import argparse
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,20 +26,19 @@ from clipship.world.drawing.attributes import (
     SHAPES,
     SIZES,
     TEXTURES,
-    WORLD_VERSION,
     held_out_pairs,
 )
 from clipship.world.drawing.captions import ANY_SHAPE, MANY_TEMPLATES, SINGLE_TEMPLATES, SWATCH_TEMPLATES
 from clipship.world.drawing.render import render_scene
 from clipship.world.drawing.scenes import Scene, Thing, pick
 from clipship.world.drawing.stencils import PICTURE_PX
-from clipship.world.pretraining.stream import WORD_AXES, CaptionedBatch, batches
-from clipship.world.runs import (
+from clipship.world.pretraining.captioned_batches import WORD_AXES, CaptionedBatch, batches
+from clipship.world.training_run import (
     ResumableRun,
     RunSettings,
-    add_settings,
     decayed_optimizer,
     descend,
+    parsed_settings,
     round_to_half,
 )
 
@@ -81,8 +79,8 @@ class PretrainSettings(RunSettings):
 class CompactTokens:
     """CLIP's tokenizer, with the few ids that captions use renumbered from 0 in the same order.
 
-    The 49,408 x W token table would otherwise be updated at every step for the sake of about 150 rows. The order is
-    kept because the text tower reads its output at the highest id, which is the end of the text.
+    Otherwise every step would update the 49,408 x W token table for about 150 rows. The order is kept because the text
+    tower reads its output at the highest id, the end of the text.
     """
 
     def __init__(self, context_length: int) -> None:
@@ -168,7 +166,7 @@ def word_loss(logits: Tensor, words: dict[str, Any]) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class UnseenCompositions:
-    """Pictures of held-out single things, to measure what the model makes of compositions it never saw."""
+    """Pictures of held-out single things, to measure accuracy on compositions the model has never seen."""
 
     pixels: Any
     labels: Tensor
@@ -201,7 +199,9 @@ def accuracy_on(model: Any, unseen: UnseenCompositions, tokens: CompactTokens) -
 
 
 class PretrainRun(ResumableRun[PretrainSettings, CaptionedBatch]):
-    """One pre-training run: the model, its optimiser, the folder they are written to, and how far it is."""
+    """The pre-training of the model."""
+
+    log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
     def __init__(self, out: Path, settings: PretrainSettings) -> None:
         """Start from fresh weights; nothing is written yet."""
@@ -209,14 +209,7 @@ class PretrainRun(ResumableRun[PretrainSettings, CaptionedBatch]):
         self.model = new_model(settings.seed, self.tokens)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.98))
         self.unseen = unseen_compositions()
-        super().__init__(
-            out,
-            settings,
-            parts={"model": self.model, "optimizer": self.optimizer},
-            stream={"world": WORLD_VERSION, "seed": settings.seed, "batch_size": settings.batch_size},
-            log_file=LOG_FILE,
-            checkpoint_file=CHECKPOINT_FILE,
-        )
+        super().__init__(out, settings, model=self.model, optimizer=self.optimizer)
 
     def take_step(self, batch: CaptionedBatch) -> float:
         """Learn from a batch and return its loss."""
@@ -248,9 +241,9 @@ def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, wor
     """Train, write the model folder and return top-1 accuracy in per cent over unseen compositions.
 
     Args:
-        out: folder for the model, the log and the checkpoint, which a longer run can go on from.
+        out: folder for the model, the log and the checkpoint, which a longer run can continue.
         settings: the run.
-        resume: go on from the checkpoint in `out`.
+        resume: continue from the checkpoint in `out`.
         workers: processes that draw pictures.
 
     Raises:
@@ -270,14 +263,9 @@ def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, wor
 
 def main() -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.pretraining.pretrain", description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of model, log and checkpoint")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
-    parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
-    add_settings(parser, PretrainSettings())
-    options = vars(parser.parse_args())
-    out, resume, workers = (options.pop(name) for name in ("out", "resume", "workers"))
-    top1 = pretrain(out, PretrainSettings(**options), resume=resume, workers=workers)
+    options, (settings,) = parsed_settings("clipship.world.pretraining.train", __doc__, {"": PretrainSettings()})
+    out = options["out"]
+    top1 = pretrain(out, settings, resume=options["resume"], workers=options["workers"])
     sys.stdout.write(f"{out}: {top1:.1f} % top-1 over unseen compositions\n")
 
 
