@@ -348,7 +348,7 @@ def test_each_rank_does_its_share_and_the_last_one_reports(
     monkeypatch.setenv("RANK", "0")
     code, text, err = compare(capsys, *command)
     assert (code, text) == (0, ""), "the other process has not come"
-    assert "1 runs of other processes have not ended: the last one writes the report" in err
+    assert "other processes have not ended 1 run: the last one writes the report" in err
     assert len(list(out.glob("runs/*/*/result.json"))) == 2
     assert not (out / "results.json").exists()
     monkeypatch.setenv("RANK", "1")

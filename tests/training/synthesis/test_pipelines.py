@@ -81,7 +81,7 @@ def test_shards_and_variants_are_looked_for(copy: Path, smaller: Variant) -> Non
 def test_weights_that_can_run_code_are_not_read(copy: Path, smaller: Variant) -> None:
     weights = copy / "vae" / "diffusion_pytorch_model.safetensors"
     weights.rename(weights.with_suffix(".bin"))
-    with pytest.raises(RecipeError, match="can run code: save the pipeline anew"):
+    with pytest.raises(RecipeError, match="can run code: save the pipeline again"):
         pipeline_folder(smaller(pipeline=str(copy)))
 
 

@@ -1,8 +1,6 @@
 import dataclasses
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -368,28 +366,6 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(KeyboardInterrupt):
         write_world(tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-def test_drawing_processes_end_when_their_parent_is_killed(tmp_path: Path) -> None:
-    script = tmp_path / "parent.py"
-    script.write_text(
-        "import os, time\n"
-        "from clipship.training.worker_pool import worker_pool\n"
-        "if __name__ == '__main__':\n"
-        "    with worker_pool(1) as pool:\n"
-        "        print(pool.submit(os.getpid).result(), flush=True)\n"
-        "        time.sleep(60)\n"
-    )
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True, env=environment) as parent:
-        assert parent.stdout is not None
-        worker = Path("/proc") / parent.stdout.readline().strip()
-        assert worker.name.isdigit()
-        parent.kill()
-    deadline = time.monotonic() + 20
-    while worker.exists() and "zombie" not in (worker / "status").read_text():
-        assert time.monotonic() < deadline, "the drawing process outlives its parent"
-        time.sleep(0.05)
 
 
 def test_records_are_checked() -> None:

@@ -225,8 +225,14 @@ def parsed_settings(
     parser.add_argument("--workers", type=int, default=1, help="processes that draw pictures (default: 1)")
     for prefix, defaults in stages.items():
         for name, value in dataclasses.asdict(defaults).items():
-            flag, kind = f"--{prefix}{name.replace('_', '-')}", type(value)
-            parser.add_argument(flag, dest=prefix + name, type=kind, default=value, help="default: %(default)s")
+            parser.add_argument(
+                f"--{prefix}{name.replace('_', '-')}",
+                dest=prefix + name,
+                type=type(value),
+                default=value,
+                metavar=type(value).__name__.upper(),
+                help="default: %(default)s",
+            )
     options = vars(parser.parse_args())
     return options, [
         dataclasses.replace(defaults, **{name: options[prefix + name] for name in dataclasses.asdict(defaults)})

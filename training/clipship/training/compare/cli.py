@@ -108,7 +108,8 @@ def compare(
             _do_share(grid, rank, jobs=jobs, device=device, workers=workers)
     results = [result for run in grid.runs if (result := ended_result(run)) is not None]
     if len(results) < len(grid.runs):
-        log(f"{len(grid.runs) - len(results)} runs of other processes have not ended: the last one writes the report")
+        left = len(grid.runs) - len(results)
+        log(f"other processes have not ended {left} run{'s' * (left > 1)}: the last one writes the report")
         return
     failed = sum(bool(one.error) for one in results)
     content, text = write_report(grid, results)
