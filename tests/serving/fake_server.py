@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.serving.client.classifier import Result
 from clipship.serving.model_names import CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, of_vocabulary
-from clipship.serving.repository.write import ModelSettings, configs_from_facts
+from clipship.serving.repository.backends import PYTHON
+from clipship.serving.repository.models import ModelSettings, configs_from_settings
 from clipship.serving.transport.grpc import FakeTransport, Tensors, config_json
 from tests.serving.bundles import EMBED_DIM, SPEC
 
@@ -30,7 +31,7 @@ def configs(
         top_k=2,
         max_batch_size=BATCH,
     )
-    told = {name: config_json(config) for name, config in configs_from_facts(facts, "python").items()}
+    told = {name: config_json(config) for name, config in configs_from_settings(facts, PYTHON).items()}
     for vocabulary in vocabularies:
         for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
             told[of_vocabulary(model, vocabulary)] = told[model]

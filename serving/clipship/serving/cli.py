@@ -11,6 +11,7 @@ import click
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
 from clipship.core.progress import log
+from clipship.serving.repository.backends import BACKENDS, PYTHON
 
 _FILE = click.Path(path_type=Path)
 
@@ -62,8 +63,8 @@ _tuning_options = option_group(
 )
 @click.option(
     "--backend",
-    type=click.Choice(["python", "onnxruntime", "tensorrt"]),
-    default="python",
+    type=click.Choice(list(BACKENDS)),
+    default=PYTHON.name,
     show_default=True,
     help="Who runs the image encoder: Triton's Python backend (the embedded server has it), ONNX Runtime, or TensorRT.",
 )
@@ -90,7 +91,7 @@ def repository(
     bundle: Path,
     out: Path,
     vocabularies: tuple[str, ...],
-    backend: Literal["python", "onnxruntime", "tensorrt"],
+    backend: str,
     precision: Literal["fp32", "fp16", "bf16", "int8"],
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
@@ -106,8 +107,8 @@ def repository(
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.tensorrt_plan import read_plan
+    from clipship.serving.repository.requirements import model_names
     from clipship.serving.repository.tuning import Tuning
-    from clipship.serving.repository.validate import model_names
     from clipship.serving.repository.write import repository_from_bundle
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))

@@ -18,8 +18,8 @@ from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.errors import ServerFailed
 from clipship.serving.repository.config_pbtxt import config_from_text
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.repository.tuning import Tuning
-from clipship.serving.repository.validate import packages_of
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server.process import start_server
 from tests.serving.bundles import SPEC, image_encoder_model, reference_answers, write_bundle
@@ -74,7 +74,7 @@ def test_the_python_backend_takes_the_fastest(
     served = _served(bundle, tmp_path / "out", backend="python", precision=precision)
     model = ROUNDED if precision == "int8" else image_encoder_model()
     assert served == (runtime, precision, model)
-    assert packages_of(tmp_path / "out") == (("openvino",) if runtime == "openvino" else ())
+    assert Requirements(tmp_path / "out").packages == (("openvino",) if runtime == "openvino" else ())
 
 
 def test_the_onnxruntime_backend_takes_the_portable_one(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 from clipship.serving.errors import RepositoryError, ServerFailed
 from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
 from clipship.serving.repository.golden_samples import SAMPLES
-from clipship.serving.repository.validate import STRICTER, backends_of, repository_problems, validate_repository
-from clipship.serving.server import prepare as prepare_module
+from clipship.serving.repository.requirements import Requirements
+from clipship.serving.repository.validate import STRICTER, repository_problems, validate_repository
 from clipship.serving.server import process as server_module
 
 
@@ -34,7 +34,7 @@ def problems(path: Path) -> list[str]:
 
 def test_a_good_repository_has_no_problem(copy: Path) -> None:
     assert problems(copy) == []
-    assert backends_of(copy) == {"python"}
+    assert Requirements(copy).backends == {"python"}
 
 
 def swap_first_step(config: Any) -> None:
@@ -142,7 +142,7 @@ def test_each_rule_is_tritons(
 ) -> None:
     edit(copy / model, change)
     monkeypatch.setattr(server_module, "validate_repository", lambda path: None)
-    monkeypatch.setattr(prepare_module, "backends_of", lambda path: {"python"})
+    monkeypatch.setattr(Requirements, "backends", {"python"})
     if message == STRICTER:
         (copy / "image_encoder" / SAMPLES).unlink()  # it loads, and then takes no batch of golden samples
         server_module.start_server(copy).stop()

@@ -31,8 +31,8 @@ from clipship.serving.errors import (
     ServerUnreachable,
     ServingError,
 )
+from clipship.serving.repository.requirements import Requirements, model_names
 from clipship.serving.repository.tuning import Tuning
-from clipship.serving.repository.validate import backends_of, model_names
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server import install as environment_module
 from clipship.serving.server.container import Ports, compose_file, container_command, image_for
@@ -254,7 +254,7 @@ def test_backends_the_embedded_server_lacks(bundle: Bundle, tmp_path: Path, monk
     monkeypatch.setattr(environment_module, "_environment_on_path", lambda: None)
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
     with pytest.raises(UsageError, match=r"^no tritonserver is on the PATH, .* --backend python.*container"):
-        triton_environment(backends_of(repository))
+        triton_environment(Requirements(repository).backends)
 
 
 def test_a_missing_python_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -13,15 +13,10 @@ from typing import Any
 
 from clipship.core.tensors import TensorSpec
 from clipship.serving.errors import RepositoryError
+from clipship.serving.repository.backends import TENSORRT_ACCELERATOR, Backend
 
 TRITON_TYPES = {"uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "float32": "TYPE_FP32", "string": "TYPE_STRING"}
 """Triton's name of each dtype a :class:`TensorSpec` may have."""
-
-MODEL_FILES = {"onnxruntime": "model.onnx", "python": "model.py", "tensorrt": "model.plan"}
-"""The file a version folder must hold, by backend."""
-
-_PLATFORMS = {"onnxruntime": "onnxruntime_onnx", "tensorrt": "tensorrt_plan"}
-"""Triton's older name of a backend with its file format, which some of its tools still look at."""
 
 _HEADER = "# Written by `clipship repository`; checked by `clipship serve`.\n"
 
@@ -62,13 +57,13 @@ class Model:
     """A model that a backend runs."""
 
     name: str
-    backend: str
+    backend: Backend
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     max_batch_size: int
     parameters: Mapping[str, str] = field(default_factory=dict)
     file: str | None = None
-    """The file in each version folder, where it is not the backend's usual one (:data:`MODEL_FILES`)."""
+    """The file in each version folder, where it is not the backend's usual one."""
     file_by_capability: Mapping[str, str] = field(default_factory=dict)
     """Other files for GPUs of a compute capability ("8.9"); ``file`` is for all others."""
     instance_kind: str = "KIND_CPU"
@@ -81,7 +76,7 @@ class Model:
     cuda_graph_batches: tuple[int, ...] = ()
     """Batches whose work on a GPU is launched as one graph."""
     tensorrt_accelerator: Mapping[str, str] = field(default_factory=dict)
-    """Parameters of the accelerator that the ONNX Runtime backend hands the model to on a GPU; empty: none."""
+    """Parameters of ONNX Runtime's TensorRT execution accelerator; empty: none."""
     response_cache: bool = False
     """Whether inputs that came before are answered from the server's cache."""
     versions: tuple[int, ...] = ()
@@ -115,9 +110,9 @@ class Ensemble:
 def config_from_model(model: Model) -> Any:
     """The ``inference.ModelConfig`` message of a model that a backend runs."""
     config = _common(model)
-    config.backend = model.backend
-    config.platform = _PLATFORMS.get(model.backend, "")
-    config.default_model_filename = model.file or MODEL_FILES[model.backend]
+    config.backend = model.backend.name
+    config.platform = model.backend.platform
+    config.default_model_filename = model.file or model.backend.model_file
     config.cc_model_filenames.update(model.file_by_capability)
     config.instance_group.add(count=model.instances, kind=model.instance_kind, gpus=model.gpus, profile=model.profiles)
     if model.versions:
@@ -218,8 +213,8 @@ def _set_optimisation(config: Any, model: Model) -> None:
         for tensor in model.inputs:
             graph.input[tensor.name].dim.extend(_dims(tensor))
     if model.tensorrt_accelerator:
-        accelerator = config.optimization.execution_accelerators.gpu_execution_accelerator.add(name="tensorrt")
-        accelerator.parameters.update(model.tensorrt_accelerator)
+        accelerators = config.optimization.execution_accelerators.gpu_execution_accelerator
+        accelerators.add(name=TENSORRT_ACCELERATOR).parameters.update(model.tensorrt_accelerator)
 
 
 def _add_warmup(config: Any, model: Model, warmup: Warmup) -> None:

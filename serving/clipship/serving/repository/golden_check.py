@@ -24,7 +24,7 @@ from clipship.core.tensors import (
     scores_tensor,
 )
 from clipship.core.tolerances import RULE_ATOL, TOLERANCES, classes_problem, golden_problem, tolerance_of
-from clipship.serving.repository.config_pbtxt import MODEL_FILES
+from clipship.serving.repository.backends import ONNXRUNTIME
 from clipship.serving.repository.golden_samples import Truth, truth_from_bundle
 
 Answers = Mapping[str, NDArray[Any]]
@@ -146,6 +146,6 @@ def _graph_answers(version: Path, embedding: NDArray[np.float32]) -> Answers:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "export") from error
-    session = onnxruntime.InferenceSession(version / MODEL_FILES["onnxruntime"], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(version / ONNXRUNTIME.model_file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {embedding_tensor(1).name: embedding}), strict=True))

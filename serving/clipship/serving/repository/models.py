@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm
 from clipship.core.errors import UsageError
@@ -41,9 +41,9 @@ from clipship.serving.model_names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import BACKENDS, PYTHON, TENSORRT, Backend
 from clipship.serving.repository.classifier_graph import classifier_outputs
 from clipship.serving.repository.config_pbtxt import (
-    MODEL_FILES,
     Batching,
     Ensemble,
     Model,
@@ -53,13 +53,6 @@ from clipship.serving.repository.config_pbtxt import (
     config_from_model,
 )
 from clipship.serving.repository.tuning import DEFAULT_TUNING, ENGINE_CACHE, Tuning, graph_batches
-
-Backend = Literal["python", "onnxruntime", "tensorrt"]
-"""Who runs the image encoder: ONNX Runtime inside Triton's Python backend, Triton's own ONNX Runtime backend, or its
-TensorRT backend, beside which the ONNX Runtime backend runs the classifier (TensorRT has no strings)."""
-
-ONNX_BACKENDS: Mapping[Backend, str] = {"python": "python", "onnxruntime": "onnxruntime", "tensorrt": "onnxruntime"}
-"""Who runs ONNX files."""
 
 _ENCODED_IMAGE = "encoded_image"
 """The encoder's output inside the ensembles that classify; what they answer as the embedding is the classifier's."""
@@ -72,7 +65,7 @@ _ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularyFacts:
+class VocabularySettings:
     """What the configurations say about one vocabulary."""
 
     name: str | None = None
@@ -102,20 +95,20 @@ class ModelSettings:
     """Instruction sets of the processor that the encoder's speed was measured on; none where nobody knows."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
-    others: tuple[VocabularyFacts, ...] = ()
+    others: tuple[VocabularySettings, ...] = ()
     """Further vocabularies that share the encoder."""
     tuning: Tuning = field(default_factory=lambda: DEFAULT_TUNING)
 
     @property
-    def vocabularies(self) -> tuple[VocabularyFacts, ...]:
+    def vocabularies(self) -> tuple[VocabularySettings, ...]:
         """The bundle's own, which has no name, then the others."""
-        first = VocabularyFacts(
+        first = VocabularySettings(
             bundle_digest=self.bundle_digest, vocabulary_digest=self.vocabulary_digest, top_k=self.top_k
         )
         return (first, *self.others)
 
 
-def facts_from_bundle(
+def model_settings_from_bundle(
     bundle: Bundle,
     *,
     max_batch_size: int,
@@ -147,14 +140,14 @@ def facts_from_bundle(
         encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
         measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
         plans=tuple(plan.info for plan in plans),
-        others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
+        others=tuple(vocabulary_settings(other, name, top_k) for name, other in (others or {}).items()),
         tuning=tuning,
     )
 
 
-def vocabulary_facts(bundle: Bundle, name: str, top_k: int) -> VocabularyFacts:
+def vocabulary_settings(bundle: Bundle, name: str, top_k: int) -> VocabularySettings:
     """The facts of a further vocabulary, with ``top_k`` cut to its size."""
-    return VocabularyFacts(
+    return VocabularySettings(
         name=name,
         bundle_digest=bundle.digest,
         vocabulary_digest=bundle.vocabulary.digest,
@@ -162,40 +155,39 @@ def vocabulary_facts(bundle: Bundle, name: str, top_k: int) -> VocabularyFacts:
     )
 
 
-def configs_from_facts(facts: ModelSettings, backend: Backend) -> dict[str, Any]:
+def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:
     """The ``inference.ModelConfig`` message of every model, by name."""
-    models = [_image_encoder(facts, backend), _preprocess(facts), _admission(facts, ADMISSION, PREPROCESS, ENCODED)]
-    if has_doors(backend):
-        models.append(_admission(facts, PIXELS_ADMISSION, ENCODER, image_tensor(facts.image_spec.size_px)))
-    ensembles = [_embed(facts, backend)]
-    for vocabulary in facts.vocabularies:
-        models.append(_classifier(facts, vocabulary, backend))
-        ensembles += [_classify(facts, vocabulary, backend), _classify_encoded(facts, vocabulary)]
+    models = [
+        _image_encoder(settings, backend),
+        _preprocess(settings),
+        _admission(settings, ADMISSION, PREPROCESS, ENCODED),
+    ]
+    if backend.in_python:
+        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, image_tensor(settings.image_spec.size_px)))
+    ensembles = [_embed(settings, backend)]
+    for vocabulary in settings.vocabularies:
+        models.append(_classifier(settings, vocabulary, backend))
+        ensembles += [_classify(settings, vocabulary, backend), _classify_encoded(settings, vocabulary)]
     return {
         **{model.name: config_from_model(model) for model in models},
         **{ensemble.name: config_from_ensemble(ensemble) for ensemble in ensembles},
     }
 
 
-def has_doors(backend: Backend) -> bool:
-    """Whether the image encoder says when it can take more, so that what waits for it can wait before it."""
-    return backend == "python"
-
-
 def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
     """The name of each plan's file in the encoder's version folder."""
     if len(plans) == 1:
-        return (MODEL_FILES["tensorrt"],)
+        return (TENSORRT.model_file,)
     return tuple(f"model_{'_'.join(plan.gpus)}.plan" for plan in plans)
 
 
-def _parameters(facts: ModelSettings) -> dict[str, str]:
+def _parameters(settings: ModelSettings) -> dict[str, str]:
     """What a client needs to know; the vocabulary's facts stand at the classifier, which can be published anew."""
-    return {BUNDLE_DIGEST: facts.bundle_digest, IMAGE_SPEC: json.dumps(facts.image_spec.to_json())}
+    return {BUNDLE_DIGEST: settings.bundle_digest, IMAGE_SPEC: json.dumps(settings.image_spec.to_json())}
 
 
-def _batching(facts: ModelSettings) -> Batching:
-    tuning = facts.tuning
+def _batching(settings: ModelSettings) -> Batching:
+    tuning = settings.tuning
     return Batching(
         max_queue_delay_us=tuning.max_queue_delay_us,
         max_queue_size=tuning.max_queue_size,
@@ -203,59 +195,56 @@ def _batching(facts: ModelSettings) -> Batching:
     )
 
 
-def _warmups(facts: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
+def _warmups(settings: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
     """The golden sample at several batch sizes: Triton repeats it."""
-    sizes = facts.tuning.warmups(facts.max_batch_size)
+    sizes = settings.tuning.warmups(settings.max_batch_size)
     return tuple(Warmup(name=f"golden_{size}", batch_size=size, files={tensor: tensor}) for size in sizes)
 
 
-def _image_encoder(facts: ModelSettings, backend: Backend) -> Model:
-    image = image_tensor(facts.image_spec.size_px)
-    special = _plan_settings(facts) if backend == "tensorrt" else _form_settings(facts)
+def _image_encoder(settings: ModelSettings, backend: Backend) -> Model:
+    image = image_tensor(settings.image_spec.size_px)
+    special = _plan_settings(settings) if backend.takes_plans else _form_settings(settings)
     return Model(
         name=ENCODER,
         backend=backend,
         **special,
         inputs=(image,),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        instance_kind=_kind(facts.tuning, backend),
-        instances=facts.tuning.instances,
-        gpus=facts.tuning.gpus,
-        batching=replace(_batching(facts), preferred_sizes=facts.tuning.preferred_batch_sizes),
-        warmups=_warmups(facts, image.name),
-        response_cache=facts.tuning.response_cache,
+        outputs=(embedding_tensor(settings.embed_dim),),
+        max_batch_size=settings.max_batch_size,
+        instance_kind=_kind(settings.tuning, backend),
+        instances=settings.tuning.instances,
+        gpus=settings.tuning.gpus,
+        batching=replace(_batching(settings), preferred_sizes=settings.tuning.preferred_batch_sizes),
+        warmups=_warmups(settings, image.name),
+        response_cache=settings.tuning.response_cache,
     )
 
 
 def _kind(tuning: Tuning, backend: Backend) -> str:
-    if backend == "python":
-        return "KIND_CPU"
-    if backend == "tensorrt" or tuning.gpus:
-        return "KIND_GPU"
-    return f"KIND_{tuning.device.upper()}"
+    device = "gpu" if tuning.gpus else tuning.device
+    return f"KIND_{(device if backend.device == 'auto' else backend.device).upper()}"
 
 
-def _form_settings(facts: ModelSettings) -> dict[str, Any]:
+def _form_settings(settings: ModelSettings) -> dict[str, Any]:
     """The bundle's form that runs, its threads, and its accelerator."""
-    form = facts.encoder
+    form = settings.encoder
     runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
-    runs[ENCODER_DIGEST] = facts.encoder_digest
-    if form.runtime != "onnx" and facts.measured_with:
-        runs[MEASURED_WITH] = " ".join(facts.measured_with)
-    threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
-    accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
-    return {"parameters": {**_parameters(facts), **runs, **threads}, "tensorrt_accelerator": accelerator}
+    runs[ENCODER_DIGEST] = settings.encoder_digest
+    if form.runtime != "onnx" and settings.measured_with:
+        runs[MEASURED_WITH] = " ".join(settings.measured_with)
+    threads = {} if settings.tuning.threads is None else {THREADS: str(settings.tuning.threads)}
+    accelerator = {} if settings.tuning.accelerator is None else _accelerator(settings)
+    return {"parameters": {**_parameters(settings), **runs, **threads}, "tensorrt_accelerator": accelerator}
 
 
-def _accelerator(facts: ModelSettings) -> dict[str, str]:
+def _accelerator(settings: ModelSettings) -> dict[str, str]:
     """One engine for all batches, kept on disk: without a stated profile each new batch size builds another."""
-    size_px = facts.image_spec.size_px
+    size_px = settings.image_spec.size_px
     image = image_tensor(size_px).name
-    batches = {"min": 1, "opt": max(1, facts.max_batch_size // 2), "max": facts.max_batch_size}
+    batches = {"min": 1, "opt": max(1, settings.max_batch_size // 2), "max": settings.max_batch_size}
     shapes = {f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()}
     return {
-        "precision_mode": _ACCELERATOR_PRECISIONS[facts.encoder.precision],
+        "precision_mode": _ACCELERATOR_PRECISIONS[settings.encoder.precision],
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",
@@ -264,22 +253,22 @@ def _accelerator(facts: ModelSettings) -> dict[str, str]:
     }
 
 
-def _plan_settings(facts: ModelSettings) -> dict[str, Any]:
+def _plan_settings(settings: ModelSettings) -> dict[str, Any]:
     """Which plan is for which GPU; a plan for every GPU since Ampere is for those that have none of their own."""
-    files = dict(zip(plan_files(facts.plans), facts.plans, strict=True))
+    files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
     usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
     facts_of_plans = {
-        **_tensorrt_facts(facts.plans),
-        PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
-        ENCODER_DIGEST: facts.encoder_digest,
+        **_tensorrt_facts(settings.plans),
+        PRECISION: ", ".join(sorted({plan.precision for plan in settings.plans})),
+        ENCODER_DIGEST: settings.encoder_digest,
     }
-    least = max(plan.profile.least for plan in facts.plans)
+    least = max(plan.profile.least for plan in settings.plans)
     return {
         "file": usual,
         "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
-        "parameters": {**_parameters(facts), **facts_of_plans},
+        "parameters": {**_parameters(settings), **facts_of_plans},
         "profiles": ("0",),
-        "cuda_graph_batches": graph_batches(least, facts.max_batch_size) if facts.tuning.cuda_graphs else (),
+        "cuda_graph_batches": graph_batches(least, settings.max_batch_size) if settings.tuning.cuda_graphs else (),
     }
 
 
@@ -291,47 +280,47 @@ def _tensorrt_facts(plans: Sequence[PlanInfo]) -> dict[str, str]:
     return {TENSORRT_VERSION: version, **compatible}
 
 
-def _classifier(facts: ModelSettings, vocabulary: VocabularyFacts, backend: Backend) -> Model:
+def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Model:
     """One thread: its products are too small to share, and the encoder's threads need the cores."""
     digests = {BUNDLE_DIGEST: vocabulary.bundle_digest, VOCABULARY_DIGEST: vocabulary.vocabulary_digest}
     return Model(
         name=of_vocabulary(CLASSIFIER, vocabulary.name),
-        backend=ONNX_BACKENDS[backend],
-        inputs=(embedding_tensor(facts.embed_dim),),
-        outputs=(*classifier_outputs(vocabulary.top_k), passthrough_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        batching=_batching(facts),
+        backend=BACKENDS[backend.classifier],
+        inputs=(embedding_tensor(settings.embed_dim),),
+        outputs=(*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim)),
+        max_batch_size=settings.max_batch_size,
+        batching=_batching(settings),
         parameters={**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"},
         versions=(1,),
     )
 
 
-def _preprocess(facts: ModelSettings) -> Model:
+def _preprocess(settings: ModelSettings) -> Model:
     return Model(
         name=PREPROCESS,
-        backend="python",
+        backend=PYTHON,
         inputs=(ENCODED,),
-        outputs=(image_tensor(facts.image_spec.size_px), ERROR),
-        max_batch_size=facts.max_batch_size,
-        instances=facts.tuning.decoders,
-        batching=_batching(facts),
-        parameters=_parameters(facts),
-        warmups=_warmups(facts, ENCODED.name),
-        response_cache=facts.tuning.response_cache,
+        outputs=(image_tensor(settings.image_spec.size_px), ERROR),
+        max_batch_size=settings.max_batch_size,
+        instances=settings.tuning.decoders,
+        batching=_batching(settings),
+        parameters=_parameters(settings),
+        warmups=_warmups(settings, ENCODED.name),
+        response_cache=settings.tuning.response_cache,
     )
 
 
-def _admission(facts: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Model:
+def _admission(settings: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Model:
     """It has a batcher only for its queue's limits: requests leave one by one."""
-    batching = replace(_batching(facts), max_queue_delay_us=0)
+    batching = replace(_batching(settings), max_queue_delay_us=0)
     return Model(
         name=name,
-        backend="python",
+        backend=PYTHON,
         inputs=(tensor,),
         outputs=(replace(tensor, name=_ADMITTED),),
-        max_batch_size=facts.max_batch_size,
+        max_batch_size=settings.max_batch_size,
         batching=batching if batching.limited else None,
-        parameters={**_parameters(facts), NEXT: to},
+        parameters={**_parameters(settings), NEXT: to},
     )
 
 
@@ -340,60 +329,60 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _encode_step(facts: ModelSettings, image: str, output: str) -> Step:
-    pixels, embedding = image_tensor(facts.image_spec.size_px), embedding_tensor(facts.embed_dim)
+def _encode_step(settings: ModelSettings, image: str, output: str) -> Step:
+    pixels, embedding = image_tensor(settings.image_spec.size_px), embedding_tensor(settings.embed_dim)
     return Step(model=ENCODER, inputs={pixels.name: image}, outputs={embedding.name: output})
 
 
-def _encode_steps(facts: ModelSettings, backend: Backend, output: str) -> tuple[Step, ...]:
+def _encode_steps(settings: ModelSettings, backend: Backend, output: str) -> tuple[Step, ...]:
     """From an ensemble's pixels to ``output``."""
-    image = image_tensor(facts.image_spec.size_px).name
-    if not has_doors(backend):
-        return (_encode_step(facts, image, output),)
+    image = image_tensor(settings.image_spec.size_px).name
+    if not backend.in_python:
+        return (_encode_step(settings, image, output),)
     admission = Step(model=PIXELS_ADMISSION, inputs=_same(image), outputs=_same(_ADMITTED))
-    return (admission, _encode_step(facts, _ADMITTED, output))
+    return (admission, _encode_step(settings, _ADMITTED, output))
 
 
-def _classify_step(facts: ModelSettings, vocabulary: VocabularyFacts) -> Step:
+def _classify_step(settings: ModelSettings, vocabulary: VocabularySettings) -> Step:
     """The embedding leaves the ensemble as the classifier hands it on, see :func:`passthrough_tensor`."""
-    embedding, passed = embedding_tensor(facts.embed_dim).name, passthrough_tensor(facts.embed_dim).name
+    embedding, passed = embedding_tensor(settings.embed_dim).name, passthrough_tensor(settings.embed_dim).name
     outputs = _same(*(tensor.name for tensor in classifier_outputs(vocabulary.top_k)))
     model = of_vocabulary(CLASSIFIER, vocabulary.name)
     return Step(model=model, inputs={embedding: _ENCODED_IMAGE}, outputs={**outputs, passed: embedding})
 
 
-def _classify(facts: ModelSettings, vocabulary: VocabularyFacts, backend: Backend) -> Ensemble:
+def _classify(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Ensemble:
     return Ensemble(
         name=of_vocabulary(CLASSIFY, vocabulary.name),
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=(*classifier_outputs(vocabulary.top_k), embedding_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        steps=(*_encode_steps(facts, backend, _ENCODED_IMAGE), _classify_step(facts, vocabulary)),
-        parameters=_parameters(facts),
+        inputs=(image_tensor(settings.image_spec.size_px),),
+        outputs=(*classifier_outputs(vocabulary.top_k), embedding_tensor(settings.embed_dim)),
+        max_batch_size=settings.max_batch_size,
+        steps=(*_encode_steps(settings, backend, _ENCODED_IMAGE), _classify_step(settings, vocabulary)),
+        parameters=_parameters(settings),
     )
 
 
-def _classify_encoded(facts: ModelSettings, vocabulary: VocabularyFacts) -> Ensemble:
-    image = image_tensor(facts.image_spec.size_px)
+def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -> Ensemble:
+    image = image_tensor(settings.image_spec.size_px)
     admission = Step(model=ADMISSION, inputs=_same(ENCODED.name), outputs=_same(_ADMITTED))
     decode = Step(model=PREPROCESS, inputs={ENCODED.name: _ADMITTED}, outputs=_same(image.name, ERROR.name))
-    encode = _encode_step(facts, image.name, _ENCODED_IMAGE)
+    encode = _encode_step(settings, image.name, _ENCODED_IMAGE)
     return Ensemble(
         name=of_vocabulary(CLASSIFY_ENCODED, vocabulary.name),
         inputs=(ENCODED,),
-        outputs=(*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        steps=(admission, decode, encode, _classify_step(facts, vocabulary)),
-        parameters=_parameters(facts),
+        outputs=(*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(settings.embed_dim)),
+        max_batch_size=settings.max_batch_size,
+        steps=(admission, decode, encode, _classify_step(settings, vocabulary)),
+        parameters=_parameters(settings),
     )
 
 
-def _embed(facts: ModelSettings, backend: Backend) -> Ensemble:
+def _embed(settings: ModelSettings, backend: Backend) -> Ensemble:
     return Ensemble(
         name=EMBED,
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        steps=_encode_steps(facts, backend, embedding_tensor(facts.embed_dim).name),
-        parameters=_parameters(facts),
+        inputs=(image_tensor(settings.image_spec.size_px),),
+        outputs=(embedding_tensor(settings.embed_dim),),
+        max_batch_size=settings.max_batch_size,
+        steps=_encode_steps(settings, backend, embedding_tensor(settings.embed_dim).name),
+        parameters=_parameters(settings),
     )

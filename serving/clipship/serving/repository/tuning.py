@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from clipship.core.errors import UsageError
+from clipship.serving.repository.backends import BACKENDS, Backend
 
 Device = Literal["auto", "cpu", "gpu"]
 
@@ -77,11 +78,11 @@ class Tuning:
         """Whether the image encoder runs on a GPU or not at all."""
         return self.device == "gpu" or bool(self.gpus)
 
-    def validate_backend(self, backend: str, max_batch_size: int) -> None:
-        """Nothing when ``backend`` can do all this.
+    def validate_backend(self, backend: Backend, max_batch_size: int) -> None:
+        """Validate that ``backend`` supports these settings.
 
         Raises:
-            UsageError: it cannot; says which can.
+            UsageError: it does not; says which backend does.
         """
         for message in self._contradictions(backend):
             raise UsageError(message)
@@ -96,17 +97,24 @@ class Tuning:
         given = (1, max_batch_size) if self.warmup_batch_sizes is None else self.warmup_batch_sizes
         return tuple(sorted(set(given)))
 
-    def _contradictions(self, backend: str) -> Iterator[str]:
-        if backend == "python" and (self.device == "gpu" or self.gpus):
-            yield "the python backend runs on the CPU: take --backend onnxruntime or tensorrt for a GPU"
-        if backend == "tensorrt" and self.device == "cpu":
-            yield "TensorRT runs on GPUs: take --backend onnxruntime or python for the CPU"
-        if backend == "tensorrt" and self.threads is not None:
-            yield "threads are for the encoder on the CPU: leave them out with --backend tensorrt"
-        if self.cuda_graphs and backend != "tensorrt":
-            yield "CUDA graphs are made of plans: take --backend tensorrt, or leave them out"
-        if self.accelerator is not None and (backend != "onnxruntime" or self.device == "cpu"):
-            yield "the TensorRT accelerator is of the onnxruntime backend on a GPU: take --backend onnxruntime"
+    def _contradictions(self, backend: Backend) -> Iterator[str]:
+        if backend.device == "cpu" and self.on_gpu:
+            able = _names(lambda each: each.device != "cpu")
+            yield f"the {backend.name} backend runs on the CPU: give --backend {able} for a GPU"
+        if backend.device == "gpu" and self.device == "cpu":
+            able = _names(lambda each: each.device != "gpu")
+            yield f"the {backend.name} backend runs on GPUs: give --backend {able} for the CPU"
+        if backend.device == "gpu" and self.threads is not None:
+            yield f"--threads is for an encoder on the CPU: leave it out with --backend {backend.name}"
+        if self.cuda_graphs and not backend.takes_plans:
+            yield f"CUDA graphs need plans: give --backend {_names(lambda each: each.takes_plans)}, or leave them out"
+        if self.accelerator is not None and (self.accelerator not in backend.accelerators or self.device == "cpu"):
+            able = _names(lambda each: self.accelerator in each.accelerators)
+            yield f"the {self.accelerator} accelerator needs --backend {able} and a GPU"
+
+
+def _names(suits: Callable[[Backend], bool]) -> str:
+    return " or ".join(backend.name for backend in BACKENDS.values() if suits(backend))
 
 
 def graph_batches(least: int, most: int) -> tuple[int, ...]:

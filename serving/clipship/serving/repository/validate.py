@@ -6,7 +6,6 @@ them to the real server. One is stricter: see :data:`STRICTER`.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,25 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from clipship.serving.errors import RepositoryError
-from clipship.serving.model_names import (
-    ADMISSION,
-    ENCODER,
-    OPSET,
-    PIXELS_ADMISSION,
-    PRECISION,
-    PREPROCESS,
-    RUNTIME,
-    TENSORRT_VERSION,
-    VERSION_COMPATIBLE,
-)
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, config_from_text
+from clipship.serving.repository.backends import BACKENDS
+from clipship.serving.repository.requirements import read_configs
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
 """The rule that is ours: Triton loads such a model, and batches nothing."""
 
 _SHOWN = 5
-_TYPE_BYTES = {2: 1, 9: 8, 11: 4}
-"""Of TYPE_UINT8, TYPE_INT64 and TYPE_FP32, by their numbers in model_config.proto."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +39,8 @@ def repository_problems(path: Path) -> list[Problem]:
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
-    configs, problems = _read_configs(path)
+    configs, unreadable = read_configs(path)
+    problems = [Problem(folder, message) for folder, message in unreadable.items()]
     for folder, config in configs.items():
         rules = _ENSEMBLE_RULES if config.platform == "ensemble" else _MODEL_RULES
         for rule in (*_COMMON_RULES, *rules):
@@ -61,7 +49,7 @@ def repository_problems(path: Path) -> list[Problem]:
 
 
 def validate_repository(path: Path) -> None:
-    """Nothing when Triton would load the repository at ``path``.
+    """Validate that Triton would load the repository at ``path``.
 
     Raises:
         RepositoryError: it would not; names the first few problems.
@@ -71,168 +59,6 @@ def validate_repository(path: Path) -> None:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "; ".join(map(str, problems[:_SHOWN]))
         raise RepositoryError(f"Triton would not load {path}: {listed}{more}: write it again with clipship repository")
-
-
-def backends_of(path: Path) -> set[str]:
-    """The backends that the models of the repository at ``path`` need.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    return {config.backend for config in configs.values() if config.platform != "ensemble"}
-
-
-def tensorrt_version_of(path: Path) -> str | None:
-    """The TensorRT version that the repository's plans need; None where it has none.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return next(iter(_parameter_values(path, TENSORRT_VERSION)), None)
-
-
-def uses_cache(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` answers from the server's response cache.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    return any(config.response_cache.enable for config in configs.values())
-
-
-def version_compatible_plans_of(path: Path) -> str | None:
-    """ "all" or "some" where so many of the repository's plans run in later TensorRT versions, too; None where none do.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return next(iter(_parameter_values(path, VERSION_COMPATIBLE)), None)
-
-
-def opset_of(path: Path) -> tuple[int, str] | None:
-    """Opset and precision of the image encoder that the ONNX Runtime backend runs; None where another does, or where
-    they are not said.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    encoder = configs.get(ENCODER)
-    if encoder is None or encoder.backend != "onnxruntime" or OPSET not in encoder.parameters:
-        return None
-    return int(encoder.parameters[OPSET].string_value), encoder.parameters[PRECISION].string_value
-
-
-def accelerator_of(path: Path) -> dict[str, str]:
-    """The parameters of the TensorRT accelerator, which builds engines while a model loads; empty where none has it.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    optimizations = [config.optimization.execution_accelerators for config in configs.values()]
-    accelerators = (one for each in optimizations for one in each.gpu_execution_accelerator)
-    return next((dict(one.parameters) for one in accelerators), {})
-
-
-def engine_cache_of(path: Path) -> str | None:
-    """The folder where the TensorRT accelerator keeps its engines; None where there is none.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return accelerator_of(path).get("trt_engine_cache_path")
-
-
-def uses_gpu(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` runs on a GPU where there is one.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return bool(_instance_kinds(path) & {"KIND_GPU", "KIND_AUTO"})
-
-
-def runs_without_gpu(path: Path) -> bool:
-    """Whether every model of the repository at ``path`` runs on a machine without a GPU.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return "KIND_GPU" not in _instance_kinds(path)
-
-
-def _instance_kinds(path: Path) -> set[str]:
-    configs, _ = _read_configs(path)
-    groups = [group for config in configs.values() for group in config.instance_group]
-    return {group.Kind.Name(group.kind) for group in groups}
-
-
-def largest_message_bytes(path: Path) -> int:
-    """Inputs and outputs of a full batch together, of the Python model that has most; strings are not counted.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    python = [config for config in configs.values() if config.backend == "python"]
-    return max((_message_bytes(config) for config in python), default=0)
-
-
-def _message_bytes(config: Any) -> int:
-    tensors = (*config.input, *config.output)
-    sizes = (_TYPE_BYTES.get(tensor.data_type, 0) * math.prod(map(abs, tensor.dims)) for tensor in tensors)
-    return int(max(1, config.max_batch_size) * sum(sizes))
-
-
-def _parameter_values(path: Path, name: str) -> set[str]:
-    configs, _ = _read_configs(path)
-    return {config.parameters[name].string_value for config in configs.values() if name in config.parameters}
-
-
-def packages_of(path: Path) -> tuple[str, ...]:
-    """The Python packages that the models of the repository at ``path`` need besides ONNX Runtime and Pillow.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return ("openvino",) if "openvino" in _parameter_values(path, RUNTIME) else ()
-
-
-def modules_of(path: Path) -> tuple[str, ...]:
-    """What the models in Python of the repository at ``path`` import.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    bare = (PREPROCESS, ADMISSION, PIXELS_ADMISSION)
-    graphs = [name for name, config in configs.items() if config.backend == "python" and name not in bare]
-    return ("numpy", "PIL", *(["onnxruntime"] if graphs else []), *packages_of(path))
-
-
-def model_names(path: Path) -> list[str]:
-    """The models of the repository at ``path``, sorted."""
-    return sorted(file.parent.name for file in path.glob("*/config.pbtxt"))
-
-
-def _read_configs(path: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """Every configuration that parses, by folder, and a problem for every other folder."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
-    if not folders:
-        raise RepositoryError(f"{path}: no model repository there: write one with clipship repository")
-    configs: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for folder in folders:
-        try:
-            configs[folder.name] = config_from_text((folder / "config.pbtxt").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            problems.append(Problem(folder.name, "config.pbtxt is missing"))
-        except ValueError as error:
-            problems.append(Problem(folder.name, f"config.pbtxt: {error}"))
-    return configs, problems
 
 
 Rule = Callable[[Any, Path, Mapping[str, Any]], Iterable[str]]
@@ -300,10 +126,10 @@ def _batching(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator
 
 
 def _model_files(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
-    if config.backend not in MODEL_FILES:
-        yield f"backend {config.backend!r} is not one of {', '.join(MODEL_FILES)}"
+    if config.backend not in BACKENDS:
+        yield f"backend {config.backend!r} is not one of {', '.join(BACKENDS)}"
         return
-    usual = config.default_model_filename or MODEL_FILES[config.backend]
+    usual = config.default_model_filename or BACKENDS[config.backend].model_file
     for version in _served_folders(config, folder):
         for file_name in sorted({usual, *config.cc_model_filenames.values()}):
             if not (version / file_name).is_file():

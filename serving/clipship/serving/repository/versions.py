@@ -40,8 +40,9 @@ from clipship.serving.model_names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import ONNXRUNTIME
 from clipship.serving.repository.classifier_graph import classifier_graph
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.config_pbtxt import read_config, text_from_config
 from clipship.serving.repository.golden_samples import truth_from_bundle, write_truth
 
 RECORD = "publications.json"
@@ -212,7 +213,7 @@ def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
         MissingExtraError: the ``onnx`` package is not installed.
     """
     graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), top_k)
-    (folder / MODEL_FILES["onnxruntime"]).write_bytes(graph)
+    (folder / ONNXRUNTIME.model_file).write_bytes(graph)
     write_json_atomic(folder / FACTS, asdict(facts_of(bundle)))
     write_truth(folder, truth_from_bundle(bundle))
 

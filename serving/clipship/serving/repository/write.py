@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from clipship.core import tolerances
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision, Runtime
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderForm, Precision
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import decoding
@@ -52,33 +52,19 @@ from clipship.serving.model_names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.backends import BACKENDS, ONNXRUNTIME, PYTHON, Backend, backend_named
+from clipship.serving.repository.config_pbtxt import read_config, text_from_config
 from clipship.serving.repository.golden_samples import write_samples
 from clipship.serving.repository.models import (
-    ONNX_BACKENDS,
-    Backend,
     ModelSettings,
-    configs_from_facts,
-    facts_from_bundle,
-    has_doors,
+    configs_from_settings,
+    model_settings_from_bundle,
     plan_files,
 )
 from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
 from clipship.serving.repository.validate import validate_repository
 from clipship.serving.repository.versions import ClassifierVersions, copy_sources, remove_folder, write_version
 from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
-
-__all__ = [
-    "Backend",
-    "ModelSettings",
-    "add_vocabulary",
-    "configs_from_facts",
-    "facts_from_bundle",
-    "remove_vocabulary",
-    "repository_from_bundle",
-    "sources_folder",
-    "validate_verification",
-]
 
 IMAGES_COPY = "clipship_images.py"
 """The name of the copy of ``clipship/core/images/decoding.py`` that lies beside the preprocess model."""
@@ -92,19 +78,12 @@ TOLERANCES_COPY = "clipship_tolerances.py"
 DOORS_COPY = "clipship_doors.py"
 """The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
 
-_RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
-    "python": ("onnx", "openvino"),
-    "onnxruntime": ("onnx",),
-    "tensorrt": (),
-}
-"""What runs the bundle's forms of the image encoder."""
-
 
 def repository_from_bundle(
     bundle: Bundle,
     out: Path,
     *,
-    backend: Backend,
+    backend: str,
     precision: Precision = "fp32",
     max_batch_size: int = 64,
     top_k: int = 5,
@@ -129,23 +108,22 @@ def repository_from_bundle(
         UsageError: a number is out of range, the backend is unknown, or ``out`` is a folder of something else.
         OSError: the disk is full, or ``out`` cannot be written.
     """
-    if backend not in ONNX_BACKENDS:
-        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(ONNX_BACKENDS)}")
+    chosen = backend_named(backend)
     others = others or {}
     for each in (bundle, *others.values()):
         validate_verification(each)
     _validate_folder(out)
-    tuning.validate_backend(backend, max_batch_size)
-    _validate_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, backend, precision, tuning)
+    tuning.validate_backend(chosen, max_batch_size)
+    _validate_plans(bundle, plans, chosen, max_batch_size, tensorrt_version)
+    encoder = DEFAULT_ENCODER if plans else _encoder_form(bundle, chosen, precision, tuning)
     validate_same_encoder(bundle, others, _form_of_plans(plans, bundle) or encoder)
-    settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
-    facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
+    numbers: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
+    settings = model_settings_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **numbers)
     with replace_folder(out) as folder:
-        _write_configs(folder, configs_from_facts(facts, backend))
-        _write_encoder(bundle, folder, facts, plans)
-        _write_classifiers(folder, facts, (bundle, *others.values()))
-        _write_sources(folder, backend)
+        _write_configs(folder, configs_from_settings(settings, chosen))
+        _write_encoder(bundle, folder, settings, plans)
+        _write_classifiers(folder, settings, (bundle, *others.values()))
+        _write_sources(folder, chosen)
         _write_warmup_files(bundle, folder)
         write_samples(folder, bundle)
         validate_repository(folder)
@@ -215,10 +193,10 @@ def sources_folder() -> Path:
 
 
 def validate_verification(bundle: Bundle) -> None:
-    """Nothing when what ``clipship pack`` verified was good.
+    """Validate that the verification of ``clipship pack`` passed.
 
     Raises:
-        CheckFailed: it was not.
+        CheckFailed: it did not.
     """
     verification: Mapping[str, Any] = bundle.verification()
     if verification.get("passed") is not True:
@@ -240,10 +218,9 @@ def _validate_plans(
     bundle: Bundle, plans: Sequence[TensorRtPlan], backend: Backend, max_batch_size: int, tensorrt_version: str | None
 ) -> None:
     """Refuse plans that a server with this TensorRT could not load, or that would not take its batches."""
-    if (backend == "tensorrt") != bool(plans):
-        raise UsageError(
-            f"backend {backend} with {len(plans)} plans: give --plan with --backend tensorrt, and only then"
-        )
+    if backend.takes_plans != bool(plans):
+        able = " or ".join(each.name for each in BACKENDS.values() if each.takes_plans)
+        raise UsageError(f"backend {backend.name} with {len(plans)} plans: give --plan with --backend {able} only")
     for plan in plans:
         version = tensorrt_version or plans[0].info.runtime_version
         validate_plan(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
@@ -256,14 +233,14 @@ def _validate_plans(
 
 def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
     """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
-    gpu = backend == "onnxruntime" and tuning.on_gpu
-    if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
+    gpu = tuning.on_gpu
+    if backend.triton_runs_onnx and not gpu and never_runs("onnx", precision):
         raise UsageError(
-            f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
-            f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
+            f"precision {precision} on the device {tuning.device} with the {backend.name} backend: a server without a "
+            f"GPU could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
             "--precision fp32, or --backend python where the bundle has it by OpenVINO"
         )
-    form = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    form = bundle.fastest_encoder(precision, backend.runtimes, gpu=gpu)
     here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
     if here:
         log(f"the server must have another processor than this machine, or it will not load the model: {here}")
@@ -287,38 +264,39 @@ def _write_config(model: Path, config: Any) -> None:
         (model / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
 
 
-def _write_encoder(bundle: Bundle, folder: Path, facts: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:
+def _write_encoder(bundle: Bundle, folder: Path, settings: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:
     version = folder / ENCODER / "1"
-    for plan, name in zip(plans, plan_files(facts.plans), strict=True):
+    for plan, name in zip(plans, plan_files(settings.plans), strict=True):
         shutil.copyfile(plan.file, version / name)
     if not plans:
-        shutil.copyfile(bundle.path / facts.encoder.file, version / MODEL_FILES["onnxruntime"])
-        weights = f"{facts.encoder.file}.data"  # of a graph above 2 GB, which names this file
+        shutil.copyfile(bundle.path / settings.encoder.file, version / ONNXRUNTIME.model_file)
+        weights = f"{settings.encoder.file}.data"  # of a graph above 2 GB, which names this file
         if weights in bundle.files:
             shutil.copyfile(bundle.path / weights, version / weights)
 
 
-def _write_classifiers(folder: Path, facts: ModelSettings, bundles: Sequence[Bundle]) -> None:
-    for vocabulary, bundle in zip(facts.vocabularies, bundles, strict=True):
+def _write_classifiers(folder: Path, settings: ModelSettings, bundles: Sequence[Bundle]) -> None:
+    for vocabulary, bundle in zip(settings.vocabularies, bundles, strict=True):
         write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
 
 
 def _write_sources(folder: Path, backend: Backend) -> None:
-    """What runs inside the Python backend."""
+    """Copy what runs inside the Python backend: each model's source, and the modules that it imports."""
     sources = sources_folder() / "python"
-    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
-    for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
-        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
-        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
-    admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
+    admissions = [ADMISSION, *([PIXELS_ADMISSION] if backend.in_python else [])]
     for name in admissions:
-        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
-    for name in (*admissions, PREPROCESS, *((ENCODER,) if has_doors(backend) else ())):
-        shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
+        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / PYTHON.model_file)
+    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
+    checked = [PREPROCESS, *((ENCODER, *classifiers) if backend.in_python else ())]
+    for name in checked:
+        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / PYTHON.model_file)
+        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
+    for name in (*admissions, *checked):
+        if name not in classifiers:
+            shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
     _copy_source(decoding, folder / PREPROCESS / "1" / IMAGES_COPY)
-    if backend == "python":
-        for name, module in ENCODER_COPIES.items():
-            _copy_source(module, folder / ENCODER / "1" / name)
+    for copy, module in ENCODER_COPIES.items() if backend.in_python else ():
+        _copy_source(module, folder / ENCODER / "1" / copy)
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipship.serving.repository.validate import engine_cache_of, packages_of, runs_without_gpu, uses_cache, uses_gpu
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.admin_secret import restriction
 from clipship.serving.server.releases import IMAGE, container_needs_of, release_for, release_of_image, validate_release
 from clipship.serving.server.server_args import FLOAT32_IN_FULL, backend_options
@@ -47,7 +47,8 @@ def image_for(repository: Path, given: str | None = None) -> str:
 
 def gpu_remark(repository: Path) -> str | None:
     """What to tell who starts the command on a machine without a GPU; None where there is nothing to tell."""
-    return f"{_WITHOUT_GPU} --gpus=all" if uses_gpu(repository) and runs_without_gpu(repository) else None
+    required = Requirements(repository)
+    return f"{_WITHOUT_GPU} --gpus=all" if required.uses_gpu and not required.needs_gpu else None
 
 
 def container_command(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
@@ -58,15 +59,16 @@ def container_command(repository: Path, ports: Ports, *, image: str | None = Non
     Raises:
         UsageError: as :func:`image_for`.
     """
+    required = Requirements(repository)
     # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
-    options = ["--rm", *(["--gpus=all"] if uses_gpu(repository) else []), "--shm-size=2g", "--stop-timeout=30"]
+    options = ["--rm", *(["--gpus=all"] if required.uses_gpu else []), "--shm-size=2g", "--stop-timeout=30"]
     for port in ports.mapped():
         options += ["-p", port]
     for name, value in FLOAT32_IN_FULL.items():
         options += ["-e", f"{name}={value}"]
     options += ["-e", SECRET_VARIABLE, "-v", f"{repository.resolve()}:/models:ro"]
-    if (engines := engine_cache_of(repository)) is not None:
-        options += ["-v", f"{_ENGINES_VOLUME}:{engines}"]
+    if required.engine_cache is not None:
+        options += ["-v", f"{_ENGINES_VOLUME}:{required.engine_cache}"]
     start = _start(repository, ports, cache_mb)
     return shlex.join(["docker", "run", *options, image_for(repository, image), "sh", "-c", start])
 
@@ -90,7 +92,8 @@ _COMPOSE_HEADER = f"""\
 def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
     # JSON strings are YAML strings; compose takes $ for its own variables unless it is doubled.
     command = json.dumps(_start(repository, ports, cache_mb).replace("$", "$$"))
-    engines = engine_cache_of(repository)
+    required = Requirements(repository)
+    engines = required.engine_cache
     yield "services:"
     yield "  triton:"
     yield f"    image: {json.dumps(image)}"
@@ -111,8 +114,8 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
     yield f'      test: ["CMD", "curl", "--fail", "--silent", "http://localhost:{ports.http}/v2/health/ready"]'
     yield "      interval: 10s"
     yield "      start_period: 300s"
-    if uses_gpu(repository):
-        yield f"    deploy:{f'  # {_WITHOUT_GPU} this part' if runs_without_gpu(repository) else ''}"
+    if required.uses_gpu:
+        yield f"    deploy:{'' if required.needs_gpu else f'  # {_WITHOUT_GPU} this part'}"
         yield "      resources:"
         yield "        reservations:"
         yield "          devices:"
@@ -124,8 +127,9 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
 
 def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
     """What runs in the container. Its Python lacks what the models in Python need: that is installed first."""
+    required = Requirements(repository)
     pillow = importlib.metadata.version("pillow")
-    packages = " ".join(("onnxruntime", f"pillow=={pillow}", *packages_of(repository)))
+    packages = " ".join(("onnxruntime", f"pillow=={pillow}", *required.packages))
     options = [
         "--model-repository=/models",
         "--model-control-mode=explicit",
@@ -139,7 +143,7 @@ def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
         f'"--http-restricted-api={restriction(f"${SECRET_VARIABLE}")}"',
     ]
     options += backend_options(repository)
-    if uses_cache(repository):
+    if required.response_cache:
         options.append(f"--cache-config=local,size={cache_mb * 2**20}")
     needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'
     return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(options)}"

@@ -32,6 +32,7 @@ from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.machine.caches import cache_folder, cache_places
 from clipship.core.progress import Report, log, progress
 from clipship.serving.errors import ServingError
+from clipship.serving.repository.backends import PYTHON
 
 PYTRITON_VERSION = "0.7.0"
 _ONNXRUNTIME = "onnxruntime>=1.20"
@@ -69,12 +70,12 @@ def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Envi
     if on_path is not None and not missing:
         return on_path
     found = "no tritonserver is on the PATH" if on_path is None else _without(on_path, missing)
-    if backends - {"python"}:
+    if backends - {PYTHON.name}:
         raise UsageError(
-            f"{found}, the embedded server has only the python one, and the repository needs "
+            f"{found}, the embedded server has only the {PYTHON.name} one, and the repository needs "
             f"{' and '.join(sorted(backends))}: {f'put what is missing into {on_path.backends}, ' if on_path else ''}"
-            "write it with clipship repository --backend python, or run it in NVIDIA's container (clipship serve "
-            "--container prints the command)"
+            f"write it with clipship repository --backend {PYTHON.name}, or run it in NVIDIA's container "
+            "(clipship serve --container prints the command)"
         )
     if on_path is not None:
         log(f"{found}: the embedded server is taken instead")
@@ -204,7 +205,7 @@ def _install(folder: Path, requirements: Sequence[str]) -> None:
         site = _site_packages(temporary)
         _pip_install(["--no-deps", f"nvidia-pytriton=={PYTRITON_VERSION}"], site, report)
         _pip_install(requirements, site, report)
-        _gather_backend(site / "pytriton" / "tritonserver", temporary / "backends" / "python")
+        _gather_backend(site / "pytriton" / "tritonserver", temporary / "backends" / PYTHON.name)
         (temporary / _COMPLETE).touch()
 
 
@@ -220,7 +221,7 @@ def _gather_backend(tritonserver: Path, backend: Path) -> None:
             f"the embedded Triton has no Python backend for Python {_python_version()}: use Python 3.11 or 3.12, or "
             "NVIDIA's container (clipship serve --container prints the command)"
         )
-    shutil.copytree(tritonserver / "backends" / "python", backend)
+    shutil.copytree(tritonserver / "backends" / PYTHON.name, backend)
     shutil.copy2(stub, backend / STUB)
 
 

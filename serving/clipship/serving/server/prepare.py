@@ -21,7 +21,8 @@ from pathlib import Path
 from clipship.core.errors import UsageError
 from clipship.core.progress import log
 from clipship.core.tensorrt_plan import version_parts
-from clipship.serving.repository.validate import backends_of, engine_cache_of, modules_of, packages_of
+from clipship.serving.repository.backends import PYTHON
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.install import STUB, Environment, triton_environment
 from clipship.serving.server.releases import needs_of, release_of_triton, validate_release
 
@@ -70,14 +71,15 @@ def prepared_environment(repository: Path) -> Environment:
         UsageError: there is none, or something is missing; says what to do.
         ServingError: the embedded server could not be installed.
     """
-    backends = backends_of(repository)
-    environment = triton_environment(backends, packages_of(repository))
+    required = Requirements(repository)
+    environment = triton_environment(required.backends, required.packages)
     if not environment.embedded:
         release = release_of_triton(environment.tritonserver.parent.parent)
         validate_release(release, str(environment.tritonserver), needs_of(repository))
-        if "python" in backends:
-            validate_python(environment, modules_of(repository))
-    _make_engine_cache(repository)
+        if PYTHON.name in required.backends:
+            validate_python(environment, required.modules)
+    if required.engine_cache is not None:
+        _make_engine_cache(required.engine_cache)
     return environment
 
 
@@ -136,7 +138,7 @@ def _requirements(stub: Stub, modules: Sequence[str]) -> Iterator[str]:
 def stub_of(environment: Environment) -> Stub | None:
     """What the Python backend's stub says of itself; None where there is none, or it does not say."""
     try:
-        code = (environment.backends / "python" / STUB).read_bytes()
+        code = (environment.backends / PYTHON.name / STUB).read_bytes()
     except OSError:
         return None
     library = re.search(rb"libpython(\d+\.\d+)", code)
@@ -185,15 +187,12 @@ def _is_program(executable: str) -> bool:
         return file.read(4) == b"\x7fELF"
 
 
-def _make_engine_cache(repository: Path) -> None:
+def _make_engine_cache(engines: str) -> None:
     """The folder of the engines, whole: the accelerator itself makes one level of it only.
 
     Raises:
         UsageError: it cannot be made, or not written to.
     """
-    engines = engine_cache_of(repository)
-    if engines is None:
-        return
     try:
         Path(engines).mkdir(parents=True, exist_ok=True)
         if not os.access(engines, os.W_OK | os.X_OK):

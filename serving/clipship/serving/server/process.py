@@ -22,7 +22,8 @@ from typing import IO
 from clipship.core.errors import UsageError
 from clipship.core.progress import progress
 from clipship.serving.errors import ServerFailed
-from clipship.serving.repository.validate import model_names, validate_repository
+from clipship.serving.repository.requirements import model_names
+from clipship.serving.repository.validate import validate_repository
 from clipship.serving.server import supervisor
 from clipship.serving.server.admin_secret import usual_secret_file, write_secret
 from clipship.serving.server.install import Environment

@@ -16,12 +16,7 @@ from pathlib import Path
 
 from clipship.core.errors import UsageError
 from clipship.core.tensorrt_plan import version_parts
-from clipship.serving.repository.validate import (
-    accelerator_of,
-    opset_of,
-    tensorrt_version_of,
-    version_compatible_plans_of,
-)
+from clipship.serving.repository.requirements import Requirements
 
 IMAGE = "nvcr.io/nvidia/tritonserver"
 USUAL_RELEASE = "25.08"
@@ -108,7 +103,8 @@ def needs_of(repository: Path) -> tuple[Need, ...]:
     Raises:
         RepositoryError: there is no repository.
     """
-    return (*_plan_need(repository), *_opset_need(repository), *_bf16_need(repository))
+    required = Requirements(repository)
+    return (*_plan_need(required), *_opset_need(required), *_bf16_need(required))
 
 
 def container_needs_of(repository: Path) -> tuple[Need, ...]:
@@ -175,13 +171,13 @@ def _advice(needs: Sequence[Need]) -> str:
     return ", or ".join(need.advice for need in needs)
 
 
-def _plan_need(repository: Path) -> Iterator[Need]:
+def _plan_need(required: Requirements) -> Iterator[Need]:
     """A plan loads in its own TensorRT only; a version-compatible one in later ones, too."""
-    version = tensorrt_version_of(repository)
+    version = required.tensorrt_version
     if version is None:
         return
     own = version_parts(version)[:3]
-    later = version_compatible_plans_of(repository) == "all"
+    later = required.version_compatible_plans == "all"
     advice = "build the plans with the TensorRT of another release"
     yield Need(
         what=f"TensorRT {version}{' or later' if later else ''} for its plans",
@@ -190,9 +186,9 @@ def _plan_need(repository: Path) -> Iterator[Need]:
     )
 
 
-def _opset_need(repository: Path) -> Iterator[Need]:
+def _opset_need(required: Requirements) -> Iterator[Need]:
     """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: docs/precision.md, which versions run what."""
-    found = opset_of(repository)
+    found = required.opset
     if found is not None:
         opset, precision = found
         int8 = precision == "int8" and opset == 23
@@ -203,8 +199,8 @@ def _opset_need(repository: Path) -> Iterator[Need]:
         )
 
 
-def _bf16_need(repository: Path) -> Iterator[Need]:
-    if accelerator_of(repository).get("precision_mode") == "BF16":
+def _bf16_need(required: Requirements) -> Iterator[Need]:
+    if required.accelerator.get("precision_mode") == "BF16":
         yield Need(
             what="bfloat16 in the TensorRT accelerator",
             advice="write the repository with --precision fp16",

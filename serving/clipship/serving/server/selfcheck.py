@@ -33,6 +33,7 @@ from clipship.serving.model_names import (
     RUNTIME,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.config_pbtxt import read_config
 from clipship.serving.repository.golden_check import Answers, validate_answers, validate_classifier_model
 from clipship.serving.repository.golden_samples import GoldenSamples, read_samples, read_truth
@@ -130,7 +131,7 @@ def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: f
     config = read_config(repository / ENCODER)
     precision = config.parameters[PRECISION].string_value
     about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
-    with _told(about, _BUILD_AGAIN if config.backend == "tensorrt" else advice(precision)):
+    with _told(about, _BUILD_AGAIN if BACKENDS[config.backend].takes_plans else advice(precision)):
         _validate_encoder(models, samples, precision)
         of_files = _features_of_files(models, samples, decoded)
         for vocabulary in (None, *vocabularies_in(repository)):
@@ -209,7 +210,7 @@ def _validate_vocabulary(
 
 def _who(config: Any, version: str) -> str:
     """The runtime and the processor of the image encoder."""
-    own = f" ({config.parameters[RUNTIME].string_value})" if config.backend == "python" else ""
+    own = f" ({config.parameters[RUNTIME].string_value})" if BACKENDS[config.backend].in_python else ""
     return f"the {config.backend} backend{own} of Triton {version} on {_processor(config)}"
 
 

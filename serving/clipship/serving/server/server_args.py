@@ -8,12 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
-from clipship.serving.repository.validate import (
-    largest_message_bytes,
-    uses_cache,
-    uses_gpu,
-    version_compatible_plans_of,
-)
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.admin_secret import restriction
 
 FLOAT32_IN_FULL = {"NVIDIA_TF32_OVERRIDE": "0"}
@@ -87,30 +82,31 @@ def triton_options(options: ServerOptions, repository: Path, secret: str | None)
     yield from _tls(options)
     yield from _tracing(options)
     yield from backend_options(repository)
-    if uses_cache(repository):
+    required = Requirements(repository)
+    if required.response_cache:
         yield f"--cache-config=local,size={options.cache_mb * _MIB}"
-    if uses_gpu(repository):
+    if required.uses_gpu:
         yield f"--pinned-memory-pool-byte-size={options.pinned_memory_mb * _MIB}"
         yield f"--cuda-memory-pool-byte-size=0:{options.cuda_memory_mb * _MIB}"
-    region_bytes = _region_bytes(repository)
+    region_bytes = _region_bytes(required.largest_message_bytes)
     yield f"--backend-config=python,shm-default-byte-size={region_bytes}"
     yield f"--backend-config=python,shm-growth-byte-size={region_bytes}"
 
 
 def backend_options(repository: Path) -> Iterator[str]:
-    """What the backends must be told to load the models of ``repository`` at all, wherever they run."""
-    if version_compatible_plans_of(repository) is not None:  # they bring code of their own, which must be allowed
+    """Backend settings without which the models of ``repository`` do not load."""
+    if Requirements(repository).version_compatible_plans is not None:  # these plans bring code
         yield "--backend-config=tensorrt,version-compatible=true"
 
 
-def _region_bytes(repository: Path) -> int:
+def _region_bytes(message_bytes: int) -> int:
     """What each Python model's tensors travel through: room for a full batch, at most a small share of what is free.
 
     By itself such a region starts at 1 MiB, and grows in steps as small while the first large batches wait.
     """
     memory = os.statvfs(_SHARED_MEMORY)
     share = memory.f_bavail * memory.f_frsize // _LEAST_REGIONS
-    return max(_MIB, min(share, largest_message_bytes(repository)))
+    return max(_MIB, min(share, message_bytes))
 
 
 def _tls(options: ServerOptions) -> Iterator[str]:
