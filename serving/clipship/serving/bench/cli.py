@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +85,15 @@ def serve(
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.progress import log
+    from clipship.serving.bench.perf_analyzer import installed
     from clipship.serving.bench.photographs import files_from_folder, made_up_files
     from clipship.serving.bench.report import steps_table, throughput_table, write_report
-    from clipship.serving.bench.run import BenchPlan, opened
+    from clipship.serving.bench.run import Bench, BenchPlan
 
     read = read_bundle(existing_folder(bundle, "the bundle that is served")) if bundle else None
     files = files_from_folder(images) if images else made_up_files()
-    with opened(connection_from_options((url,), **connection), files, read) as ready:
+    server = connection_from_options((url,), **connection)
+    with closing(Bench(server, files, bundle=read, analyzer=installed())) as ready:
         largest = ready.facts.max_batch_size
         sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
         numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}

@@ -15,7 +15,7 @@ from typing import Any
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.tables import Table, with_spread
 from clipship.serving.bench.load import PERCENTILES
-from clipship.serving.bench.run import BenchRow, ratios
+from clipship.serving.bench.run import BenchRow
 from clipship.serving.bench.steps import PHASES
 
 _LATENCIES = tuple(f"p{rank}" for rank in PERCENTILES)
@@ -24,35 +24,17 @@ _MARKERS = "osD^vPX*"
 _SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "clipship", "text.parse_math": False}
 
 
-def peer_of(row: BenchRow, rows: Sequence[BenchRow], where: str, batch: int | None = None) -> BenchRow | None:
-    """What ``row`` stands beside: the same images, in process or through the server at the same concurrency."""
-    point = row.point
-    mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
-    for other in rows:
-        same = (other.point.where, other.point.mode, other.point.batch) == (where, mode, batch or point.batch)
-        if same and (where == "in process" or other.point.concurrency == point.concurrency):
-            return other
-    return None
-
-
 def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
     """A row a point: its rate, its latencies, and its share of the engine in process and of the bare requests."""
-    cells = []
-    for row in rows:
-        point = row.point
-        rest = [_number(row.latency_ms(name)) for name in _LATENCIES]
-        shares = [_share(row, rows, "in process"), _share(row, rows, "server") if point.where == "client" else ""]
-        cells.append(
-            (
-                point.where,
-                point.mode,
-                str(point.batch),
-                str(point.concurrency),
-                with_spread(row.rates, ".1f"),
-                *rest,
-                *shares,
-            )
+    cells = [
+        (
+            *(row.point.where, row.point.mode, str(row.point.batch), str(row.point.concurrency)),
+            with_spread(row.rates, ".1f"),
+            *(_number(row.latency_ms(name)) for name in _LATENCIES),
+            *(_share(row, rows, "in process"), _share(row, rows, "server") if row.point.where == "client" else ""),
         )
+        for row in rows
+    ]
     latencies = [f"{name} ms" for name in _LATENCIES]
     header = ("where", "mode", "batch", "in flight", "images/s", *latencies, "of in process", "of bare requests")
     notes = (
@@ -64,21 +46,16 @@ def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
 
 def steps_table(rows: Sequence[BenchRow]) -> Table:
     """A row a point whose steps are known: what share of a request's latency each step of the ensemble took."""
-    models = list(dict.fromkeys(step.model for row in rows for step in _steps(row)))
+    found = [(row.point, steps) for row in rows if (steps := row.middle().steps) is not None]
+    models = list(dict.fromkeys(step.model for _, parts in found for step in parts.steps))
     cells = []
-    for row in rows:
-        middle = row.middle().steps
-        if middle is None:
-            continue
-        by_model = {step.model: step for step in middle.steps}
-        shares = middle.shares()
+    for point, parts in found:
+        by_model, shares = {step.model: step for step in parts.steps}, parts.shares()
         each = [_step_cell(by_model.get(model), shares) for model in models]
         rest = [f"{shares[name]:.1%}" for name in ("between", "outside")]
-        images = "/".join(f"{step.images_a_run:.1f}" for step in middle.steps)
-        point = row.point
-        cells.append(
-            (point.mode, str(point.batch), str(point.concurrency), f"{middle.latency_ms:.1f}", *each, *rest, images)
-        )
+        images = "/".join(f"{step.images_a_run:.1f}" for step in parts.steps)
+        numbers = (str(point.batch), str(point.concurrency), f"{parts.latency_ms:.1f}")
+        cells.append((point.mode, *numbers, *each, *rest, images))
     header = ("mode", "batch", "in flight", "mean ms", *models, "between", "outside", "images a run")
     notes = (
         f"Of a step: {', '.join(_SHORT.values())} = waiting in its queue, gathering inputs, computing (an admission:"
@@ -86,11 +63,6 @@ def steps_table(rows: Sequence[BenchRow]) -> Table:
         "outside: the wire, the client, and the server's reading and writing. images a run: by step, after batching.",
     )
     return Table(title="Where a request's time goes", header=header, rows=tuple(cells), notes=notes, text_columns=1)
-
-
-def _steps(row: BenchRow) -> tuple[Any, ...]:
-    breakdown = row.readings[0].steps
-    return breakdown.steps if breakdown else ()
 
 
 def _step_cell(step: Any, shares: dict[str, float]) -> str:
@@ -103,8 +75,14 @@ def _step_cell(step: Any, shares: dict[str, float]) -> str:
 
 
 def _share(row: BenchRow, rows: Sequence[BenchRow], where: str) -> str:
-    other = peer_of(row, rows, where)
-    return "" if other is None or other is row else with_spread(ratios(row, other))
+    """The ratio to the same images in process, or through the server at the same concurrency."""
+    point = row.point
+    mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
+    for other in rows:
+        same = (other.point.where, other.point.mode, other.point.batch) == (where, mode, point.batch)
+        if same and other is not row and (where == "in process" or other.point.concurrency == point.concurrency):
+            return with_spread([a / b for a, b in zip(row.rates, other.rates, strict=True)])
+    return ""
 
 
 def _number(value: float | None) -> str:

@@ -2,31 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
 from clipship.core.machine.runtimes import available_cores
 from clipship.core.progress import progress
-from clipship.serving.bench.load import measure
-from clipship.serving.bench.paths import BenchImages, InProcess, measure_client, prepared
-from clipship.serving.bench.steps import Breakdown, breakdown
-from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
+from clipship.serving.bench.load import Reading, measure
+from clipship.serving.bench.paths import InProcess, measure_client
+from clipship.serving.bench.perf_analyzer import Analyzer, analyze
+from clipship.serving.bench.requests import MODES, BenchImages, Mode, Request, model_of, validate_answer
+from clipship.serving.bench.steps import breakdown, statistics_of
 from clipship.serving.client.classifier import ServerMetadata, read_facts
 from clipship.serving.client.in_process import LocalTransport
+from clipship.serving.errors import RequestRejected, ServingError
 from clipship.serving.model_names import ENCODER, PRECISION, RUNTIME
-from clipship.serving.transport.connection import Connection
-from clipship.serving.transport.grpc import parameters_of
+from clipship.serving.transport.connection import Connection, connection_from_text
+from clipship.serving.transport.grpc import TritonTransport, parameters_of
+from clipship.serving.transport.shared_memory import registered, unregister
 
 _WARM_UP_S = 0.5
+_TIMEOUT_S = 120.0
 
 Where = Literal["server", "in process", "client"]
-"""The prepared requests to the server, the same engine without one, and our client to the server."""
+"""Bare requests to the server, the same engine without one, and our client to the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +74,6 @@ class Point:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A point in one round."""
-
-    images_per_s: float
-    latencies_ms: dict[str, float]
-    """mean, p50, p90, p95, p99; empty for the client, whose requests are not seen from outside."""
-    steps: Breakdown | None
-    """For the server's points."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BenchRow:
     """A point and its readings, one a round."""
 
@@ -103,20 +96,11 @@ class BenchRow:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every reading."""
-        readings = [
-            {
-                "images_per_s": reading.images_per_s,
-                "latencies_ms": reading.latencies_ms,
-                "steps": reading.steps and reading.steps.to_json(),
-            }
-            for reading in self.readings
-        ]
-        return {**asdict(self.point), "images_per_s": statistics.median(self.rates), "readings": readings}
-
-
-def ratios(row: BenchRow, other: BenchRow) -> list[float]:
-    """``row``'s rate divided by ``other``'s, round by round."""
-    return [a / b for a, b in zip(row.rates, other.rates, strict=True)]
+        return {
+            **asdict(self.point),
+            "images_per_s": statistics.median(self.rates),
+            "readings": [each.to_json() for each in self.readings],
+        }
 
 
 class Bench:
@@ -125,6 +109,7 @@ class Bench:
     Args:
         server: HOST:PORT of Triton's gRPC endpoint, or a connection for TLS, a token and headers.
         bundle: what the server was made of; its engine runs in this process with as many threads as there are cores.
+        analyzer: generates the load on servers that are reached in plain text, without a token or headers.
 
     Raises:
         ServerUnreachable: nobody answers.
@@ -138,24 +123,32 @@ class Bench:
         files: Sequence[bytes],
         *,
         bundle: Bundle | None = None,
-        timeout_s: float = 120.0,
+        analyzer: Analyzer | None = None,
     ) -> None:
-        self.wire = Wire(server, timeout_s=timeout_s)
-        transport = self.wire.transport
-        try:
-            self.facts: ServerMetadata = read_facts(transport)
-            self._encoder = parameters_of(transport.model_config(ENCODER))
-            self._steps = {mode: _steps_of(transport.model_config(model_of(mode))) for mode in MODES}
-            self.samples = BenchImages(files, self.facts.image_spec)
-            self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples) if bundle else None
-        except BaseException:
-            self.wire.close()
-            raise
+        self.connection = connection = connection_from_text(server) if isinstance(server, str) else server
+        if len(connection.addresses) != 1:
+            raise UsageError(f"{', '.join(connection.addresses)}: give one server, its rate is what is measured")
+        guarded = connection.secure or connection.token or connection.token_file or connection.headers
+        self.analyzer = None if guarded else analyzer  # a token would be seen in its command line
+        self.transport = TritonTransport(connection.urls[0], connection)
+        self._shared = TritonTransport(connection.urls[0], replace(connection, shared_memory=True))
+        self.in_process: InProcess | None = None
         self._checked: set[tuple[Mode, int]] = set()
+        try:
+            self.facts: ServerMetadata = read_facts(self.transport)
+            self._encoder = parameters_of(self.transport.model_config(ENCODER))
+            self._steps = {mode: _steps_of(self.transport.model_config(model_of(mode))) for mode in MODES}
+            self.samples = BenchImages(files, self.facts.image_spec)
+            if bundle is not None:
+                self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the connection and the engine."""
-        self.wire.close()
+        """End the connections and the engine."""
+        self.transport.close()
+        self._shared.close()
         if self.in_process is not None:
             self.in_process.close()
 
@@ -164,6 +157,7 @@ class Bench:
         encoder = {name: self._encoder[name] for name in (RUNTIME, PRECISION) if name in self._encoder}
         return {
             "cores": available_cores(),
+            "load": "clipship" if self.analyzer is None else "perf_analyzer",
             "bundle_digest": self.facts.bundle_digest,
             "vocabulary_digest": self.facts.vocabulary_digest,
             "size_px": self.facts.image_spec.size_px,
@@ -183,14 +177,13 @@ class Bench:
         if max(plan.batches) > largest:
             raise UsageError(f"batch {max(plan.batches)}: the server takes 1 to {largest} images a request")
         points: list[Point] = []
-        for mode in plan.modes:
-            for batch in plan.batches:
-                same: dict[str, Any] = {"mode": mode, "batch": batch}
-                points += [Point(where="server", concurrency=each, **same) for each in plan.concurrencies]
-                if self.in_process is not None and mode != "shm":
-                    points.append(Point(where="in process", concurrency=1, **same))
-                if plan.client and mode != "shm":
-                    points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
+        for mode, batch in itertools.product(plan.modes, plan.batches):
+            same: dict[str, Any] = {"mode": mode, "batch": batch}
+            points += [Point(where="server", concurrency=each, **same) for each in plan.concurrencies]
+            if self.in_process is not None and mode != "shm":
+                points.append(Point(where="in process", concurrency=1, **same))
+            if plan.client and mode != "shm":
+                points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
         return points
 
     def run(self, plan: BenchPlan) -> list[BenchRow]:
@@ -211,39 +204,45 @@ class Bench:
 
     def read(self, point: Point, seconds: float) -> Reading:
         """Measure ``point`` for ``seconds``, after half a second (no longer than ``seconds``) to get going."""
-        times: dict[str, Any] = {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
+        numbers: dict[str, Any] = {"concurrency": point.concurrency, "batch": point.batch}
+        numbers |= {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
         if point.where == "client":
-            numbers = {"concurrency": point.concurrency, "batch": point.batch, **times}
-            load = measure_client(self.wire.connection, self.samples, point.mode, **numbers)
-            return Reading(images_per_s=load.images_per_s, latencies_ms={}, steps=None)
+            return measure_client(self.connection, self.samples, point.mode, **numbers)
+        requests = itertools.cycle(self.samples.requests(point.mode, point.batch))
         if point.where == "in process":
-            assert self.in_process is not None
-            send = self.in_process.sender(point.mode, point.batch)
-            load = measure(send, concurrency=1, batch=point.batch, **times)
-            return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=None)
-        return self._read_server(point, times)
+            engine = self.in_process
+            assert engine is not None
+            return measure(lambda: engine.run(next(requests)), **numbers)
+        self._validate(next(requests), point)
+        before = statistics_of(self.transport)
+        reading = self._read_server(point, requests, numbers)
+        parts = (model_of(point.mode), self._steps[point.mode], reading.whole_mean_ms)
+        return replace(reading, steps=breakdown(before, statistics_of(self.transport), *parts))
 
-    def _read_server(self, point: Point, times: dict[str, Any]) -> Reading:
-        with prepared(self.wire, self.samples, point.mode, point.batch) as requests:
-            if (point.mode, point.batch) not in self._checked:
-                self.wire.check(requests[0], point.batch)
-                self._checked.add((point.mode, point.batch))
-            before = self.wire.statistics()
-            send = self.wire.sender(requests)
-            load = measure(send, concurrency=point.concurrency, batch=point.batch, **times)
-            after = self.wire.statistics()
-        steps = breakdown(before, after, model_of(point.mode), self._steps[point.mode], load.whole_mean_ms)
-        return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=steps)
+    def _read_server(self, point: Point, requests: Iterator[Request], numbers: dict[str, Any]) -> Reading:
+        if self.analyzer is None or point.mode == "shm":  # perf_analyzer leaves regions registered
+            transport = self._shared if point.mode == "shm" else self.transport
+            return measure(lambda: next(requests).sent(transport, _TIMEOUT_S).result(), **numbers)
+        (name,) = next(requests).inputs
+        images = self.samples.files if point.mode == "encoded" else list(self.samples.pixels)
+        del numbers["warm_up_s"]
+        return analyze(self.analyzer, self.transport.url, model_of(point.mode), (name, images), **numbers)
 
-
-@contextmanager
-def opened(server: str | Connection, files: Sequence[bytes], bundle: Bundle | None = None) -> Iterator[Bench]:
-    """A :class:`Bench` that is closed at the end of the block."""
-    bench = Bench(server, files, bundle=bundle)
-    try:
-        yield bench
-    finally:
-        bench.close()
+    def _validate(self, request: Request, point: Point) -> None:
+        """Validate an answer, and that the server maps shared memory, before either is measured."""
+        if (point.mode, point.batch) in self._checked:
+            return
+        validate_answer(request, self.transport, _TIMEOUT_S)
+        if point.mode == "shm":
+            (pixels,) = request.inputs.values()
+            try:
+                unregister(self.transport, registered(self.transport, pixels.nbytes).name)
+            except RequestRejected as error:
+                raise ServingError(
+                    f"{self.transport.url}: the server cannot open this process's shared memory: "
+                    f"run it on this machine outside containers, or give --mode pixels ({error})"
+                ) from error
+        self._checked.add((point.mode, point.batch))
 
 
 def _steps_of(ensemble: dict[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """Where a request's time goes, from the server's own statistics before and after a load.
 
 Triton counts for every model the nanoseconds that requests waited in its queue, had their inputs gathered, ran, and had
-their outputs handed over. A request that is run in a batch with others is charged with the whole batch's time, so the
+their outputs handed over. A request that runs in a batch with others is charged with the whole batch's time, so the
 steps of one request add up to its latency; what is missing there is between the steps.
 """
 
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
+
+from clipship.serving.transport.grpc import TritonTransport
 
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
 """Triton's names of what a request does in a model."""
@@ -25,7 +27,7 @@ class Step:
     compute_infer_ms: float
     compute_output_ms: float
     images_a_run: float
-    """How many images the model ran at once: what dynamic batching made of the requests."""
+    """Images the model ran at once: what dynamic batching made of the requests."""
     cached: float = 0.0
     """The share of its requests that the server's response cache answered: a load repeats its images."""
 
@@ -57,10 +59,22 @@ class Breakdown:
         return {**asdict(self), "shares": self.shares()}
 
 
+def statistics_of(transport: TritonTransport) -> dict[str, Any]:
+    """Triton's ``ModelStatistics`` message of every model, the newest version's.
+
+    Raises:
+        ServingError: as the transport.
+    """
+    from tritonclient.grpc import service_pb2
+
+    reply = transport.call("ModelStatistics", service_pb2.ModelStatisticsRequest())
+    return {each.name: each for each in sorted(reply.model_stats, key=lambda each: int(each.version))}
+
+
 def breakdown(
     before: Mapping[str, Any], after: Mapping[str, Any], ensemble: str, models: Sequence[str], latency_ms: float
 ) -> Breakdown:
-    """What the requests to ``ensemble`` between two statistics spent where.
+    """Where the requests to ``ensemble`` between two statistics spent their time.
 
     Args:
         before: ``ModelStatistics`` messages by model, and the same after the load.
@@ -74,22 +88,20 @@ def breakdown(
     inside_ms = _mean_ms(before[ensemble], after[ensemble], "success")
     if inside_ms is None:
         raise ValueError(f"{ensemble}: no request was answered between the two statistics")
-    return Breakdown(
-        latency_ms=latency_ms,
-        steps=steps,
-        between_ms=max(0.0, inside_ms - sum(step.total_ms for step in steps)),
-        outside_ms=max(0.0, latency_ms - inside_ms),
-    )
+    between_ms = max(0.0, inside_ms - sum(step.total_ms for step in steps))
+    outside_ms = max(0.0, latency_ms - inside_ms)
+    return Breakdown(latency_ms=latency_ms, steps=steps, between_ms=between_ms, outside_ms=outside_ms)
 
 
 def _step(before: Any, after: Any) -> Step:
     runs = after.execution_count - before.execution_count
-    means = {f"{phase}_ms": _mean_ms(before, after, phase) or 0.0 for phase in PHASES}
     images = after.inference_count - before.inference_count
-    hits = after.inference_stats.cache_hit.count - before.inference_stats.cache_hit.count
-    requests = after.inference_stats.success.count - before.inference_stats.success.count
-    cached = hits / requests if requests else 0.0
-    return Step(model=after.name, images_a_run=images / runs if runs else 0.0, cached=cached, **means)
+    hits, requests = (
+        getattr(after.inference_stats, name).count - getattr(before.inference_stats, name).count
+        for name in ("cache_hit", "success")
+    )
+    means = {f"{phase}_ms": _mean_ms(before, after, phase) or 0.0 for phase in PHASES}
+    return Step(model=after.name, images_a_run=images / (runs or 1), cached=hits / (requests or 1), **means)
 
 
 def _mean_ms(before: Any, after: Any, what: str) -> float | None:
