@@ -1,6 +1,6 @@
-"""What a repository's models are configured to be: facts of the bundles in, Triton's configurations out.
+"""The configurations of a repository's models: settings of the bundles in, Triton's messages out.
 
-``write.py`` draws the models and writes them.
+``write.py`` draws the models and writes them. Fields of the messages have the names of Triton's model_config.proto.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
 """
@@ -43,16 +43,11 @@ from clipship.serving.model_names import (
 )
 from clipship.serving.repository.backends import BACKENDS, PYTHON, TENSORRT, Backend
 from clipship.serving.repository.classifier_graph import classifier_outputs
-from clipship.serving.repository.config_pbtxt import (
-    Batching,
-    Ensemble,
-    Model,
-    Step,
-    Warmup,
-    config_from_ensemble,
-    config_from_model,
-)
+from clipship.serving.repository.config_pbtxt import config_from_fields, type_and_dims
 from clipship.serving.repository.tuning import DEFAULT_TUNING, ENGINE_CACHE, Tuning, graph_batches
+
+Fields = dict[str, Any]
+"""Of a message of model_config.proto, by their names there."""
 
 _ENCODED_IMAGE = "encoded_image"
 """The encoder's output inside the ensembles that classify; what they answer as the embedding is the classifier's."""
@@ -66,7 +61,7 @@ _ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8
 
 @dataclass(frozen=True, kw_only=True)
 class VocabularySettings:
-    """What the configurations say about one vocabulary."""
+    """What the configurations of one vocabulary's models depend on."""
 
     name: str | None = None
     """None: the repository's first."""
@@ -78,7 +73,7 @@ class VocabularySettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What the configurations say about a bundle."""
+    """What the configurations of a repository's models depend on."""
 
     bundle_digest: str
     vocabulary_digest: str
@@ -92,7 +87,7 @@ class ModelSettings:
     encoder_digest: str = ""
     """Of the ONNX file that runs, or that the plans were built from."""
     measured_with: tuple[str, ...] = ()
-    """Instruction sets of the processor that the encoder's speed was measured on; none where nobody knows."""
+    """Instruction sets of the processor that the encoder's speed was measured on; empty: unknown."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
     others: tuple[VocabularySettings, ...] = ()
@@ -118,7 +113,7 @@ def model_settings_from_bundle(
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> ModelSettings:
-    """The facts of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
+    """The settings of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
 
     Args:
         others: bundles of the same encoder whose vocabularies are served too, by their names.
@@ -146,7 +141,7 @@ def model_settings_from_bundle(
 
 
 def vocabulary_settings(bundle: Bundle, name: str, top_k: int) -> VocabularySettings:
-    """The facts of a further vocabulary, with ``top_k`` cut to its size."""
+    """The settings of a further vocabulary, with ``top_k`` cut to its size."""
     return VocabularySettings(
         name=name,
         bundle_digest=bundle.digest,
@@ -157,21 +152,16 @@ def vocabulary_settings(bundle: Bundle, name: str, top_k: int) -> VocabularySett
 
 def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:
     """The ``inference.ModelConfig`` message of every model, by name."""
-    models = [
-        _image_encoder(settings, backend),
-        _preprocess(settings),
-        _admission(settings, ADMISSION, PREPROCESS, ENCODED),
-    ]
+    pixels = image_tensor(settings.image_spec.size_px)
+    models = [_image_encoder(settings, backend), _preprocess(settings)]
+    models.append(_admission(settings, ADMISSION, PREPROCESS, ENCODED))
     if backend.in_python:
-        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, image_tensor(settings.image_spec.size_px)))
-    ensembles = [_embed(settings, backend)]
+        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, pixels))
+    models.append(_embed(settings, backend))
     for vocabulary in settings.vocabularies:
         models.append(_classifier(settings, vocabulary, backend))
-        ensembles += [_classify(settings, vocabulary, backend), _classify_encoded(settings, vocabulary)]
-    return {
-        **{model.name: config_from_model(model) for model in models},
-        **{ensemble.name: config_from_ensemble(ensemble) for ensemble in ensembles},
-    }
+        models += [_classify(settings, vocabulary, backend), _classify_encoded(settings, vocabulary)]
+    return {fields["name"]: config_from_fields(fields) for fields in models}
 
 
 def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
@@ -181,147 +171,189 @@ def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
     return tuple(f"model_{'_'.join(plan.gpus)}.plan" for plan in plans)
 
 
+def _model(
+    settings: ModelSettings,
+    name: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    parameters: Mapping[str, str],
+) -> Fields:
+    """The fields of every model, ensembles among them."""
+    return {
+        "name": name,
+        "max_batch_size": settings.max_batch_size,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "input": [{"name": tensor.name, **type_and_dims(tensor)} for tensor in inputs],
+        "output": [{"name": tensor.name, **type_and_dims(tensor)} for tensor in outputs],
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
+
+
+def _run_by(backend: Backend, *, kind: str = "KIND_CPU", count: int = 1, **instances: Any) -> Fields:
+    """The fields of a model that a backend runs."""
+    return {
+        "backend": backend.name,
+        "platform": backend.platform,
+        "default_model_filename": backend.model_file,
+        "instance_group": [{"kind": kind, "count": count, **instances}],
+    }
+
+
+def _batching(tuning: Tuning, **more: Any) -> Fields:
+    """Triton's dynamic batcher. A limit of its queue turns off that it fetches batches ahead."""
+    policy: Fields = {"max_queue_size": tuning.max_queue_size} if tuning.max_queue_size else {}
+    if tuning.queue_timeout_s:
+        timeout_us = round(tuning.queue_timeout_s * 1e6)
+        policy |= {
+            "timeout_action": "REJECT",
+            "default_timeout_microseconds": timeout_us,
+            "allow_timeout_override": True,
+        }
+    limits = {"default_queue_policy": policy} if policy else {}
+    return {"dynamic_batching": {"max_queue_delay_microseconds": tuning.max_queue_delay_us, **limits, **more}}
+
+
+def _warmups(settings: ModelSettings, tensor: TensorSpec) -> Fields:
+    """The golden sample at several batch sizes, by the name of its file in ``warmup/``: Triton repeats it."""
+    inputs = {tensor.name: {**type_and_dims(tensor), "input_data_file": tensor.name}}
+    sizes = settings.tuning.warmups(settings.max_batch_size)
+    return {"model_warmup": [{"name": f"golden_{size}", "batch_size": size, "inputs": inputs} for size in sizes]}
+
+
+def _cached(tuning: Tuning) -> Fields:
+    return {"response_cache": {"enable": True}} if tuning.response_cache else {}
+
+
 def _parameters(settings: ModelSettings) -> dict[str, str]:
-    """What a client needs to know; the vocabulary's facts stand at the classifier, which can be published anew."""
+    """What a client needs to know; the vocabulary's are the classifier's, which can be published anew."""
     return {BUNDLE_DIGEST: settings.bundle_digest, IMAGE_SPEC: json.dumps(settings.image_spec.to_json())}
 
 
-def _batching(settings: ModelSettings) -> Batching:
-    tuning = settings.tuning
-    return Batching(
-        max_queue_delay_us=tuning.max_queue_delay_us,
-        max_queue_size=tuning.max_queue_size,
-        queue_timeout_us=round(tuning.queue_timeout_s * 1e6),
-    )
-
-
-def _warmups(settings: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
-    """The golden sample at several batch sizes: Triton repeats it."""
-    sizes = settings.tuning.warmups(settings.max_batch_size)
-    return tuple(Warmup(name=f"golden_{size}", batch_size=size, files={tensor: tensor}) for size in sizes)
-
-
-def _image_encoder(settings: ModelSettings, backend: Backend) -> Model:
-    image = image_tensor(settings.image_spec.size_px)
-    special = _plan_settings(settings) if backend.takes_plans else _form_settings(settings)
-    return Model(
-        name=ENCODER,
-        backend=backend,
-        **special,
-        inputs=(image,),
-        outputs=(embedding_tensor(settings.embed_dim),),
-        max_batch_size=settings.max_batch_size,
-        instance_kind=_kind(settings.tuning, backend),
-        instances=settings.tuning.instances,
-        gpus=settings.tuning.gpus,
-        batching=replace(_batching(settings), preferred_sizes=settings.tuning.preferred_batch_sizes),
-        warmups=_warmups(settings, image.name),
-        response_cache=settings.tuning.response_cache,
-    )
-
-
-def _kind(tuning: Tuning, backend: Backend) -> str:
+def _image_encoder(settings: ModelSettings, backend: Backend) -> Fields:
+    image, tuning = image_tensor(settings.image_spec.size_px), settings.tuning
     device = "gpu" if tuning.gpus else tuning.device
-    return f"KIND_{(device if backend.device == 'auto' else backend.device).upper()}"
+    kind = f"KIND_{(device if backend.device == 'auto' else backend.device).upper()}"
+    instances: Fields = {"kind": kind, "count": tuning.instances, "gpus": list(tuning.gpus)}
+    runs = _plan_parameters(settings) if backend.takes_plans else _form_parameters(settings)
+    fields = {
+        **_model(settings, ENCODER, (image,), (embedding_tensor(settings.embed_dim),), runs),
+        **_run_by(backend, **instances, profile=["0"] if backend.takes_plans else []),
+        **_batching(tuning, preferred_batch_size=list(tuning.preferred_batch_sizes)),
+        **_warmups(settings, image),
+        **_cached(tuning),
+    }
+    return fields | (_plan_fields(settings, image) if backend.takes_plans else _accelerator(settings, image.name))
 
 
-def _form_settings(settings: ModelSettings) -> dict[str, Any]:
-    """The bundle's form that runs, its threads, and its accelerator."""
-    form = settings.encoder
+def _form_parameters(settings: ModelSettings) -> dict[str, str]:
+    """The bundle's form that runs, and its threads."""
+    form, tuning = settings.encoder, settings.tuning
     runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
     runs[ENCODER_DIGEST] = settings.encoder_digest
     if form.runtime != "onnx" and settings.measured_with:
         runs[MEASURED_WITH] = " ".join(settings.measured_with)
-    threads = {} if settings.tuning.threads is None else {THREADS: str(settings.tuning.threads)}
-    accelerator = {} if settings.tuning.accelerator is None else _accelerator(settings)
-    return {"parameters": {**_parameters(settings), **runs, **threads}, "tensorrt_accelerator": accelerator}
+    threads = {} if tuning.threads is None else {THREADS: str(tuning.threads)}
+    return {**_parameters(settings), **runs, **threads}
 
 
-def _accelerator(settings: ModelSettings) -> dict[str, str]:
+def _accelerator(settings: ModelSettings, image: str) -> Fields:
     """One engine for all batches, kept on disk: without a stated profile each new batch size builds another."""
-    size_px = settings.image_spec.size_px
-    image = image_tensor(size_px).name
-    batches = {"min": 1, "opt": max(1, settings.max_batch_size // 2), "max": settings.max_batch_size}
-    shapes = {f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()}
-    return {
+    if settings.tuning.accelerator is None:
+        return {}
+    size_px, largest = settings.image_spec.size_px, settings.max_batch_size
+    batches = {"min": 1, "opt": max(1, largest // 2), "max": largest}
+    parameters = {
         "precision_mode": _ACCELERATOR_PRECISIONS[settings.encoder.precision],
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",
         "trt_timing_cache_path": ENGINE_CACHE,
-        **shapes,
+        **{f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()},
     }
+    accelerators = [{"name": settings.tuning.accelerator, "parameters": parameters}]
+    return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": accelerators}}}
 
 
-def _plan_settings(settings: ModelSettings) -> dict[str, Any]:
-    """Which plan is for which GPU; a plan for every GPU since Ampere is for those that have none of their own."""
-    files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
-    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
-    facts_of_plans = {
-        **_tensorrt_facts(settings.plans),
-        PRECISION: ", ".join(sorted({plan.precision for plan in settings.plans})),
-        ENCODER_DIGEST: settings.encoder_digest,
-    }
-    least = max(plan.profile.least for plan in settings.plans)
-    return {
-        "file": usual,
-        "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
-        "parameters": {**_parameters(settings), **facts_of_plans},
-        "profiles": ("0",),
-        "cuda_graph_batches": graph_batches(least, settings.max_batch_size) if settings.tuning.cuda_graphs else (),
-    }
-
-
-def _tensorrt_facts(plans: Sequence[PlanInfo]) -> dict[str, str]:
-    """The version that the server must have: that of the plain plans, or at least the newest of all others."""
+def _plan_parameters(settings: ModelSettings) -> dict[str, str]:
+    """The plans' precisions, and the TensorRT that the server must have: that of the plain plans, or at least the
+    newest of all others."""
+    plans = settings.plans
     plain = [plan.runtime_version for plan in plans if not plan.version_compatible]
     version = plain[0] if plain else max((plan.runtime_version for plan in plans), key=version_parts)
     compatible = {VERSION_COMPATIBLE: "some" if plain else "all"} if len(plain) < len(plans) else {}
-    return {TENSORRT_VERSION: version, **compatible}
+    return {
+        **_parameters(settings),
+        TENSORRT_VERSION: version,
+        **compatible,
+        PRECISION: ", ".join(sorted({plan.precision for plan in plans})),
+        ENCODER_DIGEST: settings.encoder_digest,
+    }
 
 
-def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Model:
+def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
+    """Which plan is for which GPU: one for every GPU since Ampere is for those that have none of their own."""
+    files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
+    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
+    fields: Fields = {
+        "default_model_filename": usual,
+        "cc_model_filenames": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
+    }
+    if settings.tuning.cuda_graphs:
+        batches = graph_batches(max(plan.profile.least for plan in settings.plans), settings.max_batch_size)
+        inputs = {image.name: {"dim": type_and_dims(image)["dims"]}}
+        specs = [{"batch_size": size, "input": inputs} for size in batches]
+        fields["optimization"] = {"cuda": {"graphs": True, "graph_spec": specs}}
+    return fields
+
+
+def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
     """One thread: its products are too small to share, and the encoder's threads need the cores."""
     digests = {BUNDLE_DIGEST: vocabulary.bundle_digest, VOCABULARY_DIGEST: vocabulary.vocabulary_digest}
-    return Model(
-        name=of_vocabulary(CLASSIFIER, vocabulary.name),
-        backend=BACKENDS[backend.classifier],
-        inputs=(embedding_tensor(settings.embed_dim),),
-        outputs=(*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim)),
-        max_batch_size=settings.max_batch_size,
-        batching=_batching(settings),
-        parameters={**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"},
-        versions=(1,),
-    )
+    inputs = (embedding_tensor(settings.embed_dim),)
+    outputs = (*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim))
+    parameters = {**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"}
+    return {
+        **_model(settings, of_vocabulary(CLASSIFIER, vocabulary.name), inputs, outputs, parameters),
+        **_run_by(BACKENDS[backend.classifier]),
+        **_batching(settings.tuning),
+        "version_policy": {"specific": {"versions": [1]}},
+    }
 
 
-def _preprocess(settings: ModelSettings) -> Model:
-    return Model(
-        name=PREPROCESS,
-        backend=PYTHON,
-        inputs=(ENCODED,),
-        outputs=(image_tensor(settings.image_spec.size_px), ERROR),
-        max_batch_size=settings.max_batch_size,
-        instances=settings.tuning.decoders,
-        batching=_batching(settings),
-        parameters=_parameters(settings),
-        warmups=_warmups(settings, ENCODED.name),
-        response_cache=settings.tuning.response_cache,
-    )
+def _preprocess(settings: ModelSettings) -> Fields:
+    outputs = (image_tensor(settings.image_spec.size_px), ERROR)
+    return {
+        **_model(settings, PREPROCESS, (ENCODED,), outputs, _parameters(settings)),
+        **_run_by(PYTHON, count=settings.tuning.decoders),
+        **_batching(settings.tuning),
+        **_warmups(settings, ENCODED),
+        **_cached(settings.tuning),
+    }
 
 
-def _admission(settings: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Model:
+def _admission(settings: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Fields:
     """It has a batcher only for its queue's limits: requests leave one by one."""
-    batching = replace(_batching(settings), max_queue_delay_us=0)
-    return Model(
-        name=name,
-        backend=PYTHON,
-        inputs=(tensor,),
-        outputs=(replace(tensor, name=_ADMITTED),),
-        max_batch_size=settings.max_batch_size,
-        batching=batching if batching.limited else None,
-        parameters={**_parameters(settings), NEXT: to},
-    )
+    tuning = settings.tuning
+    batching = _batching(replace(tuning, max_queue_delay_us=0)) if tuning.limits_queue else {}
+    parameters = {**_parameters(settings), NEXT: to}
+    model = _model(settings, name, (tensor,), (replace(tensor, name=_ADMITTED),), parameters)
+    return {**model, **_run_by(PYTHON), **batching}
+
+
+def _ensemble(
+    settings: ModelSettings,
+    name: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    steps: Sequence[Fields],
+) -> Fields:
+    fields = _model(settings, name, inputs, outputs, _parameters(settings))
+    return {**fields, "platform": "ensemble", "ensemble_scheduling": {"step": list(steps)}}
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Fields:
+    """The newest loaded version of ``model``: its tensors' names -> the ensemble's tensors' names."""
+    return {"model_name": model, "model_version": -1, "input_map": dict(inputs), "output_map": dict(outputs)}
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -329,60 +361,46 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _encode_step(settings: ModelSettings, image: str, output: str) -> Step:
+def _encode_step(settings: ModelSettings, image: str, output: str) -> Fields:
     pixels, embedding = image_tensor(settings.image_spec.size_px), embedding_tensor(settings.embed_dim)
-    return Step(model=ENCODER, inputs={pixels.name: image}, outputs={embedding.name: output})
+    return _step(ENCODER, {pixels.name: image}, {embedding.name: output})
 
 
-def _encode_steps(settings: ModelSettings, backend: Backend, output: str) -> tuple[Step, ...]:
+def _encode_steps(settings: ModelSettings, backend: Backend, output: str) -> list[Fields]:
     """From an ensemble's pixels to ``output``."""
     image = image_tensor(settings.image_spec.size_px).name
     if not backend.in_python:
-        return (_encode_step(settings, image, output),)
-    admission = Step(model=PIXELS_ADMISSION, inputs=_same(image), outputs=_same(_ADMITTED))
-    return (admission, _encode_step(settings, _ADMITTED, output))
+        return [_encode_step(settings, image, output)]
+    return [_step(PIXELS_ADMISSION, _same(image), _same(_ADMITTED)), _encode_step(settings, _ADMITTED, output)]
 
 
-def _classify_step(settings: ModelSettings, vocabulary: VocabularySettings) -> Step:
+def _classify_step(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
     """The embedding leaves the ensemble as the classifier hands it on, see :func:`passthrough_tensor`."""
     embedding, passed = embedding_tensor(settings.embed_dim).name, passthrough_tensor(settings.embed_dim).name
     outputs = _same(*(tensor.name for tensor in classifier_outputs(vocabulary.top_k)))
     model = of_vocabulary(CLASSIFIER, vocabulary.name)
-    return Step(model=model, inputs={embedding: _ENCODED_IMAGE}, outputs={**outputs, passed: embedding})
+    return _step(model, {embedding: _ENCODED_IMAGE}, {**outputs, passed: embedding})
 
 
-def _classify(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Ensemble:
-    return Ensemble(
-        name=of_vocabulary(CLASSIFY, vocabulary.name),
-        inputs=(image_tensor(settings.image_spec.size_px),),
-        outputs=(*classifier_outputs(vocabulary.top_k), embedding_tensor(settings.embed_dim)),
-        max_batch_size=settings.max_batch_size,
-        steps=(*_encode_steps(settings, backend, _ENCODED_IMAGE), _classify_step(settings, vocabulary)),
-        parameters=_parameters(settings),
+def _classify(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
+    inputs = (image_tensor(settings.image_spec.size_px),)
+    outputs = (*classifier_outputs(vocabulary.top_k), embedding_tensor(settings.embed_dim))
+    steps = (*_encode_steps(settings, backend, _ENCODED_IMAGE), _classify_step(settings, vocabulary))
+    return _ensemble(settings, of_vocabulary(CLASSIFY, vocabulary.name), inputs, outputs, steps)
+
+
+def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
+    image = image_tensor(settings.image_spec.size_px).name
+    outputs = (*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(settings.embed_dim))
+    steps = (
+        _step(ADMISSION, _same(ENCODED.name), _same(_ADMITTED)),
+        _step(PREPROCESS, {ENCODED.name: _ADMITTED}, _same(image, ERROR.name)),
+        _encode_step(settings, image, _ENCODED_IMAGE),
+        _classify_step(settings, vocabulary),
     )
+    return _ensemble(settings, of_vocabulary(CLASSIFY_ENCODED, vocabulary.name), (ENCODED,), outputs, steps)
 
 
-def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -> Ensemble:
-    image = image_tensor(settings.image_spec.size_px)
-    admission = Step(model=ADMISSION, inputs=_same(ENCODED.name), outputs=_same(_ADMITTED))
-    decode = Step(model=PREPROCESS, inputs={ENCODED.name: _ADMITTED}, outputs=_same(image.name, ERROR.name))
-    encode = _encode_step(settings, image.name, _ENCODED_IMAGE)
-    return Ensemble(
-        name=of_vocabulary(CLASSIFY_ENCODED, vocabulary.name),
-        inputs=(ENCODED,),
-        outputs=(*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(settings.embed_dim)),
-        max_batch_size=settings.max_batch_size,
-        steps=(admission, decode, encode, _classify_step(settings, vocabulary)),
-        parameters=_parameters(settings),
-    )
-
-
-def _embed(settings: ModelSettings, backend: Backend) -> Ensemble:
-    return Ensemble(
-        name=EMBED,
-        inputs=(image_tensor(settings.image_spec.size_px),),
-        outputs=(embedding_tensor(settings.embed_dim),),
-        max_batch_size=settings.max_batch_size,
-        steps=_encode_steps(settings, backend, embedding_tensor(settings.embed_dim).name),
-        parameters=_parameters(settings),
-    )
+def _embed(settings: ModelSettings, backend: Backend) -> Fields:
+    inputs, output = (image_tensor(settings.image_spec.size_px),), embedding_tensor(settings.embed_dim)
+    return _ensemble(settings, EMBED, inputs, (output,), _encode_steps(settings, backend, output.name))

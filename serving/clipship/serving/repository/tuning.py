@@ -78,6 +78,11 @@ class Tuning:
         """Whether the image encoder runs on a GPU or not at all."""
         return self.device == "gpu" or bool(self.gpus)
 
+    @property
+    def limits_queue(self) -> bool:
+        """Whether queues have a limit, of size or of time."""
+        return bool(self.max_queue_size or self.queue_timeout_s)
+
     def validate_backend(self, backend: Backend, max_batch_size: int) -> None:
         """Validate that ``backend`` supports these settings.
 
