@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
-from clipship.serving.errors import AccessDenied, ServingError
+from clipship.serving.errors import AccessDenied, BadAnswer
+from clipship.serving.repository.golden_check import in_batches
 from clipship.serving.server.admin_secret import ADMIN_HEADER, found_secret_file, read_secret
 from clipship.serving.transport.connection import Connection
 from clipship.serving.transport.grpc import Tensors, TritonTransport, parameters_of
@@ -59,10 +59,6 @@ class Control:
         """
         return parameters_of(self._transport.model_config(model))
 
-    def max_batch_size(self, model: str) -> int:
-        """The most images of a request."""
-        return int(self._transport.model_config(model)["max_batch_size"])
-
     def load(self, model: str) -> None:
         """Have the server read the model's folder again; returns when what it names is served.
 
@@ -80,23 +76,21 @@ class Control:
         """
         self._repository_call("RepositoryModelUnload", model)
 
-    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
-        """The model's answer.
+    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Tensors:
+        """The ``outputs`` of ``model`` for ``rows`` [N, ...] of its one input ``name``, in batches that it takes.
 
         Raises:
             ServingError: as the transport.
         """
-        answer = self._transport.infer(model, inputs, outputs, timeout_s=self._timeout_s).result()
-        missing = [name for name in outputs if name not in answer]
-        if missing:
-            raise ServingError(f"{self.url}: {model} answers without {', '.join(missing)}: write its repository again")
-        return answer
 
-    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
-        """As :meth:`infer`, for any number of ``rows`` of the one input ``name``."""
-        most = self.max_batch_size(model)
-        parts = [self.infer(model, {name: rows[at : at + most]}, outputs) for at in range(0, len(rows), most)]
-        return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
+        def infer(batch: NDArray[Any]) -> Tensors:
+            answer = self._transport.infer(model, {name: batch}, outputs, timeout_s=self._timeout_s).result()
+            missing = [output for output in outputs if output not in answer]
+            if missing:
+                raise BadAnswer(f"{self.url}: {model} answers without {', '.join(missing)}: write its repository again")
+            return answer
+
+        return in_batches(infer, rows, int(self._transport.model_config(model)["max_batch_size"]))
 
     def _repository_call(self, method: str, model: str) -> None:
         from tritonclient.grpc import service_pb2

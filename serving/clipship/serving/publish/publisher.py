@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,30 +21,15 @@ from clipship.core.errors import CheckFailed, ClipshipError, UsageError
 from clipship.core.tensorrt_plan import form_digest
 from clipship.serving.errors import RepositoryError, ServingError
 from clipship.serving.model_names import (
-    CLASSIFIER,
-    CLASSIFY,
     ENCODER,
     ENCODER_DIGEST,
     PRECISION,
     VOCABULARY_DIGEST,
-    of_vocabulary,
 )
 from clipship.serving.publish.control import Control
 from clipship.serving.repository.config_pbtxt import read_config
 from clipship.serving.repository.golden_check import validate_graph, validate_same_answers, validate_vocabulary
-from clipship.serving.repository.versions import (
-    Action,
-    ClassifierVersions,
-    Entry,
-    VersionFacts,
-    add_entry,
-    classifier_in,
-    facts_of,
-    locked,
-    read_entries,
-    served_before,
-    vocabularies_in,
-)
+from clipship.serving.repository.versions import Action, ClassifierVersions, classifier_in, locked, vocabularies_in
 from clipship.serving.repository.write import add_vocabulary, remove_vocabulary, validate_verification
 
 
@@ -88,13 +73,15 @@ def publish(
         validate_verification(bundle)
         validate_served_encoder(repository, bundle)
         _validate_served_repository(repository, control)
-        classifier_in(repository, None).remove_leftovers()
+        first = classifier_in(repository, None)
+        first.remove_leftovers()
         if vocabulary is not None and vocabulary not in vocabularies_in(repository):
+            _validate_class_count(bundle, first)
             return _publish_new(repository, bundle, control, vocabulary)
         classifier = classifier_in(repository, vocabulary)
-        _tidy(repository, classifier)
+        _tidy(classifier)
         _validate_class_count(bundle, classifier)
-        return _publish_version(repository, classifier, bundle, control, keep)
+        return _publish_version(classifier, bundle, control, keep)
 
 
 def rollback(repository: Path, control: Control, *, vocabulary: str | None = None, to: str | None = None) -> Published:
@@ -105,25 +92,21 @@ def rollback(repository: Path, control: Control, *, vocabulary: str | None = Non
 
     Raises:
         UsageError: there is none, or ``to`` is none of those kept.
-        CheckFailed: the server answers otherwise than that version; the one before is served again.
+        CheckFailed: the server's answers differ from that version's; the one before is served again.
         ServingError: as :func:`publish`.
     """
     with locked(repository):
         classifier = classifier_in(repository, vocabulary)
-        _tidy(repository, classifier)
-        entries = read_entries(repository)
-        version = _version_to_go_to(classifier, served_before(entries, classifier), to)
-        pixels = _warmup_pixels(repository)
-
-        def check() -> None:
-            folder = classifier.folder / str(version)
-            validate_same_answers(control, of_vocabulary(CLASSIFY, vocabulary), folder, pixels)
-
-        return _switch(repository, classifier, version, control, check, "rollback")
+        _tidy(classifier)
+        before, version = classifier.active(), _version_to_go_to(classifier, to)
+        folder, pixels = classifier.folder / str(version), _warmup_pixels(repository)
+        check = partial(validate_same_answers, control.answers, classifier.ensemble, folder, pixels)
+        _switch(classifier, version, control, check, "rollback")
+        return _published(classifier, before)
 
 
 def validate_served_encoder(repository: Path, bundle: Bundle) -> None:
-    """Nothing when the bundle has the image encoder that the repository serves.
+    """Validate that the bundle has the image encoder that the repository serves.
 
     Raises:
         UsageError: it has another one; says what to do.
@@ -163,72 +146,58 @@ def _validate_class_count(bundle: Bundle, classifier: ClassifierVersions) -> Non
         )
 
 
-def _tidy(repository: Path, classifier: ClassifierVersions) -> None:
+def _tidy(classifier: ClassifierVersions) -> None:
     """Delete what a killed publish left, and record what it had no time to record."""
     classifier.remove_leftovers()
-    active, on_disk = classifier.active(), classifier.versions()
-    recorded = [each.version for each in read_entries(repository) if each.model == classifier.name and each.served]
-    if active != [*on_disk[:1], *recorded][-1]:
-        _note(repository, classifier, active, "publish", "it was killed before it could be recorded")
+    active = classifier.active()
+    if active != classifier.recorded()[-1]:
+        classifier.record(active, "publish", "it was killed before it could be recorded")
 
 
-def _publish_version(
-    repository: Path, classifier: ClassifierVersions, bundle: Bundle, control: Control, keep: int
-) -> Published:
-    version = classifier.add(bundle)
-    ensemble = classifier.name.replace(CLASSIFIER, CLASSIFY, 1)
-    precision = _encoder_parameter(repository, PRECISION)
+def _published(classifier: ClassifierVersions, before: int | None) -> Published:
+    version, kept = classifier.active(), tuple(classifier.served())
+    return Published(
+        model=classifier.name, version=version, before=before, kept=kept, **asdict(classifier.info(version))
+    )
+
+
+def _publish_version(classifier: ClassifierVersions, bundle: Bundle, control: Control, keep: int) -> Published:
+    before, version = classifier.active(), classifier.add(bundle)
     try:
         validate_graph(bundle, classifier.folder / str(version))
-        published = _switch(
-            repository,
-            classifier,
-            version,
-            control,
-            lambda: validate_vocabulary(control, classifier.name, ensemble, bundle, precision),
-            "publish",
-        )
+        _switch(classifier, version, control, _golden_check(classifier, bundle, control), "publish")
     except BaseException:
         if classifier.active() != version:
             classifier.remove([version])
         raise
-    kept = served_before(read_entries(repository), classifier)[:keep]
+    kept = classifier.served()[:keep]
     classifier.remove([old for old in classifier.versions() if old not in kept])
-    return published if len(published.kept) <= keep else _with_kept(published, kept)
+    return _published(classifier, before)
 
 
-def _with_kept(published: Published, kept: list[int]) -> Published:
-    from dataclasses import replace
-
-    return replace(published, kept=tuple(kept))
+def _golden_check(classifier: ClassifierVersions, bundle: Bundle, control: Control) -> Callable[[], None]:
+    precision = _encoder_parameter(classifier.folder.parent, PRECISION)
+    return partial(validate_vocabulary, control.answers, classifier.name, classifier.ensemble, bundle, precision)
 
 
 def _switch(
-    repository: Path,
-    classifier: ClassifierVersions,
-    version: int,
-    control: Control,
-    check: Callable[[], None],
-    action: Action,
-) -> Published:
+    classifier: ClassifierVersions, version: int, control: Control, check: Callable[[], None], action: Action
+) -> None:
     """Name ``version``, load it, check it; on any failure name and load the one before."""
-    before, facts = classifier.active(), classifier.facts(version)
+    before = classifier.active()
     classifier.commit(version)
     try:
         control.load(classifier.name)
-        _validate_current(control, classifier, facts)
+        _validate_current(control, classifier, version)
         check()
     except BaseException as error:
         classifier.commit(before)
-        _note(repository, classifier, version, "refused", str(error) or type(error).__name__)
+        classifier.record(version, "refused", str(error) or type(error).__name__)
+        now = _load_again(control, classifier)
         if isinstance(error, (CheckFailed, ServingError)):
-            now = _load_again(control, classifier)
             raise type(error)(f"{error}: version {before} is served as before{now}") from error
-        _load_again(control, classifier)
         raise
-    _note(repository, classifier, version, action)
-    kept = tuple(served_before(read_entries(repository), classifier))
-    return Published(model=classifier.name, version=version, before=before, kept=kept, **asdict(facts))
+    classifier.record(version, action)
 
 
 def _load_again(control: Control, classifier: ClassifierVersions) -> str:
@@ -240,10 +209,10 @@ def _load_again(control: Control, classifier: ClassifierVersions) -> str:
     return ""
 
 
-def _validate_current(control: Control, classifier: ClassifierVersions, facts: VersionFacts) -> None:
-    """The server must say that it serves what is on disk now."""
+def _validate_current(control: Control, classifier: ClassifierVersions, version: int) -> None:
+    """The server must say that it serves ``version``."""
     served = control.parameters(classifier.name).get(VOCABULARY_DIGEST)
-    if served != facts.vocabulary_digest:
+    if served != classifier.info(version).vocabulary_digest:
         raise CheckFailed(
             f"the Triton at {control.url} did not take {classifier.folder}: it serves another folder, give that one"
         )
@@ -251,26 +220,23 @@ def _validate_current(control: Control, classifier: ClassifierVersions, facts: V
 
 def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary: str) -> Published:
     """Add the vocabulary's models and load them; on any failure take them away again."""
-    first = classifier_in(repository, None)
-    _validate_class_count(bundle, first)
     models = add_vocabulary(repository, bundle, vocabulary)
     classifier = classifier_in(repository, vocabulary)
+    version = classifier.active()
+    info = classifier.info(version)
     try:
-        validate_graph(bundle, classifier.folder / str(classifier.active()))
+        validate_graph(bundle, classifier.folder / str(version))
         for model in models:
             control.load(model)
-        precision = _encoder_parameter(repository, PRECISION)
-        validate_vocabulary(control, classifier.name, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
+        _golden_check(classifier, bundle, control)()
     except BaseException as error:
-        facts = facts_of(bundle)
         remove_vocabulary(repository, vocabulary)
-        add_entry(repository, _entry(classifier.name, 1, "refused", facts, str(error) or type(error).__name__))
+        classifier.record(version, "refused", str(error) or type(error).__name__, info)
         for model in reversed(models):
             _unload(control, model)
         raise
-    _note(repository, classifier, classifier.active(), "publish")
-    facts, version = facts_of(bundle), classifier.active()
-    return Published(model=classifier.name, version=version, before=None, kept=(version,), **asdict(facts))
+    classifier.record(version, "publish")
+    return _published(classifier, before=None)
 
 
 def _unload(control: Control, model: str) -> None:
@@ -281,19 +247,19 @@ def _unload(control: Control, model: str) -> None:
         return  # it was not loaded, or the server is gone and will not load it: its folder is gone
 
 
-def _version_to_go_to(classifier: ClassifierVersions, versions: list[int], to: str | None) -> int:
-    """One of ``versions``, the served one first."""
-    active, *others = versions
+def _version_to_go_to(classifier: ClassifierVersions, to: str | None) -> int:
+    """The version that ``to`` means; None: the one served before."""
+    versions = classifier.served()
     if to is None:
-        if not others:
-            raise UsageError(f"{classifier.folder}: no version was served before {active}: publish another vocabulary")
-        return others[0]
+        if len(versions) < 2:
+            raise UsageError(f"{classifier.folder}: only {versions[0]} was ever served: publish another vocabulary")
+        return versions[1]
     for version in versions:
-        facts = classifier.facts(version)
-        digests = (facts.vocabulary_digest, facts.bundle_digest)
+        info = classifier.info(version)
+        digests = (info.vocabulary_digest, info.bundle_digest)
         if to == str(version) or (len(to) >= 6 and any(digest.startswith(to) for digest in digests)):
             return version
-    known = ", ".join(f"{version} ({classifier.facts(version).vocabulary_digest[:12]})" for version in versions)
+    known = ", ".join(f"{version} ({classifier.info(version).vocabulary_digest[:12]})" for version in versions)
     raise UsageError(f"no version {to!r} of {classifier.name}: give one of {known}")
 
 
@@ -304,12 +270,3 @@ def _warmup_pixels(repository: Path) -> NDArray[np.uint8]:
     data = (repository / ENCODER / "warmup" / image.name).read_bytes()
     size = int(np.prod(image.dims))
     return np.frombuffer(data[:size], dtype=np.uint8).reshape(1, *image.dims)
-
-
-def _note(repository: Path, classifier: ClassifierVersions, version: int, action: Action, reason: str = "") -> None:
-    add_entry(repository, _entry(classifier.name, version, action, classifier.facts(version), reason))
-
-
-def _entry(model: str, version: int, action: Action, facts: VersionFacts, reason: str = "") -> Entry:
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(at=at, model=model, action=action, version=version, reason=reason, **asdict(facts))

@@ -21,9 +21,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +36,7 @@ from clipship.serving.errors import RepositoryError
 from clipship.serving.model_names import (
     BUNDLE_DIGEST,
     CLASSIFIER,
+    CLASSIFY,
     CLASSIFY_ENCODED,
     TOP_K,
     VOCABULARY_DIGEST,
@@ -51,7 +53,7 @@ RECORD_VERSION = 1
 MAX_ENTRIES = 10_000
 """Older ones go."""
 
-FACTS = "vocabulary.json"
+VOCABULARY_FILE = "vocabulary.json"
 """In a version's folder: which vocabulary it is."""
 
 _LOCK = ".publish.lock"
@@ -61,7 +63,7 @@ Action = Literal["publish", "rollback", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VersionFacts:
+class VersionInfo:
     """Which vocabulary a version of a classifier is."""
 
     vocabulary_digest: str
@@ -102,6 +104,11 @@ class ClassifierVersions:
         """The model's name."""
         return self.folder.name
 
+    @property
+    def ensemble(self) -> str:
+        """The ensemble that classifies pixels with it."""
+        return self.name.replace(CLASSIFIER, CLASSIFY, 1)
+
     def config(self) -> Any:
         """The configuration on disk.
 
@@ -123,22 +130,22 @@ class ClassifierVersions:
 
     def versions(self) -> list[int]:
         """All versions on disk, ascending."""
-        names = [child.name for child in self.folder.iterdir() if (child / FACTS).is_file()]
+        names = [child.name for child in self.folder.iterdir() if (child / VOCABULARY_FILE).is_file()]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def top_k(self) -> int:
         """Classes reported an image."""
         return int(self.config().parameters[TOP_K].string_value)
 
-    def facts(self, version: int) -> VersionFacts:
+    def info(self, version: int) -> VersionInfo:
         """Which vocabulary ``version`` is.
 
         Raises:
             RepositoryError: its folder does not say.
         """
-        path = self.folder / str(version) / FACTS
+        path = self.folder / str(version) / VOCABULARY_FILE
         try:
-            return VersionFacts(**json.loads(path.read_text(encoding="utf-8")))
+            return VersionInfo(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RepositoryError(f"{path}: cannot be read ({error}): {_ADVICE}") from error
 
@@ -156,11 +163,11 @@ class ClassifierVersions:
         Raises:
             RepositoryError: the version is not there, or does not say what it is.
         """
-        facts, config = self.facts(version), self.config()
+        info, config = self.info(version), self.config()
         config.ClearField("version_policy")
         config.version_policy.specific.versions.append(version)
-        config.parameters[VOCABULARY_DIGEST].string_value = facts.vocabulary_digest
-        config.parameters[BUNDLE_DIGEST].string_value = facts.bundle_digest
+        config.parameters[VOCABULARY_DIGEST].string_value = info.vocabulary_digest
+        config.parameters[BUNDLE_DIGEST].string_value = info.bundle_digest
         write_text_atomic(self.folder / "config.pbtxt", text_from_config(config))
 
     def remove_leftovers(self) -> None:
@@ -173,6 +180,25 @@ class ClassifierVersions:
         """Delete versions, each out of sight in one step."""
         for version in versions:
             remove_folder(self.folder / str(version))
+
+    def record(self, version: int, action: Action, reason: str = "", info: VersionInfo | None = None) -> None:
+        """Add an entry to the repository's record; ``info`` is of a version that is not on disk any more."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        what = asdict(info or self.info(version))
+        entry = Entry(at=at, model=self.name, action=action, version=version, reason=reason, **what)
+        entries = [*read_entries(self.folder.parent), entry][-MAX_ENTRIES:]
+        content = {"format": RECORD_FORMAT, "format_version": RECORD_VERSION, "entries": list(map(asdict, entries))}
+        write_json_atomic(self.folder.parent / RECORD, content)
+
+    def recorded(self) -> list[int]:
+        """The versions that were served according to the record, oldest first, after the repository's first one."""
+        entries = [each for each in read_entries(self.folder.parent) if each.model == self.name and each.served]
+        return [*self.versions()[:1], *(entry.version for entry in entries)]
+
+    def served(self) -> list[int]:
+        """The versions on disk that were served, newest first, each once."""
+        on_disk = self.versions()
+        return [version for version in dict.fromkeys([self.active(), *reversed(self.recorded())]) if version in on_disk]
 
 
 def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersions:
@@ -189,7 +215,7 @@ def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersion
             f"{repository} has no vocabulary {vocabulary!r}: {near(vocabulary, vocabularies_in(repository))}"
         )
     classifier = ClassifierVersions(repository / of_vocabulary(CLASSIFIER, vocabulary))
-    classifier.facts(classifier.active())
+    classifier.info(classifier.active())
     return classifier
 
 
@@ -199,9 +225,9 @@ def vocabularies_in(repository: Path) -> list[str]:
     return sorted(file.parent.name.removeprefix(prefix) for file in repository.glob(f"{prefix}*/config.pbtxt"))
 
 
-def facts_of(bundle: Bundle) -> VersionFacts:
+def version_info_of(bundle: Bundle) -> VersionInfo:
     """What a version of ``bundle``'s vocabulary says about itself."""
-    return VersionFacts(
+    return VersionInfo(
         vocabulary_digest=bundle.vocabulary.digest, bundle_digest=bundle.digest, classes=len(bundle.vocabulary)
     )
 
@@ -214,7 +240,7 @@ def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
     """
     graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), top_k)
     (folder / ONNXRUNTIME.model_file).write_bytes(graph)
-    write_json_atomic(folder / FACTS, asdict(facts_of(bundle)))
+    write_json_atomic(folder / VOCABULARY_FILE, asdict(version_info_of(bundle)))
     write_truth(folder, truth_from_bundle(bundle))
 
 
@@ -261,23 +287,3 @@ def read_entries(repository: Path) -> list[Entry]:
         return [Entry(**entry) for entry in content["entries"]]
     except (KeyError, TypeError) as error:
         raise RepositoryError(f"{path}: malformed ({error}): {advice}") from error
-
-
-def add_entry(repository: Path, entry: Entry) -> None:
-    """Write the record with ``entry`` as its newest."""
-    entries = [*read_entries(repository), entry][-MAX_ENTRIES:]
-    content: Mapping[str, Any] = {
-        "format": RECORD_FORMAT,
-        "format_version": RECORD_VERSION,
-        "entries": [asdict(each) for each in entries],
-    }
-    write_json_atomic(repository / RECORD, content)
-
-
-def served_before(entries: Sequence[Entry], classifier: ClassifierVersions) -> list[int]:
-    """The versions that were served, newest first, each once, the first one of the repository included."""
-    active = classifier.active()
-    published = [entry.version for entry in reversed(entries) if entry.model == classifier.name and entry.served]
-    on_disk = classifier.versions()
-    first = on_disk[:1] if on_disk else []
-    return [version for version in dict.fromkeys([active, *published, *first]) if version in on_disk]

@@ -35,7 +35,7 @@ from clipship.serving.model_names import (
 )
 from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.config_pbtxt import read_config
-from clipship.serving.repository.golden_check import Answers, validate_answers, validate_classifier_model
+from clipship.serving.repository.golden_check import Answers, in_batches, validate_answers, validate_classifier_model
 from clipship.serving.repository.golden_samples import GoldenSamples, read_samples, read_truth
 from clipship.serving.repository.versions import ClassifierVersions, vocabularies_in
 
@@ -62,9 +62,8 @@ class HttpModels:
         Raises:
             ServerFailed: it did not answer, or with an error.
         """
-        most = int(json.loads(self._call("GET", f"/v2/models/{model}/config")[1])["max_batch_size"])
-        parts = [self._infer(model, name, rows[at : at + most], outputs) for at in range(0, len(rows), most)]
-        return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
+        largest = int(json.loads(self._call("GET", f"/v2/models/{model}/config")[1])["max_batch_size"])
+        return in_batches(lambda batch: self._infer(model, name, batch, outputs), rows, largest)
 
     def _infer(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Answers:
         from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
