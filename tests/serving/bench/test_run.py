@@ -292,7 +292,7 @@ def test_a_server_without_our_models_and_another_bundle_are_refused(
     repository: Path, server: Server, tmp_path: Path
 ) -> None:
     other = write_bundle(tmp_path / "other", seed=1)
-    with pytest.raises(UsageError, match="give the bundle that the repository was made of"):
+    with pytest.raises(UsageError, match="give the bundle that is served"):
         Bench(server.endpoints.url, FILES, bundle=other)
     foreign = tmp_path / "foreign"
     foreign.mkdir()

@@ -108,7 +108,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("classify", lambda c: c.model_warmup.add(name="x"), "must not have model_warmup"),
     ("classify", lambda c: c.dynamic_batching.SetInParent(), "must not have dynamic_batching"),
     ("classify", lambda c: c.ensemble_scheduling.ClearField("step"), "at least one step"),
-    ("classify", swap_first_step, "there is no such model"),
+    ("classify", swap_first_step, "no such model"),
     ("classify", forget_input, "its input 'image' is not fed"),
     ("classify", feed_too_much, "it has no input 'extra'"),
     ("classify", take_too_much, "it has no output 'extra'"),
@@ -118,7 +118,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("classify", retype_output, "differ in type or dims"),
     ("classify", lambda c: setattr(c, "max_batch_size", 9), "is below the ensemble's 9"),
     ("image_encoder", prefer_too_much, "prefers batches of 99"),
-    ("classifier", name_absent_version, "none of the versions that its version_policy names is there (7)"),
+    ("classifier", name_absent_version, "its version_policy names versions that do not exist (7)"),
     ("embed", lambda c: setattr(c.ensemble_scheduling.step[0], "model_name", "embed"), "the ensemble holds itself"),
 ]
 

@@ -124,7 +124,7 @@ def test_an_open_address_gets_one_line_of_warning(repository: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
     assert errors.splitlines() == [
-        "0.0.0.0 can be reached from other machines, in plain text: give --tls-cert and --tls-key to encrypt gRPC",
+        "0.0.0.0 is reachable from other machines without encryption: give --tls-cert and --tls-key",
         "stopping",
     ]
 
@@ -323,8 +323,8 @@ def test_the_compose_file_says_the_same(repository: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tls_cert": Path(__file__)}, "the certificate and its key go together"),
-        ({"tls_ca": Path(__file__)}, "--tls-ca asks clients for certificates"),
+        ({"tls_cert": Path(__file__)}, "give both --tls-cert and --tls-key, or neither"),
+        ({"tls_ca": Path(__file__)}, "--tls-ca needs --tls-cert and --tls-key"),
         ({"tls_cert": Path("absent"), "tls_key": Path("absent")}, "absent: no such file: give a PEM file"),
         ({"trace_file": Path("t"), "trace_url": "http://localhost:4318"}, "give --trace-file or --trace-url"),
         ({"trace_rate": 0}, "give a --trace-rate of 1 or more"),

@@ -113,10 +113,10 @@ def test_no_release_is_refused_with_what_each_lacks(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         release_for(old)
     assert str(refused.value) == (
-        f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, which "
-        "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
+        f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, the "
+        "version on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
         "build the plans with the TensorRT of another release or with --version-compatible, or pip install 'pillow<13' "
-        "here (client and server must have the same Pillow, to decode alike bit for bit), or give an image of your own "
+        "here (client and server need the same Pillow to decode identically), or give an image of your own "
         "with --image"
     )
     unknown = configured(tmp_path / "unknown", "tensorrt", **plans("10.99.0.1"))

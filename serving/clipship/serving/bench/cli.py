@@ -16,7 +16,7 @@ from clipship.serving.connection_cli import connection_from_options, connection_
 
 @click.group()
 def bench() -> None:
-    """Throughput and latency, beside the same engine without a server. Every command takes --json.
+    """Throughput and latency of a server, compared with the same engine in process. Every command takes --json.
 
     Example: clipship bench serve --url 127.0.0.1:8001 --bundle runs/prints/bundle --out runs/bench
     """
@@ -28,7 +28,7 @@ def bench() -> None:
 @click.option(
     "--bundle",
     type=click.Path(path_type=Path),
-    help="What the server was made of: its engine is measured in this process beside the server, in the same rounds.",
+    help="The served bundle; its engine is also measured in this process, in the same rounds.",
 )
 @click.option(
     "--concurrency",
@@ -37,14 +37,14 @@ def bench() -> None:
     default=(1, 2, 4, 8, 16),
     show_default="1 2 4 8 16",
     metavar="INT...",
-    help="Requests in flight: a closed loop, in which each answer sends the next request.",
+    help="Requests in flight (closed loop).",
 )
 @click.option(
     "--batch",
     multiple=True,
     type=click.IntRange(min=1),
     metavar="INT...",
-    help="Images a request. [default: those of 1 8 32 that the server takes]",
+    help="Images per request. [default: 1 8 32, up to the server's maximum]",
 )
 @click.option(
     "--mode",
@@ -53,17 +53,25 @@ def bench() -> None:
     default=("pixels",),
     show_default="pixels",
     metavar="[pixels|encoded|shm]...",
-    help="What is sent: uint8 pixels, files' bytes that the server decodes, or pixels in shared memory.",
+    help="Payload: uint8 pixels, encoded files, or pixels in shared memory.",
 )
 @click.option(
-    "--images", type=click.Path(path_type=Path), help="Images to send. [default: made-up JPEG files of 500 x 375]"
+    "--images",
+    type=click.Path(path_type=Path),
+    help="Folder of images to send. [default: synthetic JPEG files of 500 x 375]",
 )
 @click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="A reading's."
+    "--seconds",
+    type=click.FloatRange(min=0, min_open=True),
+    default=10.0,
+    show_default=True,
+    help="Duration of a measurement.",
 )
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Readings of every point.")
-@click.option("--client/--no-client", default=True, show_default=True, help="Measure clipship's own client, too.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for serve.json, serve.md and serve.svg.")
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Measurements of every combination."
+)
+@click.option("--client/--no-client", default=True, show_default=True, help="Also measure clipship's own client.")
+@click.option("--out", type=click.Path(path_type=Path), help="Output folder for serve.json, serve.md and serve.svg.")
 @json_option
 def serve(
     url: str,
@@ -79,7 +87,9 @@ def serve(
     as_json: bool,
     **connection: Any,
 ) -> None:
-    """Measure a running server of clipship's models: images a second and latencies, and where the time goes.
+    """Measure a running server: images per second, latencies, and where the time goes.
+
+    perf_analyzer generates the load if it is installed and the server needs neither TLS nor a token.
 
     Example: clipship bench serve --url 127.0.0.1:8001 --concurrency 1 4 16 --batch 1 8 --mode pixels encoded
     """

@@ -1,7 +1,6 @@
 """A closed loop: a fixed number of requests is in flight, and each answer sends the next one.
 
-The server is never asked for more than ``concurrency`` requests at once, so throughput and latency belong together:
-latency = concurrency / requests a second (Little's law).
+Throughput and latency are linked: latency = concurrency / requests per second (Little's law).
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ _POLL_S = 0.01
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """What was measured of a load, which was running before and after."""
+    """One measurement of a running load."""
 
     images_per_s: float
     latencies_ms: Mapping[str, float] = field(default_factory=dict)
-    """Milliseconds from sending a request to its answer, by name: mean, p50, p90, p95, p99. Empty: not known."""
+    """Milliseconds from sending a request to its answer, by name: mean, p50, p90, p95, p99. Empty: unknown."""
     whole_mean_ms: float = math.nan
-    """The mean of all of the load's requests, those before and after too: what a server's counters count."""
+    """Mean latency of all requests, also those before and after the measured span, as the server's counters have it."""
     steps: Breakdown | None = None
-    """Of a load on a server: where a request's time went."""
+    """Where a request's time went, for a load on a server."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object."""
@@ -47,10 +46,10 @@ class Reading:
 def counted(
     finished_s: Sequence[float], latencies_s: Sequence[float], span: tuple[float, float], batch: int
 ) -> Reading:
-    """The answers within ``span`` (two moments) of a loop, given all of its answers in order.
+    """The rate and latencies within ``span`` (start and end) of a loop, given all of its answers in order.
 
-    Answers come in bursts, as many as the server had put into one batch. The clock therefore runs from the last answer
-    before the span to the last one within it: from the end of a burst to the end of a burst.
+    Answers come in bursts, one per batch of the server. The clock therefore runs from the last answer before the span
+    to the last one within it: from the end of a burst to the end of a burst.
 
     Raises:
         ValueError: no answer came before the span, or none within it.
@@ -69,10 +68,10 @@ def counted(
 
 
 def measure(send: Send, *, concurrency: int, batch: int, seconds: float, warm_up_s: float) -> Reading:
-    """Run a closed loop and count it for ``seconds``, or for longer until ``concurrency`` answers came.
+    """Run a closed loop and measure it for ``seconds``, or longer until ``concurrency`` answers came.
 
     Raises:
-        Exception: what a request failed with; a loop with failures has no figures.
+        Exception: of the first request that failed.
     """
     finished_s: list[float] = []
     latencies_s: list[float] = []
@@ -90,7 +89,7 @@ def measure(send: Send, *, concurrency: int, batch: int, seconds: float, warm_up
         clients = [threads.submit(client) for _ in range(concurrency)]
 
         def wait_until(moment_s: float, answers: int) -> float:
-            """Wait for both; the moment is by the clock, and so has nothing to do with the server's bursts."""
+            """Wait for both. Polling the clock keeps the moment independent of the server's bursts."""
             while (now_s := time.perf_counter()) < moment_s or len(finished_s) < answers:
                 failed, _ = wait(clients, timeout=_POLL_S, return_when=FIRST_COMPLETED)
                 for each in failed:

@@ -1,4 +1,4 @@
-"""What a server is measured beside: the same engine in this process, and our own client."""
+"""What a server is compared with: the same engine in this process, and clipship's own client."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _TIMEOUT_S = 60.0
 class InProcess:
     """The engine without a server: decoding on all cores, then the encoder and the classifier on all cores.
 
-    One batch after the other: with every core at work in each part there is nothing to gain from two at once.
+    It runs one batch at a time: each part uses every core, so two at once would not be faster.
     """
 
     def __init__(self, engine: Transport, samples: BenchImages) -> None:
@@ -37,7 +37,7 @@ class InProcess:
         self._engine.close()
 
     def run(self, request: Request) -> None:
-        """Answer ``request``, as a server would."""
+        """Compute the answer to ``request``."""
         files = request.inputs.get(ENCODED.name)
         if files is not None:
             decoded = self._decoders.map(lambda data: pixels_from_bytes(data, self._spec), files.ravel())
@@ -48,9 +48,9 @@ class InProcess:
 def measure_client(
     server: Connection, samples: BenchImages, mode: Mode, *, concurrency: int, batch: int, **times: float
 ) -> Reading:
-    """The rate of our own client, fed with images that need no decoding: arrays of the right size, or files' bytes.
+    """The rate of clipship's client for arrays of the right size, or for files that the server decodes.
 
-    Its requests are not seen from outside, so it has no latencies.
+    Its requests are not visible from outside, so it has no latencies.
 
     Raises:
         RuntimeError: an image was answered with an error.

@@ -1,6 +1,6 @@
-"""What was measured as tables for people, JSON for machines, and a plot.
+"""Reports: Markdown tables, JSON and a plot.
 
-The plot needs matplotlib, which the base install has not; everything else is written without it.
+The plot needs matplotlib, which the base install lacks.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "clipship", "text.parse_mat
 
 
 def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
-    """A row a point: its rate, its latencies, and its share of the engine in process and of the bare requests."""
+    """One row per point: rate, latencies, and ratios to the engine in process and to bare requests."""
     cells = [
         (
             *(row.point.where, row.point.mode, str(row.point.batch), str(row.point.concurrency)),
@@ -45,7 +45,7 @@ def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
 
 
 def steps_table(rows: Sequence[BenchRow]) -> Table:
-    """A row a point whose steps are known: what share of a request's latency each step of the ensemble took."""
+    """One row per point on the server: the share of each ensemble step in a request's latency."""
     found = [(row.point, steps) for row in rows if (steps := row.middle().steps) is not None]
     models = list(dict.fromkeys(step.model for _, parts in found for step in parts.steps))
     cells = []
@@ -75,7 +75,7 @@ def _step_cell(step: Any, shares: dict[str, float]) -> str:
 
 
 def _share(row: BenchRow, rows: Sequence[BenchRow], where: str) -> str:
-    """The ratio to the same images in process, or through the server at the same concurrency."""
+    """The ratio to the same images in process, or on the server at the same concurrency."""
     point = row.point
     mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
     for other in rows:
@@ -90,7 +90,7 @@ def _number(value: float | None) -> str:
 
 
 def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
-    """``serve.json``, ``serve.md``, and ``serve.svg`` where matplotlib is installed; each whole or not at all.
+    """Write ``serve.json``, ``serve.md`` and, if matplotlib is installed, ``serve.svg``, each atomically.
 
     Raises:
         OSError: the disk is full, or ``folder`` cannot be written.
@@ -106,7 +106,7 @@ def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table]
 
 
 def plot(rows: Sequence[BenchRow]) -> str:
-    """SVG: throughput, and the median and 99th percentile of latency, against the requests in flight.
+    """SVG: throughput, and median and 99th percentile of latency, by requests in flight.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -133,7 +133,7 @@ def plot(rows: Sequence[BenchRow]) -> str:
 
 
 def _lines(rows: Sequence[BenchRow]) -> dict[str, list[BenchRow]]:
-    """The server's rows by mode and batch, in the order of their concurrency."""
+    """The server's rows by mode and batch, sorted by concurrency."""
     lines: dict[str, list[BenchRow]] = {}
     for row in sorted(rows, key=lambda row: row.point.concurrency):
         if row.point.where == "server":
@@ -152,7 +152,7 @@ def _draw_line(left: Any, right: Any, name: str, line: Sequence[BenchRow], look:
 
 
 def _draw_levels(axes: Any, rows: Sequence[BenchRow]) -> None:
-    """The engine in process as level lines: the best of its batch sizes."""
+    """The engine in process as horizontal lines, at its best batch size."""
     for mode, style in (("pixels", ":"), ("encoded", "-.")):
         rates = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
         if rates:

@@ -1,4 +1,4 @@
-"""The requests of a load, made beforehand so that the server is measured and not the making of them.
+"""The requests of a load, prepared in advance so that preparing them is not measured.
 
 Legend: N images of a request, H = W = the side of the encoder's input in pixels.
 """
@@ -21,25 +21,25 @@ from clipship.serving.model_names import CLASSIFY, CLASSIFY_ENCODED
 from clipship.serving.transport.grpc import Tensors, Transport
 
 Mode = Literal["pixels", "encoded", "shm"]
-"""How images travel: uint8 pixels, files' bytes, or uint8 pixels in memory that the server shares."""
+"""How images travel: uint8 pixels, files' bytes, or uint8 pixels in shared memory."""
 
 MODES: tuple[Mode, ...] = ("pixels", "encoded", "shm")
 REQUESTS = 4
-"""Different requests that are sent in turn."""
+"""Number of different requests, sent in turn."""
 
 _OUTPUTS = tuple(tensor(1).name for tensor in (scores_tensor, indices_tensor, labels_tensor))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """One request to an ensemble, for what a client asks for."""
+    """A request to an ensemble, for the outputs that a client needs."""
 
     model: str
     inputs: Tensors
     outputs: tuple[str, ...] = _OUTPUTS
 
     def sent(self, transport: Transport, timeout_s: float) -> Future[Tensors]:
-        """The answer to come."""
+        """Send it; returns the future answer."""
         return transport.infer(self.model, self.inputs, self.outputs, timeout_s=timeout_s)
 
 
@@ -60,10 +60,10 @@ def encoded_request(files: Sequence[bytes]) -> Request:
 
 
 def validate_answer(request: Request, transport: Transport, timeout_s: float) -> None:
-    """Send ``request`` once and look at its answer, which a load does not.
+    """Send ``request`` once and validate its answer, which a load does not.
 
     Raises:
-        ServingError: it failed, has another number of rows, or an image could not be decoded.
+        ServingError: it failed, has the wrong number of rows, or an image could not be decoded.
     """
     answer, (images,) = request.sent(transport, timeout_s).result(), request.inputs.values()
     for name, rows in answer.items():
@@ -78,7 +78,7 @@ class BenchImages:
     """The images of a load, encoded and as the encoder's pixels.
 
     Raises:
-        ImageDecodeError: one of ``files`` is no image.
+        ImageDecodeError: one of ``files`` is not an image.
     """
 
     def __init__(self, files: Sequence[bytes], spec: ImageSpec) -> None:

@@ -1,4 +1,4 @@
-"""Readings of every point in interleaved rounds, so that what disturbs a machine meets all paths alike."""
+"""Measures every point in interleaved rounds, so that disturbances affect all paths equally."""
 
 from __future__ import annotations
 
@@ -45,10 +45,10 @@ class BenchPlan:
     batches: tuple[int, ...] = (1, 8, 32)
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
     seconds: float = 10.0
-    """A reading's; longer where so many seconds do not give every place in the loop an answer."""
+    """Duration of a reading; longer if some request in flight is not answered by then."""
     rounds: int = 3
     client: bool = True
-    """Whether our own client is measured too, at the largest concurrency."""
+    """Whether to measure clipship's client too, at the largest concurrency."""
 
     def __post_init__(self) -> None:
         for name, numbers in (("batch", self.batches), ("concurrency", self.concurrencies), ("rounds", (self.rounds,))):
@@ -63,26 +63,26 @@ class BenchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is measured under the same conditions in every round."""
+    """A combination of settings that is measured in every round."""
 
     where: Where
     mode: Mode
     batch: int
-    """Images a request."""
+    """Images per request."""
     concurrency: int
     """Requests in flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """A point and its readings, one a round."""
+    """A point and its readings, one per round."""
 
     point: Point
     readings: tuple[Reading, ...]
 
     @property
     def rates(self) -> list[float]:
-        """Images a second, by round."""
+        """Images per second, by round."""
         return [reading.images_per_s for reading in self.readings]
 
     def latency_ms(self, name: str) -> float | None:
@@ -104,15 +104,15 @@ class BenchRow:
 
 
 class Bench:
-    """A server, and where a bundle is given the engine without it, ready to be measured.
+    """Measures a server and, where a bundle is given, the same engine in this process.
 
     Args:
         server: HOST:PORT of Triton's gRPC endpoint, or a connection for TLS, a token and headers.
-        bundle: what the server was made of; its engine runs in this process with as many threads as there are cores.
-        analyzer: generates the load on servers that are reached in plain text, without a token or headers.
+        bundle: the served bundle; its engine runs in this process with one thread per core.
+        analyzer: generates the load, unless the connection has TLS, a token or headers.
 
     Raises:
-        ServerUnreachable: nobody answers.
+        ServerUnreachable: the server does not answer.
         ModelsMissing: the server does not have our models.
         UsageError: the bundle is not the one that is served, or has no encoder for this process; several servers.
     """
@@ -127,9 +127,9 @@ class Bench:
     ) -> None:
         self.connection = connection = connection_from_text(server) if isinstance(server, str) else server
         if len(connection.addresses) != 1:
-            raise UsageError(f"{', '.join(connection.addresses)}: give one server, its rate is what is measured")
+            raise UsageError(f"{', '.join(connection.addresses)}: give one server to measure")
         guarded = connection.secure or connection.token or connection.token_file or connection.headers
-        self.analyzer = None if guarded else analyzer  # a token would be seen in its command line
+        self.analyzer = None if guarded else analyzer  # a token would be visible in its command line
         self.transport = TritonTransport(connection.urls[0], connection)
         self._shared = TritonTransport(connection.urls[0], replace(connection, shared_memory=True))
         self.in_process: InProcess | None = None
@@ -153,7 +153,7 @@ class Bench:
             self.in_process.close()
 
     def described(self) -> dict[str, Any]:
-        """What the server says it serves, and what is sent to it, for a report."""
+        """The server's models and the load's images, for a report."""
         encoder = {name: self._encoder[name] for name in (RUNTIME, PRECISION) if name in self._encoder}
         return {
             "cores": available_cores(),
@@ -168,7 +168,7 @@ class Bench:
         }
 
     def points(self, plan: BenchPlan) -> list[Point]:
-        """Every point of ``plan``, those to be compared beside each other.
+        """Every point of ``plan``, in order of comparison.
 
         Raises:
             UsageError: a batch is larger than the server takes.
@@ -187,7 +187,7 @@ class Bench:
         return points
 
     def run(self, plan: BenchPlan) -> list[BenchRow]:
-        """Measure every point once a round.
+        """Measure every point once per round.
 
         Raises:
             UsageError: as :meth:`points`.
@@ -203,7 +203,7 @@ class Bench:
         return [BenchRow(point=point, readings=tuple(readings[point])) for point in points]
 
     def read(self, point: Point, seconds: float) -> Reading:
-        """Measure ``point`` for ``seconds``, after half a second (no longer than ``seconds``) to get going."""
+        """Measure ``point`` for ``seconds``, after a warm-up of at most half a second."""
         numbers: dict[str, Any] = {"concurrency": point.concurrency, "batch": point.batch}
         numbers |= {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
         if point.where == "client":
@@ -229,7 +229,7 @@ class Bench:
         return analyze(self.analyzer, self.transport.url, model_of(point.mode), (name, images), **numbers)
 
     def _validate(self, request: Request, point: Point) -> None:
-        """Validate an answer, and that the server maps shared memory, before either is measured."""
+        """Validate an answer, and for shm that the server maps shared memory, before measuring."""
         if (point.mode, point.batch) in self._checked:
             return
         validate_answer(request, self.transport, _TIMEOUT_S)
@@ -253,7 +253,7 @@ def _in_process(bundle: Bundle, facts: ServerMetadata, encoder: dict[str, str], 
     if bundle.digest != facts.bundle_digest:
         raise UsageError(
             f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's bundle has {facts.bundle_digest[:12]}: "
-            "give the bundle that the repository was made of"
+            "give the bundle that is served"
         )
     precision: Any = encoder.get(PRECISION, "fp32")
     engine = LocalTransport(bundle, precision=precision, max_batch_size=facts.max_batch_size, top_k=facts.top_k)

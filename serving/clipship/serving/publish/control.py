@@ -1,4 +1,4 @@
-"""Loading models on a running Triton over gRPC, with the secret that its admin protocols ask for."""
+"""Loads models on a running Triton over gRPC, with its admin secret."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from clipship.serving.transport.grpc import Tensors, TritonTransport, parameters
 
 
 class Control:
-    """A Triton whose models are loaded and unloaded. Close it, or use it as a context manager.
+    """Model control of a Triton. Use it as a context manager.
 
     Args:
-        connection: of one server.
-        secret_file: with the admin protocols' secret; None: where ``clipship serve`` on this machine keeps it, and no
-            secret where there is none.
-        timeout_s: how long a load, or an answer, may take.
+        connection: to one server.
+        secret_file: the admin secret's file; None: the one that ``clipship serve`` on this machine wrote, if any.
+        timeout_s: maximum time of a load or an answer.
 
     Raises:
         UsageError: several servers, or the file cannot be read.
@@ -60,16 +59,16 @@ class Control:
         return parameters_of(self._transport.model_config(model))
 
     def load(self, model: str) -> None:
-        """Have the server read the model's folder again; returns when what it names is served.
+        """Have the server load the model from its folder; returns when it is served.
 
         Raises:
             AccessDenied: the secret is missing or wrong; says what to do.
-            ServingError: it could not be loaded; says why, in Triton's words.
+            ServingError: it could not be loaded; gives Triton's reason.
         """
         self._repository_call("RepositoryModelLoad", model)
 
     def unload(self, model: str) -> None:
-        """Have the server drop the model.
+        """Have the server unload the model.
 
         Raises:
             ServingError: as :meth:`load`.
@@ -99,6 +98,5 @@ class Control:
             self._transport.call(method, getattr(service_pb2, f"{method}Request")(model_name=model))
         except AccessDenied as error:
             raise AccessDenied(
-                f"{self.url}: its admin protocols are restricted: give --admin-secret FILE with the secret that "
-                "clipship serve wrote"
+                f"{self.url}: its admin protocols are restricted: give --admin-secret FILE, which clipship serve wrote"
             ) from error

@@ -1,8 +1,8 @@
-"""A vocabulary put on a running server without a failed request, and taken back.
+"""Publishes a vocabulary to a running server without downtime, and rolls back.
 
-A publish writes a version beside the one that is served, checks its graph here, names it in the configuration, has the
-server load it, and sends the golden images through it. Triton serves the old version until the new one is ready, and
-requests that run finish where they began. Whatever fails, the old version is named again and loaded again.
+A publish adds a version, checks its graph in this process, names it in the configuration, loads it on the server, and
+sends the golden images through it. Triton serves the old version until the new one is ready, and running requests
+finish on theirs. On any failure the old version is named and loaded again.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from clipship.serving.repository.write import add_vocabulary, remove_vocabulary,
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What is served now, and what was before."""
+    """The version that is served now, and the one before."""
 
     model: str
     version: int
@@ -43,9 +43,9 @@ class Published:
     bundle_digest: str
     classes: int
     before: int | None
-    """The version that was served before; None: the vocabulary is a new one."""
+    """The version served before; None: the vocabulary is new."""
     kept: tuple[int, ...]
-    """Versions on disk, newest first, to which a rollback can go."""
+    """Versions on disk, newest first, for a rollback."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
@@ -55,17 +55,17 @@ class Published:
 def publish(
     repository: Path, bundle: Bundle, control: Control, *, vocabulary: str | None = None, keep: int = 3
 ) -> Published:
-    """Serve the vocabulary of ``bundle`` from now on.
+    """Switch a server to the vocabulary of ``bundle``.
 
     Args:
         repository: the folder that the server serves.
-        vocabulary: which of the repository's vocabularies is replaced; None: the first. One that it lacks is added.
-        keep: versions kept on disk, the served one among them.
+        vocabulary: name of the vocabulary to replace, or of a new one; None: the first.
+        keep: number of versions kept on disk, with the served one.
 
     Raises:
-        UsageError: the bundle is not of the served encoder, or has fewer classes than are reported; ``keep`` below 1.
-        CheckFailed: the golden answers are not the bundle's; the old version is served again.
-        ServingError: the server could not load it, or does not answer; the old version is named again.
+        UsageError: the bundle has another encoder, or fewer classes than are returned; ``keep`` is below 1.
+        CheckFailed: the golden answers are wrong; the old version is served again.
+        ServingError: the server could not load it, or does not answer; the old version is restored.
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: give 1 or more")
@@ -85,13 +85,13 @@ def publish(
 
 
 def rollback(repository: Path, control: Control, *, vocabulary: str | None = None, to: str | None = None) -> Published:
-    """Serve a vocabulary that was served before.
+    """Switch back to a vocabulary that was served before.
 
     Args:
-        to: a version's number, or the beginning of its vocabulary's or bundle's digest; None: the one before.
+        to: a version's number, or the start of its vocabulary's or bundle's digest; None: the one before.
 
     Raises:
-        UsageError: there is none, or ``to`` is none of those kept.
+        UsageError: no such version is kept.
         CheckFailed: the server's answers differ from that version's; the one before is served again.
         ServingError: as :func:`publish`.
     """
@@ -109,13 +109,13 @@ def validate_served_encoder(repository: Path, bundle: Bundle) -> None:
     """Validate that the bundle has the image encoder that the repository serves.
 
     Raises:
-        UsageError: it has another one; says what to do.
+        UsageError: it has another encoder; says what to do.
     """
     served = _encoder_parameter(repository, ENCODER_DIGEST)
     if served not in {form_digest(bundle, form) for form in bundle.image_encoders}:
         raise UsageError(
             f"{bundle.path} has another image encoder than {repository} serves ({served[:16]}), so its names would be "
-            "compared with foreign features: write a repository of its own with clipship repository, and serve that"
+            "compared with foreign features: write and serve a separate repository with clipship repository"
         )
 
 
@@ -124,7 +124,7 @@ def _encoder_parameter(repository: Path, name: str) -> str:
     parameters = read_config(encoder).parameters
     if name not in parameters:
         raise RepositoryError(
-            f"{encoder / 'config.pbtxt'}: has no {name}, it is of an older version: write it again with clipship "
+            f"{encoder / 'config.pbtxt'}: has no {name}, an older version wrote it: write it again with clipship "
             "repository"
         )
     value: str = parameters[name].string_value
@@ -132,7 +132,7 @@ def _encoder_parameter(repository: Path, name: str) -> str:
 
 
 def _validate_served_repository(repository: Path, control: Control) -> None:
-    """The server must serve this repository, or its copy."""
+    """Validate that the server serves this repository, or a copy of it."""
     served = control.parameters(ENCODER).get(ENCODER_DIGEST)
     if served != _encoder_parameter(repository, ENCODER_DIGEST):
         raise UsageError(f"the Triton at {control.url} does not serve {repository}: give the folder that it serves")
@@ -147,11 +147,11 @@ def _validate_class_count(bundle: Bundle, classifier: ClassifierVersions) -> Non
 
 
 def _tidy(classifier: ClassifierVersions) -> None:
-    """Delete what a killed publish left, and record what it had no time to record."""
+    """Delete what a killed publish left, and record what it could not record."""
     classifier.remove_leftovers()
     active = classifier.active()
     if active != classifier.recorded()[-1]:
-        classifier.record(active, "publish", "it was killed before it could be recorded")
+        classifier.record(active, "publish", "it was killed before it was recorded")
 
 
 def _published(classifier: ClassifierVersions, before: int | None) -> Published:
@@ -183,7 +183,7 @@ def _golden_check(classifier: ClassifierVersions, bundle: Bundle, control: Contr
 def _switch(
     classifier: ClassifierVersions, version: int, control: Control, check: Callable[[], None], action: Action
 ) -> None:
-    """Name ``version``, load it, check it; on any failure name and load the one before."""
+    """Commit, load and check ``version``; on any failure commit and load the one before."""
     before = classifier.active()
     classifier.commit(version)
     try:
@@ -201,7 +201,7 @@ def _switch(
 
 
 def _load_again(control: Control, classifier: ClassifierVersions) -> str:
-    """Have the server read what is on disk; what went wrong, as the end of a message."""
+    """Have the server load what is on disk; returns what failed, as the end of a message."""
     try:
         control.load(classifier.name)
     except ClipshipError as error:
@@ -210,16 +210,16 @@ def _load_again(control: Control, classifier: ClassifierVersions) -> str:
 
 
 def _validate_current(control: Control, classifier: ClassifierVersions, version: int) -> None:
-    """The server must say that it serves ``version``."""
+    """Validate that the server serves ``version``."""
     served = control.parameters(classifier.name).get(VOCABULARY_DIGEST)
     if served != classifier.info(version).vocabulary_digest:
         raise CheckFailed(
-            f"the Triton at {control.url} did not take {classifier.folder}: it serves another folder, give that one"
+            f"the Triton at {control.url} did not load {classifier.folder}: it serves another folder, give that one"
         )
 
 
 def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary: str) -> Published:
-    """Add the vocabulary's models and load them; on any failure take them away again."""
+    """Add the vocabulary's models and load them; on any failure remove them."""
     models = add_vocabulary(repository, bundle, vocabulary)
     classifier = classifier_in(repository, vocabulary)
     version = classifier.active()
@@ -240,15 +240,15 @@ def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary:
 
 
 def _unload(control: Control, model: str) -> None:
-    """Drop a model that may never have been loaded."""
+    """Unload a model that may not be loaded."""
     try:
         control.unload(model)
     except ServingError:
-        return  # it was not loaded, or the server is gone and will not load it: its folder is gone
+        return  # it was not loaded, or the server has ended; its folder is deleted
 
 
 def _version_to_go_to(classifier: ClassifierVersions, to: str | None) -> int:
-    """The version that ``to`` means; None: the one served before."""
+    """The version that ``to`` names; None: the one served before."""
     versions = classifier.served()
     if to is None:
         if len(versions) < 2:

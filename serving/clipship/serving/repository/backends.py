@@ -1,6 +1,6 @@
 """Triton's backends that can run the image encoder, and what sets each apart.
 
-A further backend is a further row here; everything else asks the row, never the name.
+To add a backend, add a row. Other modules read the row and never compare names.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ class Backend:
 
     name: str
     model_file: str
-    """The usual name of the file in a version folder."""
+    """Default name of the file in a version folder."""
     platform: str = ""
-    """Triton's older name of the backend with its file format, which some of its tools still read."""
+    """Triton's legacy name of backend and file format, which some of its tools still read."""
     runtimes: tuple[Runtime, ...] = ()
     """Runtimes that run the bundle's ONNX encoders in it; none: it loads TensorRT plans."""
     classifier: str
-    """The backend that runs the classifier's ONNX graph beside it; TensorRT has no strings."""
+    """The backend that runs the classifier's ONNX graph; TensorRT has no strings."""
     in_python: bool = False
     """Whether its models are the sources in ``triton_models/python``; that encoder has a door (``doors.py``)."""
     device: str = "auto"

@@ -38,7 +38,7 @@ _OUTPUTS = (*_CLASSES, _EMBEDDING)
 
 
 def in_batches(infer: Callable[[NDArray[Any]], Answers], rows: NDArray[Any], largest: int) -> Answers:
-    """What ``infer`` gives for ``rows`` [N, ...], asked for at most ``largest`` at once."""
+    """Run ``infer`` on ``rows`` [N, ...] in batches of at most ``largest``."""
     parts = [infer(rows[at : at + largest]) for at in range(0, len(rows), largest)]
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
@@ -58,7 +58,7 @@ def validate_graph(bundle: Bundle, version: Path) -> None:
 
 
 def validate_classifier_model(ask: Ask, model: str, truth: Truth) -> None:
-    """``model`` must make of the golden embeddings what the classification rule makes, to 1e-4, and hand them on.
+    """``model`` must classify the golden embeddings as the classification rule does, to 1e-4, and return them.
 
     Raises:
         CheckFailed: it does not; says what differs.
@@ -68,7 +68,7 @@ def validate_classifier_model(ask: Ask, model: str, truth: Truth) -> None:
     scores, indices, labels = (answers[name] for name in _CLASSES)
     problem = classes_problem(truth.scores, truth.names, scores, indices, labels, RULE_ATOL)
     if not problem and not np.array_equal(answers[_PASSED], truth.embedding):
-        problem = "the embedding that it hands on is not the one that it got"
+        problem = "it returns another embedding than it received"
     if problem:
         raise CheckFailed(f"{model}: {problem}")
 
@@ -89,7 +89,7 @@ def validate_answers(
     """
     answers, count = ask(model, name, rows, _OUTPUTS), len(rows)
     scores, indices, labels, embedding = (answers[output] for output in _OUTPUTS)
-    same = np.array_equal(truth.embedding, expected)  # a vocabulary may come of a bundle that has other images
+    same = np.array_equal(truth.embedding, expected)  # a further vocabulary's bundle may have other images
     limit = tolerance_of(precision).max_score if same else math.inf
     problem = golden_problem(expected, embedding, precision) or classes_problem(
         truth.scores[:count], truth.names, scores, indices, labels, limit
@@ -130,7 +130,7 @@ def _largest(differences: NDArray[Any]) -> float:
 
 
 def _graph_answers(version: Path, embedding: NDArray[np.float32]) -> Answers:
-    """Scores, indices, labels and the embedding that the graph hands on."""
+    """Scores, indices, labels and the embedding that the graph passes through."""
     try:
         import onnxruntime
     except ImportError as error:

@@ -47,16 +47,16 @@ from clipship.serving.repository.config_pbtxt import config_from_fields, type_an
 from clipship.serving.repository.tuning import DEFAULT_TUNING, ENGINE_CACHE, Tuning, graph_batches
 
 Fields = dict[str, Any]
-"""Of a message of model_config.proto, by their names there."""
+"""Fields of a message of model_config.proto."""
 
 _ENCODED_IMAGE = "encoded_image"
-"""The encoder's output inside the ensembles that classify; what they answer as the embedding is the classifier's."""
+"""The encoder's output inside the ensembles; their own ``embedding`` comes from the classifier."""
 
 _ADMITTED = "admitted"
-"""What a first step hands on, in the model and in the ensembles."""
+"""Output of the admission models."""
 
 _ACCELERATOR_PRECISIONS = {"fp32": "FP32", "fp16": "FP16", "bf16": "BF16", "int8": "INT8"}
-"""By the graph's own types: what the accelerator must allow TensorRT to compute in."""
+"""The accelerator's ``precision_mode`` for a graph of each precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,11 +64,11 @@ class VocabularySettings:
     """What the configurations of one vocabulary's models depend on."""
 
     name: str | None = None
-    """None: the repository's first."""
+    """None: the first vocabulary."""
     bundle_digest: str
     vocabulary_digest: str
     top_k: int
-    """Classes reported an image, at most as many as the vocabulary has."""
+    """Classes returned per image, at most the size of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,18 +80,18 @@ class ModelSettings:
     image_spec: ImageSpec
     embed_dim: int
     top_k: int
-    """Classes reported an image, at most as many as the vocabulary has."""
+    """Classes returned per image, at most the size of the vocabulary."""
     max_batch_size: int = 64
     encoder: EncoderForm = DEFAULT_ENCODER
-    """Which form of the image encoder runs where there is no plan."""
+    """The form of the image encoder that runs without plans."""
     encoder_digest: str = ""
-    """Of the ONNX file that runs, or that the plans were built from."""
+    """Digest of the ONNX file that runs, or that the plans were built from."""
     measured_with: tuple[str, ...] = ()
     """Instruction sets of the processor that the encoder's speed was measured on; empty: unknown."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
     others: tuple[VocabularySettings, ...] = ()
-    """Further vocabularies that share the encoder."""
+    """Further vocabularies with the same encoder."""
     tuning: Tuning = field(default_factory=lambda: DEFAULT_TUNING)
 
     @property
@@ -116,7 +116,7 @@ def model_settings_from_bundle(
     """The settings of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
 
     Args:
-        others: bundles of the same encoder whose vocabularies are served too, by their names.
+        others: further bundles of the same encoder, by the names of their vocabularies.
 
     Raises:
         UsageError: ``max_batch_size`` or ``top_k`` is below 1.
@@ -200,7 +200,7 @@ def _run_by(backend: Backend, *, kind: str = "KIND_CPU", count: int = 1, **insta
 
 
 def _batching(tuning: Tuning, **more: Any) -> Fields:
-    """Triton's dynamic batcher. A limit of its queue turns off that it fetches batches ahead."""
+    """The dynamic batcher. A queue limit disables Triton's prefetching of batches."""
     policy: Fields = {"max_queue_size": tuning.max_queue_size} if tuning.max_queue_size else {}
     if tuning.queue_timeout_s:
         timeout_us = round(tuning.queue_timeout_s * 1e6)
@@ -214,7 +214,7 @@ def _batching(tuning: Tuning, **more: Any) -> Fields:
 
 
 def _warmups(settings: ModelSettings, tensor: TensorSpec) -> Fields:
-    """The golden sample at several batch sizes, by the name of its file in ``warmup/``: Triton repeats it."""
+    """Warm-up runs with the golden sample in ``warmup/``, which Triton repeats to each batch size."""
     inputs = {tensor.name: {**type_and_dims(tensor), "input_data_file": tensor.name}}
     sizes = settings.tuning.warmups(settings.max_batch_size)
     return {"model_warmup": [{"name": f"golden_{size}", "batch_size": size, "inputs": inputs} for size in sizes]}
@@ -225,7 +225,7 @@ def _cached(tuning: Tuning) -> Fields:
 
 
 def _parameters(settings: ModelSettings) -> dict[str, str]:
-    """What a client needs to know; the vocabulary's are the classifier's, which can be published anew."""
+    """What a client needs to know. The vocabulary's digest is in the classifier, which can be republished."""
     return {BUNDLE_DIGEST: settings.bundle_digest, IMAGE_SPEC: json.dumps(settings.image_spec.to_json())}
 
 
@@ -246,7 +246,7 @@ def _image_encoder(settings: ModelSettings, backend: Backend) -> Fields:
 
 
 def _form_parameters(settings: ModelSettings) -> dict[str, str]:
-    """The bundle's form that runs, and its threads."""
+    """The encoder form that runs, and its threads."""
     form, tuning = settings.encoder, settings.tuning
     runs = {RUNTIME: form.runtime, PRECISION: form.precision, OPSET: str(form.opset)}
     runs[ENCODER_DIGEST] = settings.encoder_digest
@@ -257,7 +257,7 @@ def _form_parameters(settings: ModelSettings) -> dict[str, str]:
 
 
 def _accelerator(settings: ModelSettings, image: str) -> Fields:
-    """One engine for all batches, kept on disk: without a stated profile each new batch size builds another."""
+    """One cached engine for all batches; without a profile each new batch size would build another."""
     if settings.tuning.accelerator is None:
         return {}
     size_px, largest = settings.image_spec.size_px, settings.max_batch_size
@@ -275,8 +275,9 @@ def _accelerator(settings: ModelSettings, image: str) -> Fields:
 
 
 def _plan_parameters(settings: ModelSettings) -> dict[str, str]:
-    """The plans' precisions, and the TensorRT that the server must have: that of the plain plans, or at least the
-    newest of all others."""
+    """The plans' precisions and the TensorRT version that the server needs.
+
+    Plain plans need exactly their own version; version-compatible plans need at least the newest of theirs."""
     plans = settings.plans
     plain = [plan.runtime_version for plan in plans if not plan.version_compatible]
     version = plain[0] if plain else max((plan.runtime_version for plan in plans), key=version_parts)
@@ -291,7 +292,7 @@ def _plan_parameters(settings: ModelSettings) -> dict[str, str]:
 
 
 def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
-    """Which plan is for which GPU: one for every GPU since Ampere is for those that have none of their own."""
+    """The plan of each GPU; the default is a hardware-compatible plan where there is one."""
     files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
     usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
     fields: Fields = {
@@ -307,7 +308,7 @@ def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
 
 
 def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
-    """One thread: its products are too small to share, and the encoder's threads need the cores."""
+    """Runs on one thread: its products are too small to split, and the encoder needs the cores."""
     digests = {BUNDLE_DIGEST: vocabulary.bundle_digest, VOCABULARY_DIGEST: vocabulary.vocabulary_digest}
     inputs = (embedding_tensor(settings.embed_dim),)
     outputs = (*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim))
@@ -332,7 +333,7 @@ def _preprocess(settings: ModelSettings) -> Fields:
 
 
 def _admission(settings: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Fields:
-    """It has a batcher only for its queue's limits: requests leave one by one."""
+    """Requests leave one by one; a batcher is only needed for queue limits."""
     tuning = settings.tuning
     batching = _batching(replace(tuning, max_queue_delay_us=0)) if tuning.limits_queue else {}
     parameters = {**_parameters(settings), NEXT: to}

@@ -71,7 +71,7 @@ class Requirements:
 
     @property
     def version_compatible_plans(self) -> str | None:
-        """ "all" or "some" where so many plans also run in later TensorRT versions; None where none do."""
+        """How many plans also run in later TensorRT versions: "all", "some" or None."""
         return self._parameter(VERSION_COMPATIBLE)
 
     @property
@@ -117,7 +117,7 @@ class Requirements:
 
     @property
     def largest_message_bytes(self) -> int:
-        """Inputs and outputs of a full batch together, of the Python model that has most; strings are not counted."""
+        """The largest sum of a Python model's inputs and outputs for a full batch, without strings."""
         return max((_message_bytes(config) for config in self._in_python.values()), default=0)
 
     @property

@@ -1,7 +1,7 @@
-"""Whether Triton would load a model repository, found out without Triton.
+"""Validates a model repository by Triton's rules, without Triton.
 
-The rules are Triton's own (2.51), for a server run with ``--disable-auto-complete-config``; a slow test puts each of
-them to the real server. One is stricter: see :data:`STRICTER`.
+The rules are those of Triton 2.51 with ``--disable-auto-complete-config``; a slow test checks each against the real
+server. One is stricter: see :data:`STRICTER`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.requirements import read_configs
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
-"""The rule that is ours: Triton loads such a model, and batches nothing."""
+"""Our own rule: Triton would load such a model, and not batch."""
 
 _SHOWN = 5
 
@@ -34,7 +34,7 @@ class Problem:
 
 
 def repository_problems(path: Path) -> list[Problem]:
-    """Every problem of the repository at ``path``; an empty list when Triton would load it.
+    """Every reason why Triton would not load the repository at ``path``.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
@@ -102,7 +102,7 @@ def _versions(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator
         yield "it has no version folder (1/)"
     elif not _served_folders(config, folder):
         named = ", ".join(map(str, config.version_policy.specific.versions))
-        yield f"none of the versions that its version_policy names is there ({named})"
+        yield f"its version_policy names versions that do not exist ({named})"
 
 
 def _version_folders(folder: Path) -> list[Path]:
@@ -112,7 +112,7 @@ def _version_folders(folder: Path) -> list[Path]:
 
 
 def _served_folders(config: Any, folder: Path) -> list[Path]:
-    """The versions that the version policy takes; what lies beside them is nothing to Triton."""
+    """The versions that the version policy selects; Triton ignores the others."""
     folders, policy = _version_folders(folder), config.version_policy
     if policy.HasField("specific"):
         return [each for each in folders if int(each.name) in policy.specific.versions]
@@ -182,7 +182,7 @@ def _steps(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[st
         where = f"step {position} ({step.model_name})"
         model = configs.get(step.model_name)
         if model is None:
-            yield f"{where}: there is no such model"
+            yield f"{where}: no such model"
             continue
         if config.max_batch_size > model.max_batch_size:
             yield f"{where}: max_batch_size {model.max_batch_size} is below the ensemble's {config.max_batch_size}"
@@ -241,7 +241,7 @@ def _agree(first: Any, second: Any) -> bool:
 
 
 def _cycles(configs: Mapping[str, Any]) -> Iterator[Problem]:
-    """Ensembles that hold themselves, directly or through others."""
+    """Ensembles that contain themselves, directly or through others."""
     for name, config in configs.items():
         seen: set[str] = set()
         waiting = [step.model_name for step in config.ensemble_scheduling.step]

@@ -1,17 +1,17 @@
-"""A classifier in a model repository: its versions, which of them is served, and the record of what was published.
+"""Versions of a classifier in a model repository, and the record of publications.
 
 ::
 
     REPOSITORY/
-      publications.json            what was published when, newest last
+      publications.json            what was published, newest last
       .publish.lock                held by the one publish that runs
       classifier/
         config.pbtxt               names the version that is served, and its vocabulary's digest
         1/  model.onnx  vocabulary.json  golden.npz  labels.txt
         2/  model.onnx  vocabulary.json  golden.npz  labels.txt
 
-A version's folder means nothing to Triton until ``config.pbtxt`` names it (``version_policy: specific``), and that file
-is replaced in one step. So whenever a publish is killed, the repository holds the old vocabulary or the new one.
+Triton ignores a version until ``config.pbtxt`` names it (``version_policy: specific``), and that file is replaced
+atomically. So a publish that is killed leaves the old vocabulary or the new one.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ RECORD = "publications.json"
 RECORD_FORMAT = "clipship-publications"
 RECORD_VERSION = 1
 MAX_ENTRIES = 10_000
-"""Older ones go."""
+"""Older entries are dropped."""
 
 VOCABULARY_FILE = "vocabulary.json"
-"""In a version's folder: which vocabulary it is."""
+"""Which vocabulary a version has."""
 
 _LOCK = ".publish.lock"
 _ADVICE = "write the repository again with clipship repository"
@@ -73,14 +73,14 @@ class VersionInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """A line of the record."""
+    """An entry of the record."""
 
     at: str
     """UTC, ISO 8601."""
     model: str
     action: Action
     version: int
-    """What was published, or gone back to."""
+    """What was published, or rolled back to."""
     vocabulary_digest: str
     bundle_digest: str
     classes: int
@@ -89,7 +89,7 @@ class Entry:
 
     @property
     def served(self) -> bool:
-        """Whether clients got answers of this version."""
+        """Whether clients were served this version."""
         return self.action != "refused"
 
 
@@ -121,7 +121,7 @@ class ClassifierVersions:
         """The version that the configuration names.
 
         Raises:
-            RepositoryError: it names none.
+            RepositoryError: it does not name one.
         """
         versions = list(self.config().version_policy.specific.versions)
         if len(versions) != 1:
@@ -150,7 +150,7 @@ class ClassifierVersions:
             raise RepositoryError(f"{path}: cannot be read ({error}): {_ADVICE}") from error
 
     def add(self, bundle: Bundle) -> int:
-        """Write the vocabulary of ``bundle`` as a further version, which is not served yet; its number."""
+        """Write the vocabulary of ``bundle`` as a new version, not served yet; returns its number."""
         version = max([0, *self.versions(), self.active()]) + 1
         with replace_folder(self.folder / str(version)) as folder:
             write_version(folder, bundle, self.top_k())
@@ -158,10 +158,10 @@ class ClassifierVersions:
         return version
 
     def commit(self, version: int) -> None:
-        """Make ``version`` the one that is served, in one step; a server learns of it by its next load.
+        """Make ``version`` the served one, atomically; a server takes it with its next load.
 
         Raises:
-            RepositoryError: the version is not there, or does not say what it is.
+            RepositoryError: the version does not exist, or is damaged.
         """
         info, config = self.info(version), self.config()
         config.ClearField("version_policy")
@@ -177,7 +177,7 @@ class ClassifierVersions:
                 shutil.rmtree(child)
 
     def remove(self, versions: Sequence[int]) -> None:
-        """Delete versions, each out of sight in one step."""
+        """Delete versions, each atomically."""
         for version in versions:
             remove_folder(self.folder / str(version))
 
@@ -205,7 +205,7 @@ def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersion
     """The classifier of ``vocabulary`` (None: the first one) in the repository.
 
     Raises:
-        RepositoryError: no repository of ours there, or none that can be published to.
+        RepositoryError: not a clipship repository, or not one that can be published to.
         UsageError: it has no such vocabulary; says which it has.
     """
     if not (repository / CLASSIFIER / "config.pbtxt").is_file():
@@ -226,7 +226,7 @@ def vocabularies_in(repository: Path) -> list[str]:
 
 
 def version_info_of(bundle: Bundle) -> VersionInfo:
-    """What a version of ``bundle``'s vocabulary says about itself."""
+    """The vocabulary of ``bundle``."""
     return VersionInfo(
         vocabulary_digest=bundle.vocabulary.digest, bundle_digest=bundle.digest, classes=len(bundle.vocabulary)
     )
@@ -245,13 +245,13 @@ def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
 
 
 def copy_sources(version: Path, target: Path) -> None:
-    """The Python sources that ``version`` has beside its graph, where there are any, to another version's folder."""
+    """Copy the Python sources of ``version``, if any, to another version's folder."""
     for source in version.glob("*.py"):
         shutil.copyfile(source, target / source.name)
 
 
 def remove_folder(folder: Path, aside: Path | None = None) -> None:
-    """Delete ``folder``, out of sight in one step: into ``aside`` (None: the folder it is in), then for good."""
+    """Delete ``folder`` atomically: rename it into ``aside`` (None: its parent), then delete it."""
     # The name is that of core/files.py's left-overs, which it removes when it writes there again.
     hidden = (aside or folder.parent) / f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
     folder.replace(hidden)
@@ -260,7 +260,7 @@ def remove_folder(folder: Path, aside: Path | None = None) -> None:
 
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
-    """One publish at a time; others wait. The kernel opens the lock of a killed one."""
+    """Run one publish at a time; others wait. The kernel releases the lock of a killed one."""
     with (repository / _LOCK).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

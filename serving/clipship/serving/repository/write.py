@@ -4,15 +4,15 @@
 
     REPOSITORY/
       image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
-      classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
+      classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see classifier_graph.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images/decoding.py
-      admission/          encoded bytes, when preprocess can soon take them
-      admission_pixels/   uint8 [N, H, W, 3], when the encoder can (with --backend python)
+      admission/          encoded bytes, passed on when preprocess has capacity
+      admission_pixels/   uint8 [N, H, W, 3], passed on when the encoder has capacity (--backend python)
       classify/           ensemble: pixels -> scores, indices, labels, embedding
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
 
-The golden samples lie beside the models, see samples.py.
+Golden samples are stored with the models, see golden_samples.py.
 A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
@@ -67,16 +67,16 @@ from clipship.serving.repository.versions import ClassifierVersions, copy_source
 from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
 
 IMAGES_COPY = "clipship_images.py"
-"""The name of the copy of ``clipship/core/images/decoding.py`` that lies beside the preprocess model."""
+"""Copy of ``clipship/core/images/decoding.py`` in the preprocess model."""
 
 ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
-"""By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
+"""Copies of modules of ``clipship/core`` in the Python image encoder."""
 
 TOLERANCES_COPY = "clipship_tolerances.py"
-"""The name of the copy of ``clipship/core/tolerances.py`` that lies beside every model in Python."""
+"""Copy of ``clipship/core/tolerances.py`` in every Python model that checks itself."""
 
 DOORS_COPY = "clipship_doors.py"
-"""The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
+"""Copy of ``triton_models/python/doors.py`` in the models that have doors."""
 
 
 def repository_from_bundle(
@@ -92,15 +92,15 @@ def repository_from_bundle(
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> Path:
-    """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
+    """Write the model repository of ``bundle`` to the folder ``out``, atomically; returns ``out``.
 
     Args:
         precision: of the image encoder; of the bundle's forms in it the python backend takes the one that was fastest
             where the bundle was packed, the onnxruntime backend the portable one. Plans have their own.
         plans: for the tensorrt backend, one for each kind of GPU of the server.
         tensorrt_version: the server's; None: that of the first plan.
-        others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
-        tuning: instances, devices, threads, queues, warm-up and the like.
+        others: further bundles with the same image encoder, by the names of their vocabularies.
+        tuning: serving options.
 
     Raises:
         CheckFailed: a bundle's verification did not pass.
@@ -131,9 +131,9 @@ def repository_from_bundle(
 
 
 def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ...]:
-    """Write the models of a further vocabulary beside those of ``repository``; their names, in the order to load them.
+    """Add the models of a further vocabulary to ``repository``, configured as the first one's.
 
-    They are configured as the first vocabulary's. What a killed run has written is written again.
+    Leftovers of a killed run are replaced. Returns the models' names in the order to load them.
 
     Raises:
         UsageError: the name cannot be a model's.
@@ -160,7 +160,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
 
 
 def remove_vocabulary(repository: Path, name: str) -> None:
-    """Delete a further vocabulary's models, the ensembles first, so that what is left always loads."""
+    """Delete a further vocabulary's models, ensembles first, so that the rest always loads."""
     for model in (CLASSIFY_ENCODED, CLASSIFY, CLASSIFIER):
         folder = repository / of_vocabulary(model, name)
         if folder.is_dir():
@@ -207,17 +207,17 @@ def validate_verification(bundle: Bundle) -> None:
 
 
 def _validate_folder(out: Path) -> None:
-    """``out`` is replaced as a whole, so it must be new, empty, or a repository of ours."""
+    """``out`` is replaced, so it must be new, empty, or a clipship repository."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file: give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / CLASSIFY / "config.pbtxt").is_file():
-        raise UsageError(f"{out}: holds something that is not a clipship repository: give a new folder")
+        raise UsageError(f"{out}: is not a clipship repository: give a new folder")
 
 
 def _validate_plans(
     bundle: Bundle, plans: Sequence[TensorRtPlan], backend: Backend, max_batch_size: int, tensorrt_version: str | None
 ) -> None:
-    """Refuse plans that a server with this TensorRT could not load, or that would not take its batches."""
+    """Validate that a server with this TensorRT can load the plans, and that they accept its batches."""
     if backend.takes_plans != bool(plans):
         able = " or ".join(each.name for each in BACKENDS.values() if each.takes_plans)
         raise UsageError(f"backend {backend.name} with {len(plans)} plans: give --plan with --backend {able} only")
@@ -232,7 +232,7 @@ def _validate_plans(
 
 
 def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderForm:
-    """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
+    """The form that runs without plans. The Python model adapts it to the server's processor."""
     gpu = tuning.on_gpu
     if backend.triton_runs_onnx and not gpu and never_runs("onnx", precision):
         raise UsageError(
@@ -243,7 +243,7 @@ def _encoder_form(bundle: Bundle, backend: Backend, precision: Precision, tuning
     form = bundle.fastest_encoder(precision, backend.runtimes, gpu=gpu)
     here = "" if gpu else emulates(form.runtime, form.precision, this_processor())
     if here:
-        log(f"the server must have another processor than this machine, or it will not load the model: {here}")
+        log(f"this machine's processor could not load the model, make sure that the server's can: {here}")
     return form
 
 
@@ -261,7 +261,7 @@ def _write_config(model: Path, config: Any) -> None:
     (model / "1").mkdir(exist_ok=True)
     (model / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
     if config.platform == "ensemble":
-        (model / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
+        (model / "1" / ".keep").touch()  # Triton needs the folder; object stores drop empty ones
 
 
 def _write_encoder(bundle: Bundle, folder: Path, settings: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:

@@ -1,4 +1,4 @@
-"""NVIDIA's container with a repository in it: its image, the command, the compose file."""
+"""Serving a repository in NVIDIA's container: image, docker command, compose file."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _WITHOUT_GPU = "on a machine without a GPU leave out"
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """Of the container, on the host's loopback."""
+    """Ports of the container, published on the host's loopback."""
 
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
 
     def mapped(self) -> tuple[str, ...]:
-        """As docker writes them."""
+        """In docker's notation."""
         return tuple(f"127.0.0.1:{port}:{port}" for port in (self.http, self.grpc, self.metrics))
 
 
 def image_for(repository: Path, given: str | None = None) -> str:
-    """The image that can serve ``repository``: ``given``, or a release of NVIDIA's.
+    """The image that can serve ``repository``: ``given``, or a suitable NVIDIA release.
 
     Raises:
         UsageError: no known release can serve it, or the given one cannot; says what it lacks and what to do.
@@ -46,21 +46,21 @@ def image_for(repository: Path, given: str | None = None) -> str:
 
 
 def gpu_remark(repository: Path) -> str | None:
-    """What to tell who starts the command on a machine without a GPU; None where there is nothing to tell."""
+    """How to change the command for a machine without a GPU; None if it needs no change, or a GPU."""
     required = Requirements(repository)
     return f"{_WITHOUT_GPU} --gpus=all" if required.uses_gpu and not required.needs_gpu else None
 
 
 def container_command(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
-    """The shell command that serves ``repository`` in NVIDIA's container, on loopback.
+    """The docker command that serves ``repository`` on loopback.
 
-    The secret of the admin protocols is taken from the environment variable :data:`SECRET_VARIABLE`.
+    The admin secret is read from the environment variable :data:`SECRET_VARIABLE`.
 
     Raises:
         UsageError: as :func:`image_for`.
     """
     required = Requirements(repository)
-    # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
+    # The Python backend passes tensors through /dev/shm, which is only 64 MB by default in a container.
     options = ["--rm", *(["--gpus=all"] if required.uses_gpu else []), "--shm-size=2g", "--stop-timeout=30"]
     for port in ports.mapped():
         options += ["-p", port]
@@ -74,7 +74,7 @@ def container_command(repository: Path, ports: Ports, *, image: str | None = Non
 
 
 def compose_file(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
-    """The same as a compose file (the Compose Specification), with a health check.
+    """The same as a Docker Compose file, with a health check.
 
     Raises:
         UsageError: as :func:`image_for`.
@@ -86,7 +86,7 @@ def compose_file(repository: Path, ports: Ports, *, image: str | None = None, ca
 _COMPOSE_HEADER = f"""\
 # Written by `clipship serve --container --compose`. Start it with
 #   {SECRET_VARIABLE}=$(openssl rand -hex 32) docker compose up --detach
-# The secret is for those who load models and change tracing and logging; clients need none."""
+# The secret is for the admin protocols (load models, change tracing and logging); clients need none."""
 
 
 def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) ->
 
 
 def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
-    """What runs in the container. Its Python lacks what the models in Python need: that is installed first."""
+    """The command in the container. It first installs the Python packages that the image lacks."""
     required = Requirements(repository)
     pillow = importlib.metadata.version("pillow")
     packages = " ".join(("onnxruntime", f"pillow=={pillow}", *required.packages))

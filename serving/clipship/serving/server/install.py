@@ -1,13 +1,13 @@
-"""Where a Triton comes from: ``tritonserver`` on the PATH, or the embedded one, which is installed on first use.
+"""Finds ``tritonserver`` on the PATH, or installs the embedded Triton on first use.
 
-The embedded server is the binary that the ``nvidia-pytriton`` wheel carries. It has the Python backend only. Its
-packages live in a virtual environment of their own, because the models run in Triton's processes, not in this one:
+The embedded server is the binary in the ``nvidia-pytriton`` wheel, with the Python backend only. Its packages are in a
+separate virtual environment, because the models run in Triton's processes, not in this one:
 
-- The backend's stub embeds Python in isolated mode: it reads no ``PYTHON*`` variable, but takes the environment whose
-  ``bin`` comes first on the ``PATH``.
-- NumPy must be below 2: with NumPy 2 this Triton's Python backend returns empty outputs and says nothing.
-- Pillow is of this process's version, so that client and server decode alike, bit for bit; so is ONNX Runtime where
-  this process has it.
+- The backend's stub embeds Python in isolated mode: it ignores ``PYTHON*`` variables and uses the environment whose
+  ``bin`` is first on the ``PATH``.
+- NumPy must be below 2: with NumPy 2 this Triton's Python backend silently returns empty outputs.
+- Pillow has this process's version, so that client and server decode identically; so has ONNX Runtime if this process
+  has it.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ _COMPLETE = "complete"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """A Triton that can be started: the binary, and what it must be told to find its parts."""
+    """A Triton that can be started: the binary and its settings."""
 
     tritonserver: Path
     backends: Path
-    """The folder with one folder a backend."""
+    """Has one folder per backend."""
     caches: Path
-    """The folder with one folder a response cache."""
+    """Has one folder per response cache."""
     variables: Mapping[str, str]
-    """Environment variables on top of this process's own."""
+    """Additional environment variables."""
     embedded: bool = False
-    """Whether its packages are ours; those of a server on the PATH are what its Python finds."""
+    """Whether it is the embedded server, with packages installed by us."""
 
 
 def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Environment:
-    """A Triton with all of ``backends``: the one on the PATH if it has them, else the embedded one.
+    """The Triton on the PATH if it has all of ``backends``, else the embedded one.
 
     Args:
-        packages: what the models in Python need besides ONNX Runtime and Pillow; the embedded server gets them.
+        packages: what Python models need besides ONNX Runtime and Pillow; installed for the embedded server.
 
     Raises:
         UsageError: neither has them, or the embedded one cannot run on this machine; says what to do.
@@ -78,20 +78,20 @@ def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Envi
             "(clipship serve --container prints the command)"
         )
     if on_path is not None:
-        log(f"{found}: the embedded server is taken instead")
+        log(f"{found}: the embedded server is used instead")
     return embedded_environment(packages)
 
 
 def _without(environment: Environment, missing: set[str]) -> str:
-    """What a Triton has and has not."""
+    """That a Triton lacks ``missing``."""
     backends = environment.backends
     has = sorted(folder.name for folder in backends.iterdir() if folder.is_dir()) if backends.is_dir() else []
-    told = f"in {backends} is {', '.join(has)}" if has else f"there is none in {backends}"
-    return f"{environment.tritonserver} has no {' and no '.join(sorted(missing))} backend ({told})"
+    found = f"{backends} has {', '.join(has)}" if has else f"there is none in {backends}"
+    return f"{environment.tritonserver} has no {' and no '.join(sorted(missing))} backend ({found})"
 
 
 def embedded_environment(packages: Sequence[str] = ()) -> Environment:
-    """The embedded Triton with ``packages``, installed into the cache folder if it is not there yet.
+    """The embedded Triton with ``packages``, installed into the cache folder if needed.
 
     Raises:
         UsageError: no Python library for the backend on this machine; says what to install.
@@ -136,10 +136,10 @@ def _site_packages(folder: Path) -> Path:
 
 
 def _python_library_folder() -> Path | None:
-    """The folder of this Python's shared library, which the stub links; None where the loader finds it itself.
+    """The folder of this Python's shared library, which the stub links; None if the loader finds it.
 
     Raises:
-        UsageError: there is none on this machine.
+        UsageError: this machine does not have it.
     """
     name = f"libpython{_python_version()}.so.1.0"
     folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
@@ -155,12 +155,12 @@ def _python_library_folder() -> Path | None:
 
 
 def _requirements(packages: Sequence[str]) -> list[str]:
-    """What goes into the embedded server's folder, each at the version this process has where that matters."""
+    """Packages of the embedded server, at this process's versions where that matters."""
     return ["numpy<2", *map(_as_here, ("onnxruntime", "pillow", *packages))]
 
 
 def _as_here(package: str) -> str:
-    """``package`` at this process's version; the one that ONNX Runtime must at least have where it has none."""
+    """``package`` at this process's version; without one, any version that works."""
     try:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -168,10 +168,11 @@ def _as_here(package: str) -> str:
 
 
 def _installed_folder(packages: Sequence[str]) -> Path:
-    """The embedded server's folder, made by one process while others wait; a cache that is read-only may have it.
+    """The embedded server's folder, installed by one process while others wait. A read-only cache may have it.
+
 
     Raises:
-        UsageError: it is nowhere, and cannot be written anywhere.
+        UsageError: it is not installed, and no cache folder can be written.
     """
     requirements = _requirements(packages)
     digest = sha256_of_text(" ".join(requirements))[:8]
@@ -226,7 +227,7 @@ def _gather_backend(tritonserver: Path, backend: Path) -> None:
 
 
 def _pip_install(arguments: Sequence[str], target: Path, report: Report) -> None:
-    """Run pip into ``target``, its lines beside the progress bar.
+    """Run pip into ``target``, showing its output in the progress bar.
 
     Raises:
         UsageError: this Python has no pip.
