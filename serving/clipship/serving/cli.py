@@ -3,100 +3,57 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
 from clipship.core.progress import log
-from clipship.serving.repository.backends import BACKENDS, PYTHON
+from clipship.serving.repository.backends import ACCELERATORS, BACKENDS, PYTHON
 
 _FILE = click.Path(path_type=Path)
 
 
+_option = partial(click.option, show_default=True)
+_sizes: dict[str, Any] = {"type": int, "multiple": True}
+_precisions = click.Choice(["fp32", "fp16", "bf16", "int8"])
+
 _tuning_options = option_group(
-    click.option(
-        "--instances", default=1, show_default=True, help="Model instances of the image encoder, on each GPU."
-    ),
-    click.option("--decoders", default=1, show_default=True, help="Model instances of preprocess."),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "gpu"]),
-        default="auto",
-        show_default=True,
-        help="Device of the image encoder; auto: a GPU where the server has one and the backend supports it.",
-    ),
-    click.option("--gpu", "gpus", type=int, multiple=True, help="GPU number; repeat for several GPUs."),
-    click.option("--threads", type=int, help="Intra-op threads of the encoder on the CPU. [default: one per core]"),
-    click.option(
-        "--max-queue-delay-us", default=1000, show_default=True, help="Maximum batching delay in microseconds."
-    ),
-    click.option(
-        "--max-queue-size", default=0, show_default=True, help="Maximum number of queued requests; 0: no limit."
-    ),
-    click.option(
-        "--queue-timeout-s", default=0.0, show_default=True, help="Maximum queueing time in seconds; 0: no limit."
-    ),
-    click.option(
-        "--preferred-batch-size",
-        "preferred_batch_sizes",
-        type=int,
-        multiple=True,
-        help="Preferred batch size; repeatable.",
-    ),
-    click.option(
-        "--warmup-batch-size",
-        "warmup_batch_sizes",
-        type=int,
-        multiple=True,
-        help="Batch size of a warm-up run at load time; repeatable. [default: 1 and the maximum]",
-    ),
-    click.option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: capture CUDA graphs."),
-    click.option(
-        "--accelerator",
-        type=click.Choice(["tensorrt"]),
-        help="Execution accelerator of --backend onnxruntime: builds TensorRT engines on the server's GPU.",
-    ),
-    click.option("--response-cache", is_flag=True, help="Cache responses of the image encoder and of preprocess."),
+    _option("--instances", default=1, help="Model instances of the image encoder, on each GPU."),
+    _option("--decoders", default=1, help="Model instances of preprocess."),
+    _option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Device of the image encoder."),
+    _option("--gpu", "gpus", type=int, multiple=True, help="GPU number; repeat for several GPUs."),
+    _option("--threads", type=int, help="Intra-op threads of the encoder on the CPU. [default: one per core]"),
+    _option("--max-queue-delay-us", default=1000, help="Maximum batching delay in microseconds."),
+    _option("--max-queue-size", default=0, help="Maximum number of queued requests; 0: no limit."),
+    _option("--queue-timeout-s", default=0.0, help="Maximum queueing time in seconds; 0: no limit."),
+    _option("--preferred-batch-size", "preferred_batch_sizes", **_sizes, help="Preferred batch size; repeatable."),
+    _option("--warmup-batch-size", "warmup_batch_sizes", **_sizes, help="Repeatable. [default: 1 and the maximum]"),
+    _option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: capture CUDA graphs."),
+    _option("--accelerator", type=click.Choice(ACCELERATORS), help="Execution accelerator of --backend onnxruntime."),
+    _option("--response-cache", is_flag=True, help="Cache responses of the image encoder and of preprocess."),
 )
 
 
 @click.command()
 @click.argument("bundle", type=_FILE)
-@click.option("--out", required=True, type=_FILE, help="Output folder; an existing repository is replaced atomically.")
-@click.option(
+@_option("--out", required=True, type=_FILE, help="Output folder; an existing repository is replaced atomically.")
+@_option(
     "--vocabulary",
     "vocabularies",
     multiple=True,
     metavar="NAME=BUNDLE",
     help="Another bundle with the same encoder; its vocabulary is served too, as NAME.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(list(BACKENDS)),
-    default=PYTHON.name,
-    show_default=True,
-    help="Triton backend of the image encoder; the embedded server has python only.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(["fp32", "fp16", "bf16", "int8"]),
-    default="fp32",
-    show_default=True,
-    help="Precision of the image encoder, one that the bundle contains; plans have their own.",
-)
-@click.option(
-    "--plan",
-    "plans",
-    type=_FILE,
-    multiple=True,
-    help="With --backend tensorrt: a plan by clipship engine, one per GPU architecture.",
-)
-@click.option("--tensorrt-version", help="TensorRT version of the server, e.g. 10.14.1. [default: that of the plans]")
-@click.option("--max-batch-size", type=int, help="Maximum batch size. [default: 64, or that of the plans]")
-@click.option("--top-k", default=5, show_default=True, help="Number of classes returned per image.")
+@_option("--backend", type=click.Choice(list(BACKENDS)), default=PYTHON.name, help="Triton backend of the encoder.")
+@_option("--precision", type=_precisions, default="fp32", help="Precision of the encoder; plans have their own.")
+@_option("--plan", "plans", type=_FILE, multiple=True, help="With --backend tensorrt: a plan, one per kind of GPU.")
+@_option("--tensorrt-version", help="TensorRT version of the server, e.g. 10.14.1. [default: that of the plans]")
+@_option("--max-batch-size", type=int, help="Maximum batch size. [default: 64, or that of the plans]")
+@_option("--top-k", default=5, help="Number of classes returned per image.")
 @_tuning_options
 @json_option
 def repository(
@@ -104,7 +61,7 @@ def repository(
     out: Path,
     vocabularies: tuple[str, ...],
     backend: str,
-    precision: Literal["fp32", "fp16", "bf16", "int8"],
+    precision: Any,
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,
@@ -150,34 +107,32 @@ def named_bundle(given: str) -> tuple[str, Path]:
 
 
 _server_options = option_group(
-    click.option("--open-admin", is_flag=True, help="Leave the admin protocols (load, trace, log) unrestricted."),
-    click.option("--admin-secret", type=_FILE, help="File for the new admin secret. [default: in the cache folder]"),
-    click.option("--tls-cert", type=_FILE, help="Server certificate (PEM); enables TLS for gRPC."),
-    click.option("--tls-key", type=_FILE, help="Private key of the server certificate (PEM)."),
-    click.option("--tls-ca", type=_FILE, help="CA of client certificates (PEM); enables mutual TLS."),
-    click.option("--trace-file", type=_FILE, help="Write timestamps of traced requests to this file at exit."),
-    click.option("--trace-url", help="Send traces to this OpenTelemetry collector (OTLP over HTTP)."),
-    click.option("--trace-rate", default=1000, show_default=True, help="Trace one request in this many."),
-    click.option(
-        "--cache-mb", default=256, show_default=True, help="Size of the response cache in MiB, if it is used."
-    ),
-    click.option("--pinned-memory-mb", default=256, show_default=True, help="Pinned memory pool in MiB."),
-    click.option("--cuda-memory-mb", default=64, show_default=True, help="CUDA memory pool per GPU in MiB."),
+    _option("--open-admin", is_flag=True, help="Leave the admin protocols (load, trace, log) unrestricted."),
+    _option("--admin-secret", type=_FILE, help="File for the new admin secret. [default: in the cache folder]"),
+    _option("--tls-cert", type=_FILE, help="Server certificate (PEM); enables TLS for gRPC."),
+    _option("--tls-key", type=_FILE, help="Private key of the server certificate (PEM)."),
+    _option("--tls-ca", type=_FILE, help="CA of client certificates (PEM); enables mutual TLS."),
+    _option("--trace-file", type=_FILE, help="Write timestamps of traced requests to this file at exit."),
+    _option("--trace-url", help="Send traces to this OpenTelemetry collector (OTLP over HTTP)."),
+    _option("--trace-rate", default=1000, help="Trace one request in this many."),
+    _option("--cache-mb", default=256, help="Size of the response cache in MiB, if it is used."),
+    _option("--pinned-memory-mb", default=256, help="Pinned memory pool in MiB."),
+    _option("--cuda-memory-mb", default=64, help="CUDA memory pool per GPU in MiB."),
 )
 
 
 @click.command()
 @click.argument("repository", type=_FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--grpc-port", default=8001, show_default=True, help="gRPC port; 0 picks a free one.")
-@click.option("--http-port", default=8000, show_default=True, help="HTTP port; 0 picks a free one.")
-@click.option("--metrics-port", default=8002, show_default=True, help="Metrics port; 0 picks a free one.")
-@click.option("--log-file", type=_FILE, help="Triton's log. [default: a temporary file]")
-@click.option("--timeout-s", default=300.0, show_default=True, help="Maximum time to load the models.")
+@_option("--host", default="127.0.0.1", help="Address to listen on.")
+@_option("--grpc-port", default=8001, help="gRPC port; 0 picks a free one.")
+@_option("--http-port", default=8000, help="HTTP port; 0 picks a free one.")
+@_option("--metrics-port", default=8002, help="Metrics port; 0 picks a free one.")
+@_option("--log-file", type=_FILE, help="Triton's log. [default: a temporary file]")
+@_option("--timeout-s", default=300.0, help="Maximum time to load the models.")
 @_server_options
-@click.option("--container", is_flag=True, help="Print the command for NVIDIA's container instead.")
-@click.option("--compose", type=_FILE, help="With --container: write a Docker Compose file.")
-@click.option("--image", help="Container image. [default: a suitable NVIDIA release]")
+@_option("--container", is_flag=True, help="Print the command for NVIDIA's container instead.")
+@_option("--compose", type=_FILE, help="With --container: write a Docker Compose file.")
+@_option("--image", help="Container image. [default: a suitable NVIDIA release]")
 @json_option
 def serve(
     repository: Path,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import click
 from clipship.core.cli.main import emit, existing_folder, json_option
 from clipship.core.cli.multi_value_option import MultiValueCommand
 from clipship.serving.connection_cli import connection_from_options, connection_options
+
+_PATH = click.Path(path_type=Path)
 
 
 @click.group()
@@ -22,56 +25,39 @@ def bench() -> None:
     """
 
 
+_option = partial(click.option, show_default=True)
+_at_least_one = click.IntRange(min=1)
+_modes = click.Choice(["pixels", "encoded", "shm"])
+
+
 @bench.command(cls=MultiValueCommand)
-@click.option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
+@_option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
 @connection_options
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="The served bundle; its engine is also measured in this process, in the same rounds.",
-)
-@click.option(
+@_option("--bundle", type=_PATH, help="The served bundle; its engine is also measured in this process.")
+@_option(
     "--concurrency",
     multiple=True,
-    type=click.IntRange(min=1),
+    type=_at_least_one,
     default=(1, 2, 4, 8, 16),
     show_default="1 2 4 8 16",
     metavar="INT...",
     help="Requests in flight (closed loop).",
 )
-@click.option(
-    "--batch",
-    multiple=True,
-    type=click.IntRange(min=1),
-    metavar="INT...",
-    help="Images per request. [default: 1 8 32, up to the server's maximum]",
-)
-@click.option(
+@_option("--batch", multiple=True, type=_at_least_one, metavar="INT...", help="Images per request. [default: 1 8 32]")
+@_option(
     "--mode",
     multiple=True,
-    type=click.Choice(["pixels", "encoded", "shm"]),
+    type=_modes,
     default=("pixels",),
     show_default="pixels",
     metavar="[pixels|encoded|shm]...",
     help="Payload: uint8 pixels, encoded files, or pixels in shared memory.",
 )
-@click.option(
-    "--images",
-    type=click.Path(path_type=Path),
-    help="Folder of images to send. [default: synthetic JPEG files of 500 x 375]",
-)
-@click.option(
-    "--seconds",
-    type=click.FloatRange(min=0, min_open=True),
-    default=10.0,
-    show_default=True,
-    help="Duration of a measurement.",
-)
-@click.option(
-    "--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Measurements of every combination."
-)
-@click.option("--client/--no-client", default=True, show_default=True, help="Also measure clipship's own client.")
-@click.option("--out", type=click.Path(path_type=Path), help="Output folder for serve.json, serve.md and serve.svg.")
+@_option("--images", type=_PATH, help="Folder of images to send. [default: synthetic JPEG files of 500 x 375]")
+@_option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Duration of a measurement.")
+@_option("--rounds", type=_at_least_one, default=3, help="Measurements of every combination.")
+@_option("--client/--no-client", default=True, help="Also measure clipship's own client.")
+@_option("--out", type=_PATH, help="Output folder for serve.json, serve.md and serve.svg.")
 @json_option
 def serve(
     url: str,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -114,46 +115,30 @@ def plot(rows: Sequence[BenchRow]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    lines: dict[str, list[BenchRow]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.point.concurrency):
+        if row.point.where == "server":
+            lines[f"{row.point.mode}, batch {row.point.batch}"].append(row)
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for number, (name, line) in enumerate(_lines(rows).items()):
+        for number, (name, line) in enumerate(lines.items()):
             look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-            _draw_line(left, right, name, line, look)
-        _draw_levels(left, rows)
-        left.set(title="Throughput", ylabel="images a second", ylim=(0, None))
-        right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds a request", yscale="log")
-        for axes in (left, right):
-            axes.set_xlabel("requests in flight")
-            axes.grid(alpha=0.2)
+            at, rates = [row.point.concurrency for row in line], [row.rates for row in line]
+            left.plot(at, list(map(median, rates)), label=name, **look)
+            left.fill_between(at, list(map(min, rates)), list(map(max, rates)), color=look["color"], alpha=0.15)
+            right.plot(at, [row.latency_ms("p50") for row in line], **look)
+            right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
+        for mode, style in (("pixels", ":"), ("encoded", "-.")):  # the engine in process, at its best batch size
+            best = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
+            if best:
+                left.axhline(max(best), color="0.5", linestyle=style, label=f"in process, {mode}")
+        left.set(title="Throughput", ylabel="images per second", ylim=(0, None), xlabel="requests in flight")
+        right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds per request", yscale="log")
+        right.set(xlabel="requests in flight")
+        left.grid(alpha=0.2)
+        right.grid(alpha=0.2)
         left.legend(fontsize=7, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-
-def _lines(rows: Sequence[BenchRow]) -> dict[str, list[BenchRow]]:
-    """The server's rows by mode and batch, sorted by concurrency."""
-    lines: dict[str, list[BenchRow]] = {}
-    for row in sorted(rows, key=lambda row: row.point.concurrency):
-        if row.point.where == "server":
-            lines.setdefault(f"{row.point.mode}, batch {row.point.batch}", []).append(row)
-    return lines
-
-
-def _draw_line(left: Any, right: Any, name: str, line: Sequence[BenchRow], look: dict[str, Any]) -> None:
-    at = [row.point.concurrency for row in line]
-    left.plot(at, [median(row.rates) for row in line], label=name, **look)
-    left.fill_between(
-        at, [min(row.rates) for row in line], [max(row.rates) for row in line], color=look["color"], alpha=0.15
-    )
-    right.plot(at, [row.latency_ms("p50") for row in line], **look)
-    right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
-
-
-def _draw_levels(axes: Any, rows: Sequence[BenchRow]) -> None:
-    """The engine in process as horizontal lines, at its best batch size."""
-    for mode, style in (("pixels", ":"), ("encoded", "-.")):
-        rates = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
-        if rates:
-            axes.axhline(max(rates), color="0.5", linestyle=style, label=f"in process, {mode}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +13,17 @@ from clipship.core.cli.main import emit, existing_folder, json_option, option_gr
 _FILE = click.Path(path_type=Path)
 
 
+_option = partial(click.option, show_default=True)
+
 _server_options = option_group(
-    click.option("--repository", required=True, type=_FILE, help="The model repository that the server serves."),
-    click.option("--url", default="127.0.0.1:8001", show_default=True, help="Triton's gRPC endpoint, HOST:PORT."),
-    click.option("--name", help="Vocabulary name. [default: the first one]"),
-    click.option(
-        "--admin-secret",
-        type=_FILE,
-        help="File with the admin secret. [default: written by clipship serve on this machine]",
-    ),
-    click.option("--tls-ca", type=_FILE, help="CA of the server certificate (PEM)."),
-    click.option("--tls-cert", type=_FILE, help="Client certificate (PEM), for mutual TLS."),
-    click.option("--tls-key", type=_FILE, help="Private key of the client certificate (PEM)."),
-    click.option("--timeout-s", default=120.0, show_default=True, help="Maximum time to load a model."),
+    _option("--repository", required=True, type=_FILE, help="The model repository that the server serves."),
+    _option("--url", default="127.0.0.1:8001", help="Triton's gRPC endpoint, HOST:PORT."),
+    _option("--name", help="Vocabulary name. [default: the first one]"),
+    _option("--admin-secret", type=_FILE, help="File with the admin secret. [default: that of clipship serve here]"),
+    _option("--tls-ca", type=_FILE, help="CA of the server certificate (PEM)."),
+    _option("--tls-cert", type=_FILE, help="Client certificate (PEM), for mutual TLS."),
+    _option("--tls-key", type=_FILE, help="Private key of the client certificate (PEM)."),
+    _option("--timeout-s", default=120.0, help="Maximum time to load a model."),
     json_option,
 )
 
@@ -70,17 +69,9 @@ def rollback(repository: Path, name: str | None, to: str | None, as_json: bool, 
     emit({**done.to_json(), "url": control.url}, text, as_json=as_json)
 
 
-def _control(
-    *,
-    url: str,
-    admin_secret: Path | None,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    timeout_s: float,
-) -> Any:
+def _control(*, url: str, admin_secret: Path | None, timeout_s: float, **tls: Any) -> Any:
     from clipship.serving.publish.control import Control
     from clipship.serving.transport.connection import Connection
 
-    connection = Connection(urls=(url,), ca_file=tls_ca, certificate_file=tls_cert, key_file=tls_key)
-    return Control(connection, secret_file=admin_secret, timeout_s=timeout_s)
+    files = {"ca_file": tls["tls_ca"], "certificate_file": tls["tls_cert"], "key_file": tls["tls_key"]}
+    return Control(Connection(urls=(url,), **files), secret_file=admin_secret, timeout_s=timeout_s)

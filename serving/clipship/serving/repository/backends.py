@@ -70,6 +70,8 @@ TENSORRT = Backend(
 
 BACKENDS: Mapping[str, Backend] = {backend.name: backend for backend in (PYTHON, ONNXRUNTIME, TENSORRT)}
 
+ACCELERATORS = tuple(dict.fromkeys(name for backend in BACKENDS.values() for name in backend.accelerators))
+
 
 def backend_named(name: str) -> Backend:
     """The backend that Triton calls ``name``.
