@@ -29,19 +29,23 @@ from clipship.serving.model_names import (
 from clipship.serving.publish.control import Control
 from clipship.serving.repository.config_pbtxt import read_config
 from clipship.serving.repository.golden_check import validate_graph, validate_same_answers, validate_vocabulary
-from clipship.serving.repository.versions import Action, ClassifierVersions, classifier_in, locked, vocabularies_in
+from clipship.serving.repository.versions import (
+    Action,
+    ClassifierVersions,
+    VersionInfo,
+    classifier_in,
+    locked,
+    vocabularies_in,
+)
 from clipship.serving.repository.write import add_vocabulary, remove_vocabulary, validate_verification
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class Published(VersionInfo):
     """The version that is served now, and the one before."""
 
     model: str
     version: int
-    vocabulary_digest: str
-    bundle_digest: str
-    classes: int
     before: int | None
     """The version served before; None: the vocabulary is new."""
     kept: tuple[int, ...]

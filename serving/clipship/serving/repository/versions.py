@@ -72,7 +72,7 @@ class VersionInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class Entry(VersionInfo):
     """An entry of the record."""
 
     at: str
@@ -81,9 +81,6 @@ class Entry:
     action: Action
     version: int
     """What was published, or rolled back to."""
-    vocabulary_digest: str
-    bundle_digest: str
-    classes: int
     reason: str = ""
     """Why a version was refused, or recorded late."""
 

@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.serving.repository.requirements import Requirements
-from clipship.serving.server.admin_secret import restriction
 from clipship.serving.server.releases import IMAGE, container_needs_of, release_for, release_of_image, validate_release
-from clipship.serving.server.server_args import FLOAT32_IN_FULL, backend_options
+from clipship.serving.server.server_args import FLOAT32_IN_FULL, common_options
 
 SECRET_VARIABLE = "CLIPSHIP_ADMIN_SECRET"
 _ENGINES_VOLUME = "clipship-engines"
@@ -130,20 +129,9 @@ def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
     required = Requirements(repository)
     pillow = importlib.metadata.version("pillow")
     packages = " ".join(("onnxruntime", f"pillow=={pillow}", *required.packages))
-    options = [
-        "--model-repository=/models",
-        "--model-control-mode=explicit",
-        "'--load-model=*'",
-        "--disable-auto-complete-config",
-        f"--http-port={ports.http}",
-        f"--grpc-port={ports.grpc}",
-        f"--metrics-port={ports.metrics}",
-        "--metrics-config=summary_latencies=true",
-        f'"--grpc-restricted-protocol={restriction(f"${SECRET_VARIABLE}")}"',
-        f'"--http-restricted-api={restriction(f"${SECRET_VARIABLE}")}"',
-    ]
-    options += backend_options(repository)
-    if required.response_cache:
-        options.append(f"--cache-config=local,size={cache_mb * 2**20}")
+    options = ["--model-repository=/models", f"--http-port={ports.http}", f"--grpc-port={ports.grpc}"]
+    options += [f"--metrics-port={ports.metrics}", *common_options(repository, f"${SECRET_VARIABLE}", cache_mb)]
+    # For the shell: the secret's variable is expanded, and nothing else.
+    quoted = [f'"{option}"' if "$" in option else shlex.quote(option) for option in options]
     needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'
-    return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(options)}"
+    return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(quoted)}"

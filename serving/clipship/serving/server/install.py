@@ -136,11 +136,7 @@ def _site_packages(folder: Path) -> Path:
 
 
 def _python_library_folder() -> Path | None:
-    """The folder of this Python's shared library, which the stub links; None if the loader finds it.
-
-    Raises:
-        UsageError: this machine does not have it.
-    """
+    """The folder of this Python's shared library, which the stub links; None if the loader finds it."""
     name = f"libpython{_python_version()}.so.1.0"
     folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
     if (folder / name).is_file():
@@ -168,12 +164,7 @@ def _as_here(package: str) -> str:
 
 
 def _installed_folder(packages: Sequence[str]) -> Path:
-    """The embedded server's folder, installed by one process while others wait. A read-only cache may have it.
-
-
-    Raises:
-        UsageError: it is not installed, and no cache folder can be written.
-    """
+    """The embedded server's folder, installed by one process while others wait. A read-only cache may have it."""
     requirements = _requirements(packages)
     digest = sha256_of_text(" ".join(requirements))[:8]
     name = f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
@@ -211,11 +202,7 @@ def _install(folder: Path, requirements: Sequence[str]) -> None:
 
 
 def _gather_backend(tritonserver: Path, backend: Path) -> None:
-    """The Python backend's files in one folder, with the stub of this Python's version.
-
-    Raises:
-        UsageError: the wheel has no stub for this version.
-    """
+    """The Python backend's files in one folder, with the stub of this Python's version."""
     stub = tritonserver / "python_backend_stubs" / _python_version() / STUB
     if not stub.is_file():
         raise UsageError(
@@ -227,12 +214,7 @@ def _gather_backend(tritonserver: Path, backend: Path) -> None:
 
 
 def _pip_install(arguments: Sequence[str], target: Path, report: Report) -> None:
-    """Run pip into ``target``, showing its output in the progress bar.
-
-    Raises:
-        UsageError: this Python has no pip.
-        ServingError: pip failed; says its last error.
-    """
+    """Run pip into ``target``, showing its output in the progress bar."""
     if importlib.util.find_spec("pip") is None:
         raise UsageError("pip is needed to install the embedded Triton: run python -m ensurepip")
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]

@@ -188,11 +188,7 @@ def _is_program(executable: str) -> bool:
 
 
 def _make_engine_cache(engines: str) -> None:
-    """Create the engines' folder with its parents, which the accelerator would not.
-
-    Raises:
-        UsageError: it cannot be created or written.
-    """
+    """Create the engines' folder with its parents, which the accelerator would not."""
     try:
         Path(engines).mkdir(parents=True, exist_ok=True)
         if not os.access(engines, os.W_OK | os.X_OK):

@@ -157,11 +157,7 @@ def _validate_answers(server: Server, repository: Path, timeout_s: float) -> Non
 
 
 def _opened_log(log_file: Path | None) -> IO[bytes]:
-    """``log_file``, or an unnamed temporary file.
-
-    Raises:
-        UsageError: no folder for temporary files can be written.
-    """
+    """``log_file``, or an unnamed temporary file."""
     if log_file is not None:
         return log_file.open("w+b")
     try:
@@ -195,11 +191,7 @@ def last_words(log: str) -> str:
 
 
 def _endpoints(host: str, http_host: str, *, grpc_port: int, http_port: int, metrics_port: int) -> Endpoints:
-    """The given ports, free ones for zeros.
-
-    Raises:
-        UsageError: a port is in use, or the host is not an address of this machine.
-    """
+    """The given ports, free ones for zeros."""
     wanted = {"grpc": (host, grpc_port), "http": (http_host, http_port), "metrics": (host, metrics_port)}
     with ExitStack() as held:
         ports = {f"{name}_port": _held_port(held, *address, name) for name, address in wanted.items()}
@@ -245,8 +237,6 @@ def _triton_command(repository: Path, environment: Environment, endpoints: Endpo
         "backend-directory": environment.backends,
         "cache-directory": environment.caches,
         "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
-        "model-control-mode": "explicit",
-        "load-model": "*",
         "http-address": endpoints.http_host,
         "http-port": endpoints.http_port,
         "grpc-address": endpoints.host,
@@ -258,15 +248,11 @@ def _triton_command(repository: Path, environment: Environment, endpoints: Endpo
         "exit-timeout-secs": _DRAIN_S,
     }
     given = [f"--{name}={value}" for name, value in options.items()]
-    return [str(environment.tritonserver), "--disable-auto-complete-config", *given]
+    return [str(environment.tritonserver), *given]
 
 
 def _wait_until_ready(server: Server, models: list[str], timeout_s: float) -> None:
-    """Poll until the server and all models are ready.
-
-    Raises:
-        ServerFailed: it ended, or it took longer than ``timeout_s`` seconds.
-    """
+    """Poll until the server and all models are ready."""
     deadline = time.monotonic() + timeout_s
     with progress("loading models", len(models)) as report:
         while not _is_ready(server.endpoints, "/v2/health/ready"):

@@ -75,16 +75,10 @@ DEFAULT_OPTIONS = ServerOptions()
 
 def triton_options(options: ServerOptions, repository: Path, secret: str | None) -> Iterator[str]:
     """Triton's command line for ``options``; ``secret``: the admin secret, None: no restriction."""
-    yield "--metrics-config=summary_latencies=true"
-    if secret is not None:
-        yield f"--grpc-restricted-protocol={restriction(secret)}"
-        yield f"--http-restricted-api={restriction(secret)}"
+    yield from common_options(repository, secret, options.cache_mb)
     yield from _tls(options)
     yield from _tracing(options)
-    yield from backend_options(repository)
     required = Requirements(repository)
-    if required.response_cache:
-        yield f"--cache-config=local,size={options.cache_mb * _MIB}"
     if required.uses_gpu:
         yield f"--pinned-memory-pool-byte-size={options.pinned_memory_mb * _MIB}"
         yield f"--cuda-memory-pool-byte-size=0:{options.cuda_memory_mb * _MIB}"
@@ -93,10 +87,20 @@ def triton_options(options: ServerOptions, repository: Path, secret: str | None)
     yield f"--backend-config=python,shm-growth-byte-size={region_bytes}"
 
 
-def backend_options(repository: Path) -> Iterator[str]:
-    """Backend settings without which the models of ``repository`` do not load."""
-    if Requirements(repository).version_compatible_plans is not None:  # these plans bring code
+def common_options(repository: Path, secret: str | None, cache_mb: int) -> Iterator[str]:
+    """Options that any server of ``repository`` needs, here or in a container."""
+    required = Requirements(repository)
+    yield "--model-control-mode=explicit"
+    yield "--load-model=*"
+    yield "--disable-auto-complete-config"
+    yield "--metrics-config=summary_latencies=true"
+    if secret is not None:
+        yield f"--grpc-restricted-protocol={restriction(secret)}"
+        yield f"--http-restricted-api={restriction(secret)}"
+    if required.version_compatible_plans is not None:  # these plans contain code, which must be allowed
         yield "--backend-config=tensorrt,version-compatible=true"
+    if required.response_cache:
+        yield f"--cache-config=local,size={cache_mb * _MIB}"
 
 
 def _region_bytes(message_bytes: int) -> int:
