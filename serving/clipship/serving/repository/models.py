@@ -95,6 +95,16 @@ class ModelSettings:
     tuning: Tuning = field(default_factory=lambda: DEFAULT_TUNING)
 
     @property
+    def image(self) -> TensorSpec:
+        """The encoder's input."""
+        return image_tensor(self.image_spec.size_px)
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """The encoder's output."""
+        return embedding_tensor(self.embed_dim)
+
+    @property
     def vocabularies(self) -> tuple[VocabularySettings, ...]:
         """The bundle's own, which has no name, then the others."""
         first = VocabularySettings(
@@ -152,11 +162,10 @@ def vocabulary_settings(bundle: Bundle, name: str, top_k: int) -> VocabularySett
 
 def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:
     """The ``inference.ModelConfig`` message of every model, by name."""
-    pixels = image_tensor(settings.image_spec.size_px)
     models = [_image_encoder(settings, backend), _preprocess(settings)]
     models.append(_admission(settings, ADMISSION, PREPROCESS, ENCODED))
     if backend.in_python:
-        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, pixels))
+        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, settings.image))
     models.append(_embed(settings, backend))
     for vocabulary in settings.vocabularies:
         models.append(_classifier(settings, vocabulary, backend))
@@ -203,12 +212,8 @@ def _batching(tuning: Tuning, **more: Any) -> Fields:
     """The dynamic batcher. A queue limit disables Triton's prefetching of batches."""
     policy: Fields = {"max_queue_size": tuning.max_queue_size} if tuning.max_queue_size else {}
     if tuning.queue_timeout_s:
-        timeout_us = round(tuning.queue_timeout_s * 1e6)
-        policy |= {
-            "timeout_action": "REJECT",
-            "default_timeout_microseconds": timeout_us,
-            "allow_timeout_override": True,
-        }
+        policy["default_timeout_microseconds"] = round(tuning.queue_timeout_s * 1e6)
+        policy |= {"timeout_action": "REJECT", "allow_timeout_override": True}
     limits = {"default_queue_policy": policy} if policy else {}
     return {"dynamic_batching": {"max_queue_delay_microseconds": tuning.max_queue_delay_us, **limits, **more}}
 
@@ -230,19 +235,19 @@ def _parameters(settings: ModelSettings) -> dict[str, str]:
 
 
 def _image_encoder(settings: ModelSettings, backend: Backend) -> Fields:
-    image, tuning = image_tensor(settings.image_spec.size_px), settings.tuning
+    tuning = settings.tuning
     device = "gpu" if tuning.gpus else tuning.device
     kind = f"KIND_{(device if backend.device == 'auto' else backend.device).upper()}"
     instances: Fields = {"kind": kind, "count": tuning.instances, "gpus": list(tuning.gpus)}
     runs = _plan_parameters(settings) if backend.takes_plans else _form_parameters(settings)
     fields = {
-        **_model(settings, ENCODER, (image,), (embedding_tensor(settings.embed_dim),), runs),
+        **_model(settings, ENCODER, (settings.image,), (settings.embedding,), runs),
         **_run_by(backend, **instances, profile=["0"] if backend.takes_plans else []),
         **_batching(tuning, preferred_batch_size=list(tuning.preferred_batch_sizes)),
-        **_warmups(settings, image),
+        **_warmups(settings, settings.image),
         **_cached(tuning),
     }
-    return fields | (_plan_fields(settings, image) if backend.takes_plans else _accelerator(settings, image.name))
+    return fields | (_plan_fields(settings) if backend.takes_plans else _accelerator(settings))
 
 
 def _form_parameters(settings: ModelSettings) -> dict[str, str]:
@@ -256,19 +261,19 @@ def _form_parameters(settings: ModelSettings) -> dict[str, str]:
     return {**_parameters(settings), **runs, **threads}
 
 
-def _accelerator(settings: ModelSettings, image: str) -> Fields:
+def _accelerator(settings: ModelSettings) -> Fields:
     """One cached engine for all batches; without a profile each new batch size would build another."""
     if settings.tuning.accelerator is None:
         return {}
     size_px, largest = settings.image_spec.size_px, settings.max_batch_size
-    batches = {"min": 1, "opt": max(1, largest // 2), "max": largest}
+    name, batches = settings.image.name, {"min": 1, "opt": max(1, largest // 2), "max": largest}
     parameters = {
         "precision_mode": _ACCELERATOR_PRECISIONS[settings.encoder.precision],
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",
         "trt_timing_cache_path": ENGINE_CACHE,
-        **{f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()},
+        **{f"trt_profile_{kind}_shapes": f"{name}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()},
     }
     accelerators = [{"name": settings.tuning.accelerator, "parameters": parameters}]
     return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": accelerators}}}
@@ -291,7 +296,7 @@ def _plan_parameters(settings: ModelSettings) -> dict[str, str]:
     }
 
 
-def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
+def _plan_fields(settings: ModelSettings) -> Fields:
     """The plan of each GPU; the default is a hardware-compatible plan where there is one."""
     files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
     usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
@@ -301,7 +306,7 @@ def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
     }
     if settings.tuning.cuda_graphs:
         batches = graph_batches(max(plan.profile.least for plan in settings.plans), settings.max_batch_size)
-        inputs = {image.name: {"dim": type_and_dims(image)["dims"]}}
+        inputs = {settings.image.name: {"dim": type_and_dims(settings.image)["dims"]}}
         specs = [{"batch_size": size, "input": inputs} for size in batches]
         fields["optimization"] = {"cuda": {"graphs": True, "graph_spec": specs}}
     return fields
@@ -310,11 +315,10 @@ def _plan_fields(settings: ModelSettings, image: TensorSpec) -> Fields:
 def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
     """Runs on one thread: its products are too small to split, and the encoder needs the cores."""
     digests = {BUNDLE_DIGEST: vocabulary.bundle_digest, VOCABULARY_DIGEST: vocabulary.vocabulary_digest}
-    inputs = (embedding_tensor(settings.embed_dim),)
     outputs = (*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim))
     parameters = {**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"}
     return {
-        **_model(settings, of_vocabulary(CLASSIFIER, vocabulary.name), inputs, outputs, parameters),
+        **_model(settings, of_vocabulary(CLASSIFIER, vocabulary.name), (settings.embedding,), outputs, parameters),
         **_run_by(BACKENDS[backend.classifier]),
         **_batching(settings.tuning),
         "version_policy": {"specific": {"versions": [1]}},
@@ -322,7 +326,7 @@ def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend
 
 
 def _preprocess(settings: ModelSettings) -> Fields:
-    outputs = (image_tensor(settings.image_spec.size_px), ERROR)
+    outputs = (settings.image, ERROR)
     return {
         **_model(settings, PREPROCESS, (ENCODED,), outputs, _parameters(settings)),
         **_run_by(PYTHON, count=settings.tuning.decoders),
@@ -363,36 +367,38 @@ def _same(*names: str) -> dict[str, str]:
 
 
 def _encode_step(settings: ModelSettings, image: str, output: str) -> Fields:
-    pixels, embedding = image_tensor(settings.image_spec.size_px), embedding_tensor(settings.embed_dim)
-    return _step(ENCODER, {pixels.name: image}, {embedding.name: output})
+    return _step(ENCODER, {settings.image.name: image}, {settings.embedding.name: output})
 
 
 def _encode_steps(settings: ModelSettings, backend: Backend, output: str) -> list[Fields]:
     """From an ensemble's pixels to ``output``."""
-    image = image_tensor(settings.image_spec.size_px).name
     if not backend.in_python:
-        return [_encode_step(settings, image, output)]
-    return [_step(PIXELS_ADMISSION, _same(image), _same(_ADMITTED)), _encode_step(settings, _ADMITTED, output)]
+        return [_encode_step(settings, settings.image.name, output)]
+    admission = _step(PIXELS_ADMISSION, _same(settings.image.name), _same(_ADMITTED))
+    return [admission, _encode_step(settings, _ADMITTED, output)]
 
 
 def _classify_step(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
     """The embedding leaves the ensemble as the classifier hands it on, see :func:`passthrough_tensor`."""
-    embedding, passed = embedding_tensor(settings.embed_dim).name, passthrough_tensor(settings.embed_dim).name
+    embedding, passed = settings.embedding.name, passthrough_tensor(settings.embed_dim).name
     outputs = _same(*(tensor.name for tensor in classifier_outputs(vocabulary.top_k)))
-    model = of_vocabulary(CLASSIFIER, vocabulary.name)
-    return _step(model, {embedding: _ENCODED_IMAGE}, {**outputs, passed: embedding})
+    return _step(
+        of_vocabulary(CLASSIFIER, vocabulary.name), {embedding: _ENCODED_IMAGE}, {**outputs, passed: embedding}
+    )
 
 
 def _classify(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
-    inputs = (image_tensor(settings.image_spec.size_px),)
-    outputs = (*classifier_outputs(vocabulary.top_k), embedding_tensor(settings.embed_dim))
+    name, outputs = (
+        of_vocabulary(CLASSIFY, vocabulary.name),
+        (*classifier_outputs(vocabulary.top_k), settings.embedding),
+    )
     steps = (*_encode_steps(settings, backend, _ENCODED_IMAGE), _classify_step(settings, vocabulary))
-    return _ensemble(settings, of_vocabulary(CLASSIFY, vocabulary.name), inputs, outputs, steps)
+    return _ensemble(settings, name, (settings.image,), outputs, steps)
 
 
 def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
-    image = image_tensor(settings.image_spec.size_px).name
-    outputs = (*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(settings.embed_dim))
+    image = settings.image.name
+    outputs = (*classifier_outputs(vocabulary.top_k), ERROR, settings.embedding)
     steps = (
         _step(ADMISSION, _same(ENCODED.name), _same(_ADMITTED)),
         _step(PREPROCESS, {ENCODED.name: _ADMITTED}, _same(image, ERROR.name)),
@@ -403,5 +409,5 @@ def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -
 
 
 def _embed(settings: ModelSettings, backend: Backend) -> Fields:
-    inputs, output = (image_tensor(settings.image_spec.size_px),), embedding_tensor(settings.embed_dim)
-    return _ensemble(settings, EMBED, inputs, (output,), _encode_steps(settings, backend, output.name))
+    steps = _encode_steps(settings, backend, settings.embedding.name)
+    return _ensemble(settings, EMBED, (settings.image,), (settings.embedding,), steps)
