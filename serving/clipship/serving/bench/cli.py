@@ -90,14 +90,14 @@ def serve(
     files = files_from_folder(images) if images else made_up_files()
     server = connection_from_options((url,), **connection)
     with closing(Bench(server, files, bundle=read, analyzer=installed())) as ready:
-        largest = ready.facts.max_batch_size
+        largest = ready.metadata.max_batch_size
         sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
         numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}
         rows = ready.run(BenchPlan(modes=mode, seconds=seconds, client=client, **numbers))
-        facts = {"url": url, "machine": platform.machine(), **ready.described()}
-    tables = (throughput_table(rows, f"{url}, {facts['cores']} cores here"), steps_table(rows))
-    written = write_report(out, rows, tables, facts) if out else []
+        about = {"url": url, "machine": platform.machine(), **ready.described()}
+    tables = (throughput_table(rows, f"{url}, load by {about['load']}, {about['cores']} cores here"), steps_table(rows))
+    written = write_report(out, rows, tables, about) if out else []
     if out and len(written) < 3:
         log("no plot: matplotlib is not installed (pip install matplotlib)")
-    result = {**facts, "rows": [row.to_json() for row in rows], "written": [str(path) for path in written]}
+    result = {**about, "rows": [row.to_json() for row in rows], "written": [str(path) for path in written]}
     emit(result, "\n".join(table.to_markdown() for table in tables).rstrip(), as_json=as_json)

@@ -44,7 +44,7 @@ class Analyzer:
     def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run it and return its output."""
         command, variables = [str(self.program), *map(str, arguments)], {**os.environ, **self.variables}
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=variables, timeout=3600)
+        return subprocess.run(command, capture_output=True, text=True, check=False, env=variables)
 
 
 def installed() -> Analyzer | None:

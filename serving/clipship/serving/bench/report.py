@@ -90,14 +90,14 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
+def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], about: dict[str, Any]) -> list[Path]:
     """Write ``serve.json``, ``serve.md`` and, if matplotlib is installed, ``serve.svg``, each atomically.
 
     Raises:
         OSError: the disk is full, or ``folder`` cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / "serve.json", [{**facts, **row.to_json()} for row in rows])
+    write_json_atomic(folder / "serve.json", [{**about, **row.to_json()} for row in rows])
     write_text_atomic(folder / "serve.md", "\n".join(table.to_markdown() for table in tables))
     written = [folder / "serve.json", folder / "serve.md"]
     if importlib.util.find_spec("matplotlib") is not None:

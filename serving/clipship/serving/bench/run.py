@@ -135,12 +135,13 @@ class Bench:
         self.in_process: InProcess | None = None
         self._checked: set[tuple[Mode, int]] = set()
         try:
-            self.facts: ServerMetadata = read_facts(self.transport)
+            self.metadata: ServerMetadata = read_facts(self.transport)
             self._encoder = parameters_of(self.transport.model_config(ENCODER))
-            self._steps = {mode: _steps_of(self.transport.model_config(model_of(mode))) for mode in MODES}
-            self.samples = BenchImages(files, self.facts.image_spec)
+            ensembles = {mode: self.transport.model_config(model_of(mode))["ensemble_scheduling"] for mode in MODES}
+            self._steps = {mode: [step["model_name"] for step in each["step"]] for mode, each in ensembles.items()}
+            self.samples = BenchImages(files, self.metadata.image_spec)
             if bundle is not None:
-                self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples)
+                self.in_process = _in_process(bundle, self.metadata, self._encoder, self.samples)
         except BaseException:
             self.close()
             raise
@@ -158,10 +159,10 @@ class Bench:
         return {
             "cores": available_cores(),
             "load": "clipship" if self.analyzer is None else "perf_analyzer",
-            "bundle_digest": self.facts.bundle_digest,
-            "vocabulary_digest": self.facts.vocabulary_digest,
-            "size_px": self.facts.image_spec.size_px,
-            "max_batch_size": self.facts.max_batch_size,
+            "bundle_digest": self.metadata.bundle_digest,
+            "vocabulary_digest": self.metadata.vocabulary_digest,
+            "size_px": self.metadata.image_spec.size_px,
+            "max_batch_size": self.metadata.max_batch_size,
             "encoder": encoder,
             "images": len(self.samples.files),
             "mean_file_bytes": round(statistics.fmean(map(len, self.samples.files))),
@@ -173,7 +174,7 @@ class Bench:
         Raises:
             UsageError: a batch is larger than the server takes.
         """
-        largest = self.facts.max_batch_size
+        largest = self.metadata.max_batch_size
         if max(plan.batches) > largest:
             raise UsageError(f"batch {max(plan.batches)}: the server takes 1 to {largest} images a request")
         points: list[Point] = []
@@ -245,16 +246,12 @@ class Bench:
         self._checked.add((point.mode, point.batch))
 
 
-def _steps_of(ensemble: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(step["model_name"] for step in ensemble["ensemble_scheduling"]["step"])
-
-
-def _in_process(bundle: Bundle, facts: ServerMetadata, encoder: dict[str, str], samples: BenchImages) -> InProcess:
-    if bundle.digest != facts.bundle_digest:
+def _in_process(bundle: Bundle, metadata: ServerMetadata, encoder: dict[str, str], samples: BenchImages) -> InProcess:
+    if bundle.digest != metadata.bundle_digest:
         raise UsageError(
-            f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's bundle has {facts.bundle_digest[:12]}: "
+            f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's is {metadata.bundle_digest[:12]}: "
             "give the bundle that is served"
         )
     precision: Any = encoder.get(PRECISION, "fp32")
-    engine = LocalTransport(bundle, precision=precision, max_batch_size=facts.max_batch_size, top_k=facts.top_k)
+    engine = LocalTransport(bundle, precision=precision, max_batch_size=metadata.max_batch_size, top_k=metadata.top_k)
     return InProcess(engine, samples)

@@ -15,6 +15,7 @@ from clipship.serving.server.server_args import FLOAT32_IN_FULL, common_options
 
 SECRET_VARIABLE = "CLIPSHIP_ADMIN_SECRET"
 _ENGINES_VOLUME = "clipship-engines"
+_SECRET_ADVICE = "set it to a secret of your own"
 _WITHOUT_GPU = "on a machine without a GPU leave out"
 
 
@@ -89,39 +90,33 @@ _COMPOSE_HEADER = f"""\
 
 
 def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
-    # JSON strings are YAML strings; compose takes $ for its own variables unless it is doubled.
-    command = json.dumps(_start(repository, ports, cache_mb).replace("$", "$$"))
     required = Requirements(repository)
-    engines = required.engine_cache
+    engines = [] if required.engine_cache is None else [f"{_ENGINES_VOLUME}:{required.engine_cache}"]
+    health = f"http://localhost:{ports.http}/v2/health/ready"
+    # Compose expands $ unless it is doubled.
+    service = {
+        "image": image,
+        "command": ["sh", "-c", _start(repository, ports, cache_mb).replace("$", "$$")],
+        "environment": {SECRET_VARIABLE: f"${{{SECRET_VARIABLE}:?{_SECRET_ADVICE}}}", **FLOAT32_IN_FULL},
+        "ports": ports.mapped(),
+        "volumes": [f"{repository.resolve()}:/models:ro".replace("$", "$$"), *engines],
+        "shm_size": "2gb",
+        "stop_grace_period": "30s",
+        "restart": "unless-stopped",
+        "healthcheck": {
+            "test": ["CMD", "curl", "--fail", "--silent", health],
+            "interval": "10s",
+            "start_period": "300s",
+        },
+    }
     yield "services:"
     yield "  triton:"
-    yield f"    image: {json.dumps(image)}"
-    yield f'    command: ["sh", "-c", {command}]'
-    yield "    environment:"
-    yield f"      {SECRET_VARIABLE}: ${{{SECRET_VARIABLE}:?set it to a secret of your own}}"
-    yield from (f"      {name}: {json.dumps(value)}" for name, value in FLOAT32_IN_FULL.items())
-    yield "    ports:"
-    yield from (f"      - {json.dumps(port)}" for port in ports.mapped())
-    yield "    volumes:"
-    yield f"      - {json.dumps(f'{repository.resolve()}:/models:ro'.replace('$', '$$'))}"
-    if engines is not None:
-        yield f"      - {json.dumps(f'{_ENGINES_VOLUME}:{engines}')}"
-    yield "    shm_size: 2gb"
-    yield "    stop_grace_period: 30s"
-    yield "    restart: unless-stopped"
-    yield "    healthcheck:"
-    yield f'      test: ["CMD", "curl", "--fail", "--silent", "http://localhost:{ports.http}/v2/health/ready"]'
-    yield "      interval: 10s"
-    yield "      start_period: 300s"
+    yield from (f"    {key}: {json.dumps(value)}" for key, value in service.items())  # JSON is YAML
     if required.uses_gpu:
         yield f"    deploy:{'' if required.needs_gpu else f'  # {_WITHOUT_GPU} this part'}"
-        yield "      resources:"
-        yield "        reservations:"
-        yield "          devices:"
-        yield "            - {driver: nvidia, count: all, capabilities: [gpu]}"
-    if engines is not None:
-        yield "volumes:"
-        yield f"  {_ENGINES_VOLUME}: {{}}"
+        yield "      resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}"
+    if engines:
+        yield f"volumes: {{{_ENGINES_VOLUME}: {{}}}}"
 
 
 def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
@@ -133,5 +128,5 @@ def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
     options += [f"--metrics-port={ports.metrics}", *common_options(repository, f"${SECRET_VARIABLE}", cache_mb)]
     # For the shell: the secret's variable is expanded, and nothing else.
     quoted = [f'"{option}"' if "$" in option else shlex.quote(option) for option in options]
-    needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'
+    needs_secret = f': "${{{SECRET_VARIABLE}:?{_SECRET_ADVICE}}}"'
     return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(quoted)}"
