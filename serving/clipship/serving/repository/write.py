@@ -20,7 +20,6 @@ Legend: N images, H = W = side of the input in pixels, D embedding size, k class
 
 from __future__ import annotations
 
-import inspect
 import shutil
 import struct
 from collections import Counter
@@ -46,7 +45,6 @@ from clipship.serving.model_names import (
     CLASSIFY,
     CLASSIFY_ENCODED,
     ENCODER,
-    PIXELS_ADMISSION,
     PREPROCESS,
     TOP_K,
     VOCABULARY_DIGEST,
@@ -66,17 +64,17 @@ from clipship.serving.repository.validate import validate_repository
 from clipship.serving.repository.versions import ClassifierVersions, copy_sources, remove_folder, write_version
 from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
 
-IMAGES_COPY = "clipship_images.py"
-"""Copy of ``clipship/core/images/decoding.py`` in the preprocess model."""
-
-ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
-"""Copies of modules of ``clipship/core`` in the Python image encoder."""
-
-TOLERANCES_COPY = "clipship_tolerances.py"
-"""Copy of ``clipship/core/tolerances.py`` in every Python model that checks itself."""
-
 DOORS_COPY = "clipship_doors.py"
 """Copy of ``triton_models/python/doors.py`` in the models that have doors."""
+
+_TOLERANCES = {"clipship_tolerances.py": tolerances}
+_MODULES: Mapping[str, Mapping[str, ModuleType]] = {
+    ADMISSION: {},
+    PREPROCESS: {**_TOLERANCES, "clipship_images.py": decoding},
+    ENCODER: {**_TOLERANCES, "clipship_runtimes.py": runtimes, "clipship_processor.py": processor},
+    CLASSIFIER: _TOLERANCES,
+}
+"""By source in ``triton_models/python``: copies of modules of ``clipship/core`` that it imports."""
 
 
 def repository_from_bundle(
@@ -120,10 +118,11 @@ def repository_from_bundle(
     numbers: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     settings = model_settings_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **numbers)
     with replace_folder(out) as folder:
-        _write_configs(folder, configs_from_settings(settings, chosen))
+        configs = configs_from_settings(settings, chosen)
+        _write_configs(folder, configs)
         _write_encoder(bundle, folder, settings, plans)
         _write_classifiers(folder, settings, (bundle, *others.values()))
-        _write_sources(folder, chosen)
+        _write_sources(folder, configs)
         _write_warmup_files(bundle, folder)
         write_samples(folder, bundle)
         validate_repository(folder)
@@ -280,29 +279,17 @@ def _write_classifiers(folder: Path, settings: ModelSettings, bundles: Sequence[
         write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
 
 
-def _write_sources(folder: Path, backend: Backend) -> None:
+def _write_sources(folder: Path, configs: Mapping[str, Any]) -> None:
     """Copy what runs inside the Python backend: each model's source, and the modules that it imports."""
     sources = sources_folder() / "python"
-    admissions = [ADMISSION, *([PIXELS_ADMISSION] if backend.in_python else [])]
-    for name in admissions:
-        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / PYTHON.model_file)
-    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
-    checked = [PREPROCESS, *((ENCODER, *classifiers) if backend.in_python else ())]
-    for name in checked:
-        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / PYTHON.model_file)
-        _copy_source(tolerances, folder / name / "1" / TOLERANCES_COPY)
-    for name in (*admissions, *checked):
-        if name not in classifiers:
-            shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
-    _copy_source(decoding, folder / PREPROCESS / "1" / IMAGES_COPY)
-    for copy, module in ENCODER_COPIES.items() if backend.in_python else ():
-        _copy_source(module, folder / ENCODER / "1" / copy)
-
-
-def _copy_source(module: ModuleType, target: Path) -> None:
-    source = inspect.getsourcefile(module)
-    assert source is not None
-    shutil.copyfile(source, target)
+    for name in (name for name, config in configs.items() if config.backend == PYTHON.name):
+        version, source = folder / name / "1", next(each for each in _MODULES if name.startswith(each))
+        shutil.copyfile(sources / source / "model.py", version / PYTHON.model_file)
+        if source != CLASSIFIER:
+            shutil.copyfile(sources / "doors.py", version / DOORS_COPY)
+        for copy, module in _MODULES[source].items():
+            assert module.__file__ is not None
+            shutil.copyfile(module.__file__, version / copy)
 
 
 def _write_warmup_files(bundle: Bundle, folder: Path) -> None:
