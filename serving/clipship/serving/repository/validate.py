@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
@@ -192,66 +193,39 @@ def _steps(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[st
         yield from (f"{where}: it has no output {name!r}" for name in sorted(set(step.output_map) - outputs))
 
 
-@dataclass(frozen=True)
-class _Use:
-    """A tensor of an ensemble, as one producer or consumer declares it."""
-
-    name: str
-    where: str
-    declared: Any
-
-
-def _uses(config: Any, configs: Mapping[str, Any]) -> tuple[list[_Use], list[_Use]]:
-    """Producers (its inputs, steps' outputs) and consumers (steps' inputs, its outputs) of an ensemble's tensors."""
-    produced = [_Use(tensor.name, "the ensemble's input", tensor) for tensor in config.input]
-    consumed = [_Use(tensor.name, "the ensemble's output", tensor) for tensor in config.output]
-    for step in config.ensemble_scheduling.step:
-        model = configs.get(step.model_name)
-        if model is None:
-            continue
-        consumed += _step_uses(step.model_name, model.input, step.input_map)
-        produced += _step_uses(step.model_name, model.output, step.output_map)
-    return produced, consumed
-
-
-def _step_uses(model: str, tensors: Iterable[Any], mapping: Mapping[str, str]) -> list[_Use]:
-    return [
-        _Use(mapping[tensor.name], f"{model}'s {tensor.name}", tensor) for tensor in tensors if tensor.name in mapping
-    ]
-
-
 def _data_flow(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
     """Each tensor has one producer, and all who use it agree on its type and dims."""
-    produced, consumed = _uses(config, configs)
-    producers: dict[str, _Use] = {}
-    for use in produced:
-        if use.name in producers:
-            yield f"tensor {use.name!r} has two producers: {producers[use.name].where} and {use.where}"
-        producers.setdefault(use.name, use)
-    for use in consumed:
-        source = producers.get(use.name)
-        if source is None:
-            yield f"tensor {use.name!r}, which is {use.where}, has no producer"
-        elif not _agree(source.declared, use.declared):
-            yield f"tensor {use.name!r}: {source.where} and {use.where} differ in type or dims"
-
-
-def _agree(first: Any, second: Any) -> bool:
-    return first.data_type == second.data_type and _dims_fit(first.dims, second.dims)
+    produced = [(tensor.name, "the ensemble's input", tensor) for tensor in config.input]
+    consumed = [(tensor.name, "the ensemble's output", tensor) for tensor in config.output]
+    for step in config.ensemble_scheduling.step:
+        if (model := configs.get(step.model_name)) is not None:
+            for uses, tensors, names in (
+                (consumed, model.input, step.input_map),
+                (produced, model.output, step.output_map),
+            ):
+                mapped = [tensor for tensor in tensors if tensor.name in names]
+                uses += [(names[tensor.name], f"{step.model_name}'s {tensor.name}", tensor) for tensor in mapped]
+    producers: dict[str, tuple[str, Any]] = {}
+    for name, where, tensor in produced:
+        if name in producers:
+            yield f"tensor {name!r} has two producers: {producers[name][0]} and {where}"
+        producers.setdefault(name, (where, tensor))
+    for name, where, tensor in consumed:
+        if name not in producers:
+            yield f"tensor {name!r}, which is {where}, has no producer"
+            continue
+        source, declared = producers[name]
+        if declared.data_type != tensor.data_type or not _dims_fit(declared.dims, tensor.dims):
+            yield f"tensor {name!r}: {source} and {where} differ in type or dims"
 
 
 def _cycles(configs: Mapping[str, Any]) -> Iterator[Problem]:
-    """Ensembles that contain themselves, directly or through others."""
-    for name, config in configs.items():
-        seen: set[str] = set()
-        waiting = [step.model_name for step in config.ensemble_scheduling.step]
-        while waiting:
-            model = waiting.pop()
-            if model not in seen and model in configs:
-                seen.add(model)
-                waiting += [step.model_name for step in configs[model].ensemble_scheduling.step]
-        if name in seen:
-            yield Problem(name, "the ensemble holds itself")
+    """An ensemble that contains itself, directly or through others."""
+    steps = {name: {step.model_name for step in config.ensemble_scheduling.step} for name, config in configs.items()}
+    try:
+        TopologicalSorter(steps).prepare()
+    except CycleError as error:
+        yield Problem(error.args[1][0], "the ensemble holds itself")
 
 
 _COMMON_RULES: tuple[Rule, ...] = (_name, _tensors, _batch_size, _versions)
