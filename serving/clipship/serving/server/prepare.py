@@ -37,7 +37,8 @@ def version(package):
     except importlib.metadata.PackageNotFoundError:
         return None
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
-print(json.dumps([sys.version_info[:2], sys.prefix, missing, version("numpy"), version("pillow")]))
+found = {"version": "%d.%d" % sys.version_info[:2], "prefix": sys.prefix, "missing": missing}
+print(json.dumps({**found, "numpy": version("numpy"), "pillow": version("pillow")}))
 """
 
 
@@ -58,7 +59,7 @@ class StubPython:
     executable: str
     version: str
     prefix: str
-    missing: tuple[str, ...]
+    missing: Sequence[str]
     """Modules that the models import and it lacks."""
     numpy: str | None
     pillow: str | None
@@ -163,17 +164,9 @@ def _asked(executable: str, stub: Stub, modules: Sequence[str]) -> StubPython | 
     command = [executable, *isolated, "-c", _PROBE, *modules]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        version, prefix, missing, numpy, pillow = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return StubPython(executable=executable, **json.loads(done.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None
-    return StubPython(
-        executable=executable,
-        version=".".join(map(str, version)),
-        prefix=prefix,
-        missing=tuple(missing),
-        numpy=numpy,
-        pillow=pillow,
-    )
 
 
 def _is_venv(executable: str) -> bool:

@@ -13,6 +13,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipship.core.errors import UsageError
 from clipship.core.tensorrt_plan import version_parts
@@ -65,20 +66,12 @@ _TABLE = (
     ("26.06", "2.70.0", "11.0.0", "1.24.4", 25, (3, 12)),
     ("26.07", "2.71.0", "11.1.0", "1.27.0", 26, (3, 12)),
 )
-"""Release, Triton, TensorRT, ONNX Runtime, its newest opset, Python; ascending."""
+"""Of the columns below; ascending."""
 
-RELEASES = tuple(
-    Release(
-        name=name,
-        triton=triton,
-        tensorrt=tensorrt,
-        onnxruntime=onnxruntime,
-        opset=opset,
-        python=python,
-        accelerates_bf16=name >= "26.02",  # onnxruntime_backend#328
-    )
-    for name, triton, tensorrt, onnxruntime, opset, python in _TABLE
-)
+_COLUMNS = ("name", "triton", "tensorrt", "onnxruntime", "opset", "python")
+_BF16_SINCE = "26.02"  # onnxruntime_backend#328
+_ROWS: list[dict[str, Any]] = [dict(zip(_COLUMNS, row, strict=True)) for row in _TABLE]
+RELEASES = tuple(Release(**row, accelerates_bf16=row["name"] >= _BF16_SINCE) for row in _ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
