@@ -44,11 +44,9 @@ MODELS_OF: dict[str, list[str]] = {
     "tensorrt": MODELS,
 }
 FACTS = ModelSettings(
-    bundle_digest="b" * 64,
-    vocabulary_digest="c" * 64,
+    vocabularies=(VocabularySettings(bundle_digest="b" * 64, vocabulary_digest="c" * 64, top_k=5),),
     image_spec=ImageSpec(size_px=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)),
     embed_dim=512,
-    top_k=5,
 )
 PLAN = PlanInfo(
     runtime="tensorrt",
@@ -121,7 +119,8 @@ BIRDS = VocabularySettings(name="birds", bundle_digest="d" * 64, vocabulary_dige
 def test_the_text_of_tuned_configurations_is_pinned(name: str, model: str) -> None:
     backend, tuning = TUNED[name]
     plans = (PLAN,) if backend == "tensorrt" else ()
-    facts = replace(FACTS, plans=plans, tuning=tuning, others=(BIRDS,), encoder_digest="f" * 64)
+    vocabularies = (*FACTS.vocabularies, BIRDS)
+    facts = replace(FACTS, plans=plans, tuning=tuning, vocabularies=vocabularies, encoder_digest="f" * 64)
     refuse_difference(
         GOLDENS / name / model / "config.pbtxt",
         text_from_config(configs_from_settings(facts, BACKENDS[backend])[model]),
@@ -211,7 +210,8 @@ def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_top_k_is_cut_to_the_vocabulary(bundle: Bundle) -> None:
-    assert model_settings_from_bundle(bundle, max_batch_size=4, top_k=1000).top_k == len(NAMES)
+    settings = model_settings_from_bundle(bundle, max_batch_size=4, top_k=1000)
+    assert settings.vocabularies[0].top_k == len(NAMES)
 
 
 @pytest.mark.parametrize(("max_batch_size", "top_k"), [(0, 5), (8, 0), (-1, 5)])

@@ -75,12 +75,10 @@ class VocabularySettings:
 class ModelSettings:
     """What the configurations of a repository's models depend on."""
 
-    bundle_digest: str
-    vocabulary_digest: str
+    vocabularies: tuple[VocabularySettings, ...]
+    """The bundle's own, which has no name, then the others."""
     image_spec: ImageSpec
     embed_dim: int
-    top_k: int
-    """Classes returned per image, at most the size of the vocabulary."""
     max_batch_size: int = 64
     encoder: EncoderForm = DEFAULT_ENCODER
     """The form of the image encoder that runs without plans."""
@@ -90,8 +88,6 @@ class ModelSettings:
     """Instruction sets of the processor that the encoder's speed was measured on; empty: unknown."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
-    others: tuple[VocabularySettings, ...] = ()
-    """Further vocabularies with the same encoder."""
     tuning: Tuning = field(default_factory=lambda: DEFAULT_TUNING)
 
     @property
@@ -104,14 +100,6 @@ class ModelSettings:
         """The encoder's output."""
         return embedding_tensor(self.embed_dim)
 
-    @property
-    def vocabularies(self) -> tuple[VocabularySettings, ...]:
-        """The bundle's own, which has no name, then the others."""
-        first = VocabularySettings(
-            bundle_digest=self.bundle_digest, vocabulary_digest=self.vocabulary_digest, top_k=self.top_k
-        )
-        return (first, *self.others)
-
 
 def model_settings_from_bundle(
     bundle: Bundle,
@@ -123,7 +111,7 @@ def model_settings_from_bundle(
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> ModelSettings:
-    """The settings of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
+    """The settings of ``bundle``, with ``top_k`` cut to the size of each vocabulary.
 
     Args:
         others: further bundles of the same encoder, by the names of their vocabularies.
@@ -134,30 +122,25 @@ def model_settings_from_bundle(
     for name, value in (("max_batch_size", max_batch_size), ("top_k", top_k)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")
+    bundles: list[tuple[str | None, Bundle]] = [(None, bundle), *(others or {}).items()]
+    measured_on = bundle.manifest.measured_on
     return ModelSettings(
-        bundle_digest=bundle.digest,
-        vocabulary_digest=bundle.vocabulary.digest,
+        vocabularies=tuple(_vocabulary_settings(each, name, top_k) for name, each in bundles),
         image_spec=bundle.image_spec,
         embed_dim=bundle.manifest.embed_dim,
-        top_k=min(top_k, len(bundle.vocabulary)),
         max_batch_size=max_batch_size,
         encoder=encoder,
         encoder_digest=plans[0].info.onnx_digest if plans else form_digest(bundle, encoder),
-        measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
+        measured_with=measured_on.instruction_sets if measured_on else (),
         plans=tuple(plan.info for plan in plans),
-        others=tuple(vocabulary_settings(other, name, top_k) for name, other in (others or {}).items()),
         tuning=tuning,
     )
 
 
-def vocabulary_settings(bundle: Bundle, name: str, top_k: int) -> VocabularySettings:
-    """The settings of a further vocabulary, with ``top_k`` cut to its size."""
-    return VocabularySettings(
-        name=name,
-        bundle_digest=bundle.digest,
-        vocabulary_digest=bundle.vocabulary.digest,
-        top_k=min(top_k, len(bundle.vocabulary)),
-    )
+def _vocabulary_settings(bundle: Bundle, name: str | None, top_k: int) -> VocabularySettings:
+    classes = len(bundle.vocabulary)
+    digests = {"bundle_digest": bundle.digest, "vocabulary_digest": bundle.vocabulary.digest}
+    return VocabularySettings(name=name, top_k=min(top_k, classes), **digests)
 
 
 def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:
@@ -231,7 +214,10 @@ def _cached(tuning: Tuning) -> Fields:
 
 def _parameters(settings: ModelSettings) -> dict[str, str]:
     """What a client needs to know. The vocabulary's digest is in the classifier, which can be republished."""
-    return {BUNDLE_DIGEST: settings.bundle_digest, IMAGE_SPEC: json.dumps(settings.image_spec.to_json())}
+    return {
+        BUNDLE_DIGEST: settings.vocabularies[0].bundle_digest,
+        IMAGE_SPEC: json.dumps(settings.image_spec.to_json()),
+    }
 
 
 def _image_encoder(settings: ModelSettings, backend: Backend) -> Fields:
