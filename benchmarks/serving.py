@@ -18,8 +18,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -32,11 +32,12 @@ from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.precisions import Precision
 from clipship.core.progress import log
 from clipship.core.tables import Table, machine, with_spread
-from clipship.core.tensors import ENCODED, image_tensor
+from clipship.serving.bench.load import PERCENTILES, Reading
 from clipship.serving.bench.photographs import files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table
-from clipship.serving.bench.run import Bench, BenchRow, Point, Reading, opened
-from clipship.serving.bench.wire import Mode, model_of
+from clipship.serving.bench.requests import Mode, model_of
+from clipship.serving.bench.run import Bench, BenchRow, Point
+from clipship.serving.bench.steps import statistics_of
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server.process import start_server
 
@@ -44,7 +45,11 @@ MODELS = ("ViT-B-32/random", "clipship-tiny")
 LARGEST_BATCH = 32
 """Of the server's dynamic batches, and what the engine in process is given."""
 
+Benches = Mapping[str, Bench]
+"""By the first word of a path; "": of all others."""
+
 _PEER = "perf_analyzer"
+_RANKS = tuple(f"p{rank}" for rank in PERCENTILES)
 _POLL_S = 0.2
 
 
@@ -82,39 +87,17 @@ TARGETS = (
 
 
 @contextmanager
-def served(model: str, bundles: Path, precision: Precision, images: Path | None) -> Iterator[Bench]:
-    """A server of ``model``, with what measures it."""
+def served(model: str, bundles: Path, precision: Precision, images: Path | None, peer: bool) -> Iterator[Benches]:
+    """A server of ``model``, and what measures it: with clipship's load, and where asked for with perf_analyzer's."""
     bundle = read_bundle(bundle_of(model, bundles / model.split("/")[0] / "bundle", None))
     files = files_from_folder(images) if images else made_up_files()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         settings: dict[str, Any] = {"precision": precision, "max_batch_size": LARGEST_BATCH}
         repository = repository_from_bundle(bundle, Path(folder) / "repository", backend="python", **settings)
-        with start_server(repository) as server, opened(server.endpoints.url, files, bundle) as bench:
-            yield bench
-
-
-class Peer:
-    """perf_analyzer on the images of ``bench``."""
-
-    def __init__(self, bench: Bench, folder: Path) -> None:
-        self._analyzer = perf_analyzer.found()
-        self._url = bench.wire.url
-        self._folder = folder
-        samples = bench.samples
-        name = image_tensor(samples.spec.size_px).name
-        self._inputs: dict[Mode, Path] = {
-            "pixels": perf_analyzer.write_input(folder / "pixels.json", name, list(samples.pixels)),
-            "encoded": perf_analyzer.write_input(folder / "encoded.json", ENCODED.name, samples.files),
-        }
-
-    def read(self, mode: Mode, batch: int, concurrency: int, seconds: float) -> Reading:
-        """Its reading under the same conditions."""
-        numbers: dict[str, Any] = {"batch": batch, "concurrency": concurrency, "seconds": seconds}
-        images = self._inputs[mode]
-        report = perf_analyzer.analyze(
-            self._analyzer, self._url, model_of(mode), images, folder=self._folder, **numbers
-        )
-        return Reading(images_per_s=report.images_per_s, latencies_ms=report.latencies_ms, steps=None)
+        url = stack.enter_context(start_server(repository)).endpoints.url
+        ours = stack.enter_context(closing(Bench(url, files, bundle=bundle)))
+        theirs = Bench(url, files, analyzer=perf_analyzer.found()) if peer else None
+        yield {"": ours, **({_PEER: stack.enter_context(closing(theirs))} if theirs else {})}
 
 
 class ServerCount:
@@ -145,24 +128,22 @@ class ServerCount:
 
     def _watch(self) -> None:
         while not self._done.wait(_POLL_S):
-            statistics = self._bench.wire.statistics()[self._model]
+            statistics = statistics_of(self._bench.transport)[self._model]
             self._seen.append((time.perf_counter(), statistics.inference_count))
 
 
-def race(bench: Bench, given: argparse.Namespace) -> dict[str, BenchRow]:
+def race(benches: Benches, given: argparse.Namespace) -> dict[str, BenchRow]:
     """Every path once a round; rows by path."""
     points = dict(_points(given.batch, given.concurrency, given.without))
     readings: dict[str, list[Reading]] = {name: [] for name in points}
-    with tempfile.TemporaryDirectory() as folder:
-        peer = Peer(bench, Path(folder)) if any(name.startswith(_PEER) for name in points) else None
-        for number in range(given.rounds):
-            for name, point in points.items():
-                with ServerCount(bench, model_of(point.mode)) as count:
-                    readings[name].append(_read(bench, peer, name, point, given.seconds))
-                log(f"round {number + 1}, {name}: {readings[name][-1].images_per_s:.1f} images/s")
-                if point.where == "server":
-                    counted = Reading(images_per_s=count.images_per_s(), latencies_ms={}, steps=None)
-                    readings.setdefault(f"{name}, counted", []).append(counted)
+    for number in range(given.rounds):
+        for name, point in points.items():
+            bench = benches.get(name.partition(",")[0], benches[""])
+            with ServerCount(bench, model_of(point.mode)) as count:
+                readings[name].append(bench.read(point, given.seconds))
+            log(f"round {number + 1}, {name}: {readings[name][-1].images_per_s:.1f} images/s")
+            if point.where == "server":
+                readings.setdefault(f"{name}, counted", []).append(Reading(images_per_s=count.images_per_s()))
     points |= {name: points[name.removesuffix(", counted")] for name in readings}
     return {name: BenchRow(point=point, readings=tuple(readings[name])) for name, point in points.items()}
 
@@ -183,21 +164,14 @@ def _points(batch: int, concurrency: int, without: Sequence[str]) -> Iterator[tu
                 yield name, point
 
 
-def _read(bench: Bench, peer: Peer | None, name: str, point: Point, seconds: float) -> Reading:
-    if name.startswith(_PEER):
-        assert peer is not None
-        return peer.read(point.mode, point.batch, point.concurrency, seconds)
-    return bench.read(point, seconds)
-
-
 def rates_table(rows: dict[str, BenchRow], title: str) -> Table:
     """A row a path: images a second, latencies."""
     cells = []
     for name, row in rows.items():
-        latencies = [row.latency_ms(rank) for rank in perf_analyzer.PERCENTILES]
+        latencies = [row.latency_ms(rank) for rank in _RANKS]
         texts = ["" if value is None else f"{value:.1f}" for value in latencies]
         cells.append((name, str(row.point.batch), str(row.point.concurrency), with_spread(row.rates, ".1f"), *texts))
-    header = ("path", "batch", "in flight", "images/s", *(f"{rank} ms" for rank in perf_analyzer.PERCENTILES))
+    header = ("path", "batch", "in flight", "images/s", *(f"{rank} ms" for rank in _RANKS))
     return Table(title=title, header=header, rows=tuple(cells), text_columns=1)
 
 
@@ -231,8 +205,9 @@ def main() -> None:
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     for model in given.models:
-        with served(model, given.bundles, given.precision, given.images) as bench:
-            rows, described = race(bench, given), bench.described()
+        peer = not {_PEER} & set(given.without)
+        with served(model, given.bundles, given.precision, given.images, peer) as benches:
+            rows, described = race(benches, given), benches[""].described()
         name = model.split("/")[0]
         made = rates_table(rows, f"{model}, {given.precision}, {machine()}")
         targets, steps = targets_table(rows), steps_table(list(rows.values()))

@@ -23,11 +23,12 @@ import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -38,15 +39,18 @@ from clipship.core.bundle import Bundle, read_bundle
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.progress import log
 from clipship.core.tables import Table, with_spread, write_table
-from clipship.serving.bench.load import Done, Send, measure
+from clipship.serving.bench.load import measure
 from clipship.serving.bench.photographs import made_up_files
-from clipship.serving.bench.wire import Wire, encoded_request, pixels_request
+from clipship.serving.bench.requests import Request, encoded_request, pixels_request
+from clipship.serving.bench.steps import statistics_of
+from clipship.serving.errors import ServerOverloaded, ServerUnreachable
 from clipship.serving.model_names import ADMISSION, CLASSIFY, PREPROCESS
 from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
 from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
 from clipship.serving.repository.write import DOORS_COPY, repository_from_bundle
-from clipship.serving.server.process import start_server
+from clipship.serving.server.process import Server, start_server
 from clipship.serving.server.server_args import DEFAULT_OPTIONS, ServerOptions
+from clipship.serving.transport.grpc import TritonTransport
 
 CLIENTS = 64
 DEADLINE_S = 1.0
@@ -143,59 +147,47 @@ def _photo(small: bytes) -> bytes:
 
 
 @contextmanager
-def served(way: Way, bundle: Bundle, options: ServerOptions = DEFAULT_OPTIONS) -> Iterator[Wire]:
+def served(way: Way, bundle: Bundle, options: ServerOptions = DEFAULT_OPTIONS) -> Iterator[TritonTransport]:
     """A Triton whose queues are run that way, and a connection to it."""
     with tempfile.TemporaryDirectory() as folder:
         repository = repository_from_bundle(bundle, Path(folder) / "repository", backend="python", tuning=way.tuning)
         way.change(repository)
-        with start_server(repository, options=options) as server:
-            wire = Wire(server.endpoints.url, timeout_s=_PATIENT_S)
-            yield wire
-            wire.close()
+        with start_server(repository, options=options) as running, closing(_transport_to(running)) as server:
+            yield server
 
 
-def patient(wire: Wire, request: bytes) -> Send:
-    """Sends ``request`` until it is answered, as clipship's client does with what a server refuses to keep waiting."""
-    import grpc
-
-    def send(done: Done) -> None:
-        ends_s = time.monotonic() + _PATIENT_S
-
-        def again() -> None:
-            wire.transport.send(request, timeout_s=_PATIENT_S).add_done_callback(land)
-
-        def land(call: Any) -> None:
-            error = call.exception()
-            if error is not None and error.code() == grpc.StatusCode.UNAVAILABLE and time.monotonic() < ends_s:
-                time.sleep(0.01)
-                again()
-            else:
-                done(error)
-
-        again()
-
-    return send
+def _transport_to(running: Server) -> TritonTransport:
+    return TritonTransport(running.endpoints.url)
 
 
-def answers_s(wire: Wire, request: bytes, count: int = 1) -> float:
+def answer(server: TritonTransport, request: Request) -> None:
+    """Send ``request`` until it is answered, as clipship's client does with what a server refuses to keep waiting."""
+    ends_s = time.monotonic() + _PATIENT_S
+    while True:
+        try:
+            request.sent(server, _PATIENT_S).result()
+            return
+        except (ServerOverloaded, ServerUnreachable):
+            if time.monotonic() >= ends_s:
+                raise
+            time.sleep(0.01)
+
+
+def answers_s(server: TritonTransport, request: Request, count: int = 1) -> float:
     """How long ``count`` requests take that are sent at once."""
-    answers: SimpleQueue[Exception | None] = SimpleQueue()
-    began_s = time.perf_counter()
-    for _ in range(count):
-        patient(wire, request)(answers.put)
-    for _ in range(count):
-        if error := answers.get():
-            raise error
-    return time.perf_counter() - began_s
+    with ThreadPoolExecutor(count) as threads:
+        began_s = time.perf_counter()
+        list(threads.map(lambda _: answer(server, request), range(count)))
+        return time.perf_counter() - began_s
 
 
-def storm(wire: Wire, request: bytes, seconds: float) -> None:
+def storm(server: TritonTransport, request: Request, seconds: float) -> None:
     """The crowd comes and goes."""
     ends_s = time.monotonic() + seconds
 
     def client() -> None:
         while time.monotonic() < ends_s:
-            wire.transport.send(request, timeout_s=DEADLINE_S).exception()
+            request.sent(server, DEADLINE_S).exception()
 
     crowd = [threading.Thread(target=client) for _ in range(CLIENTS)]
     for each in crowd:
@@ -206,20 +198,20 @@ def storm(wire: Wire, request: bytes, seconds: float) -> None:
 
 def measure_storms(way: Way, bundle: Bundle, traffic: Traffic, figures: Figures, seconds: float) -> None:
     """A storm of each kind, and what comes after it."""
-    with served(way, bundle) as wire:
+    with served(way, bundle) as server:
         for kind, request in traffic.storms.items():
-            answers_s(wire, request)
-            storm(wire, request, seconds)
+            answers_s(server, request)
+            storm(server, request, seconds)
             began_s = time.perf_counter()
-            figures.next_s[kind].append(answers_s(wire, request))
-            figures.idle_s[kind].append(_idle_s(wire) - began_s)
+            figures.next_s[kind].append(answers_s(server, request))
+            figures.idle_s[kind].append(_idle_s(server) - began_s)
 
 
-def _idle_s(wire: Wire) -> float:
+def _idle_s(server: TritonTransport) -> float:
     """The moment when the last request had been answered or dropped, to half a second."""
     seen, since_s = -1, time.perf_counter()
     while True:
-        ended = [each.inference_stats for name, each in wire.statistics().items() if name.startswith(CLASSIFY)]
+        ended = [each.inference_stats for name, each in statistics_of(server).items() if name.startswith(CLASSIFY)]
         if (count := sum(each.success.count + each.fail.count for each in ended)) != seen:
             seen, since_s = count, time.perf_counter()
         elif time.perf_counter() - since_s > _QUIET_S:
@@ -233,22 +225,21 @@ def measure_calm(way: Way, bundle: Bundle, traffic: Traffic, figures: Figures, s
         trace, other = (Path(folder) / name for name in ("trace.json", "beside.json"))
         options = ServerOptions(trace_file=trace, trace_rate=1)
         same = replace(options, trace_file=other)  # tracing costs time
-        with served(WAYS[BESIDE], bundle, same) as beside, served(way, bundle, options) as wire:
+        with served(WAYS[BESIDE], bundle, same) as beside, served(way, bundle, options) as server:
             for kind, request in traffic.steady.items():
-                pairs = [[_rate(each, request, seconds) for each in (beside, wire)] for _ in range(_TURNS)]
+                pairs = [[_rate(each, request, seconds) for each in (beside, server)] for _ in range(_TURNS)]
                 figures.ratios[kind] += [rate / beside_rate for beside_rate, rate in pairs]
-            bursts = [[answers_s(each, request, _BURST) for each in (beside, wire)] for _ in range(_TURNS)]
+            bursts = [[answers_s(each, request, _BURST) for each in (beside, server)] for _ in range(_TURNS)]
             figures.ratios["bursts of files"] += [beside_s / burst_s for beside_s, burst_s in bursts]
         starts = list(late_starts(json.loads(trace.read_text(encoding="utf-8")), way.tuning.max_queue_delay_us * 1e-6))
     figures.late.append(sum(late_s > LATE_S for late_s in starts) / len(starts))
     figures.latest_s.append(max(starts))
 
 
-def _rate(wire: Wire, request: bytes, seconds: float) -> float:
+def _rate(server: TritonTransport, request: Request, seconds: float) -> float:
     """Images a second."""
-    return measure(
-        patient(wire, request), concurrency=_IN_FLIGHT, batch=_BATCH, seconds=seconds / _TURNS, warm_up_s=0.2
-    ).images_per_s
+    times = {"seconds": seconds / _TURNS, "warm_up_s": 0.2}
+    return measure(partial(answer, server, request), concurrency=_IN_FLIGHT, batch=_BATCH, **times).images_per_s
 
 
 def late_starts(trace: Sequence[Mapping[str, Any]], delay_s: float) -> Iterator[float]:

@@ -13,7 +13,8 @@ from clipship.core.images.decoding import pixels_from_bytes
 from clipship.serving import Result
 from clipship.serving.errors import ModelsMissing, ServingError
 from clipship.serving.model_names import CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, of_vocabulary
-from clipship.serving.repository.write import ModelSettings, configs_from_facts
+from clipship.serving.repository.backends import PYTHON
+from clipship.serving.repository.models import ModelSettings, VocabularySettings, configs_from_settings
 from clipship.serving.transport.base import CallOptions, Tensors, config_json
 from tests.serving.bundles import EMBED_DIM, SPEC
 
@@ -74,15 +75,13 @@ def configs(
 ) -> dict[str, dict[str, Any]]:
     """The configurations of a repository with further ``vocabularies``."""
     facts = ModelSettings(
-        bundle_digest=bundle,
-        vocabulary_digest=digest,
+        vocabularies=(VocabularySettings(bundle_digest=bundle, vocabulary_digest=digest, top_k=2),),
         image_spec=SPEC,
         embed_dim=EMBED_DIM,
         encoder_digest=encoder,
-        top_k=2,
         max_batch_size=BATCH,
     )
-    told = {name: config_json(config) for name, config in configs_from_facts(facts, "python").items()}
+    told = {name: config_json(config) for name, config in configs_from_settings(facts, PYTHON).items()}
     for vocabulary in vocabularies:
         for model in (CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED):
             told[of_vocabulary(model, vocabulary)] = told[model]

@@ -8,8 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipship.serving.bench.wire import Wire, encoded_request, pixels_request
+from clipship.serving.bench.requests import encoded_request, pixels_request, validate_answer
+from clipship.serving.bench.steps import statistics_of
 from clipship.serving.server.process import start_server
+from clipship.serving.transport.grpc import TritonTransport
 from tests.serving.bundles import SIZE_PX, jpeg_bytes
 
 CROWD = 100
@@ -43,12 +45,12 @@ def test_what_a_crowd_leaves_behind_is_not_computed(repository: Path, tmp_path: 
     pixels = np.zeros((1, SIZE_PX, SIZE_PX, 3), dtype=np.uint8)
     request = encoded_request([jpeg_bytes(1)]) if mode == "encoded" else pixels_request(pixels)
     with start_server(tmp_path / "repository") as server:
-        wire = Wire(server.endpoints.url)
-        before = wire.statistics()[model].inference_count
-        crowd = [wire.transport.send(request, timeout_s=60) for _ in range(CROWD)]
+        transport = TritonTransport(server.endpoints.url)
+        before = statistics_of(transport)[model].inference_count
+        crowd = [request.sent(transport, 60) for _ in range(CROWD)]
         crowd[0].result()
         for call in crowd:
             call.cancel()
-        wire.check(request, 1)
-        assert wire.statistics()[model].inference_count - before < CROWD / 2
-        wire.close()
+        validate_answer(request, transport, 60)
+        assert statistics_of(transport)[model].inference_count - before < CROWD / 2
+        transport.close()

@@ -1,11 +1,11 @@
-"""How far ahead of a model the one before it in an ensemble may run, so that its queue is never long.
+"""Limits how far a model may run ahead of the next one in an ensemble, so that the next one's queue stays short.
 
-When a client has left, Triton drops the next step of its request, but not a step that waits in a queue already
-(triton-inference-server/server#6739): that is computed for nobody. So requests wait before the step, in the model that
-makes its inputs. A model shows at its door, some bytes of memory that other models' processes read, what it has taken
-in hand and how fast it works; who comes before waits there while more than a turn's work is on its way.
+When a client disconnects, Triton drops the next steps of its request, but not a step that is already queued
+(triton-inference-server/server#6739): that is computed for nothing. So requests wait before the step, in the model that
+produces its inputs. A model publishes at its door, a few bytes of shared memory, how much work it has accepted and how
+fast it works; the model before it waits there while more than a turn's work is on its way.
 
-Nothing is refused, and the order is kept. Where there is no door, as with backends other than Python, nobody waits.
+No request is rejected, and the order is kept. Without a door, as with backends other than Python, nothing waits.
 """
 
 import fcntl
@@ -22,33 +22,34 @@ from typing import Any
 import numpy as np
 
 TURN_S = 0.3
-"""The work that may be on its way to a model."""
+"""Work, in seconds, that may be on its way to a model."""
 _ON_THE_WAY_S = 0.02
-"""What has not arrived at an idle model by then was dropped."""
+"""Work that has not arrived at an idle model by then was dropped."""
 _POLL_S = 0.001
 _LAST = 1  # TRITONSERVER_RESPONSE_COMPLETE_FINAL
 _LONGEST_S = 10.0
-"""Then go on, whatever the door says: its model may have died."""
+"""Then stop waiting, whatever the door says: its model may have died."""
 _STATE = struct.Struct("<Qdd")
-"""All work ever taken in hand; since when the model is idle, by the machine's monotonic clock (0: it is not); work a
-second. Written by the model."""
+"""All work accepted so far; when the model became idle, by the monotonic clock (0: it is busy); work per second.
+
+Written by the model."""
 _WAY = struct.Struct("<Qd")
-"""All work ever sent to the door, and when the last of it was. Written by whoever sends, one at a time."""
+"""All work sent to the door so far, and when the last was sent. Written by the senders, one at a time."""
 
 
 def work_of(array: Any) -> int:
-    """How much there is to do: bytes of files [N, 1], one more each for empty ones; or images [N, H, W, 3]."""
+    """The work in a batch: bytes of files [N, 1] plus one per file, or the number of images [N, H, W, 3]."""
     return len(array) + sum(map(len, array.flat)) if array.dtype == np.object_ else len(array)
 
 
 def _path(kind: str, name: str) -> str:
-    """In memory; ``clipship serve`` deletes what it has named so."""
+    """A file in shared memory; ``clipship serve`` deletes files with its prefix."""
     prefix = os.environ.get("CLIPSHIP_SHM_PREFIX", f"clipship_{os.getppid()}_")
     return f"/dev/shm/{prefix}{kind}_{name}"
 
 
 class _Shared:
-    """Some numbers that several processes see."""
+    """Numbers in memory that several processes share."""
 
     def __init__(self, path: str, form: struct.Struct) -> None:
         self._form = form
@@ -66,7 +67,7 @@ class _Shared:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Other processes that lock them wait; the kernel unlocks them when this one dies."""
+        """Exclude other processes; the kernel releases the lock when this one dies."""
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
         try:
             yield
@@ -75,10 +76,10 @@ class _Shared:
 
 
 def answered(requests: list[Any], responses: Iterator[Any]) -> list[Any] | None:
-    """What ``execute`` returns: each of several requests is answered as soon as its response is made.
+    """The return value of ``execute``: several requests are each answered as soon as the response is ready.
 
-    A single response is returned, as a client that has it may end the server at once: a stub of Triton 2.51 that has
-    sent one and has not returned waits for the server for ever.
+    A single response is returned instead: its client may stop the server at once, and a stub of Triton 2.51 that has
+    sent a response without returning would wait for the server forever.
     """
     if len(requests) == 1:
         return list(responses)
@@ -88,7 +89,7 @@ def answered(requests: list[Any], responses: Iterator[Any]) -> list[Any] | None:
 
 
 class Door:
-    """Of an instance of a model, by its name in Triton (``preprocess_0_0``)."""
+    """The door of a model instance, by its name in Triton (``preprocess_0_0``), seen from the model."""
 
     def __init__(self, instance: str) -> None:
         self._state = _Shared(_path("door", instance), _STATE)
@@ -98,7 +99,7 @@ class Door:
 
     @contextmanager
     def closed(self, work: int) -> Iterator[None]:
-        """While the block does so much work."""
+        """Close the door while the block does ``work``."""
         began_s = time.monotonic()
         self._taken += work
         self._show(0.0)
@@ -114,7 +115,7 @@ class Door:
 
 
 class Doors:
-    """Those of all instances of ``model``, seen from a model before it; there may be several, and instances of them."""
+    """The doors of all instances of ``model``, seen from the models before it."""
 
     def __init__(self, model: str) -> None:
         self._model = model
@@ -122,7 +123,7 @@ class Doors:
         self._looked_s = -math.inf
 
     def wait(self, work: int) -> None:
-        """Return when so much work may set out."""
+        """Wait until ``work`` may be sent."""
         ends_s = time.monotonic() + _LONGEST_S
         while self._look() and not any(side.admits(work) for side in self._sides.values()):
             if time.monotonic() > ends_s:
@@ -130,7 +131,7 @@ class Doors:
             time.sleep(_POLL_S)
 
     def _look(self) -> bool:
-        """Whether there are doors; new ones are found within a second."""
+        """Whether any doors exist; new ones are found within a second."""
         now_s = time.monotonic()
         if now_s - self._looked_s > 1.0:
             self._looked_s = now_s
@@ -142,14 +143,14 @@ class Doors:
 
 
 class _Outside:
-    """Of one door."""
+    """One door, seen from outside."""
 
     def __init__(self, instance: str) -> None:
         self._state = _Shared(_path("door", instance), _STATE)
         self._way = _Shared(_path("way", instance), _WAY)
 
     def admits(self, work: int) -> bool:
-        """Whether so much work may set out; if so, it does."""
+        """Whether ``work`` may be sent; if so, it counts as sent."""
         with self._way.locked():
             (taken, idle_s, work_per_s), (sent, last_s) = self._state.read(), self._way.read()
             now_s = time.monotonic()

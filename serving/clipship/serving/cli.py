@@ -3,96 +3,65 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
-from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
+from clipship.serving.repository.backends import ACCELERATORS, BACKENDS, PYTHON
 
 _FILE = click.Path(path_type=Path)
 
 
+_option = partial(click.option, show_default=True)
+_sizes: dict[str, Any] = {"type": int, "multiple": True}
+_precisions = click.Choice(["fp32", "fp16", "bf16", "int8"])
+
 _tuning_options = option_group(
-    click.option("--instances", default=1, show_default=True, help="Copies of the image encoder, on each GPU."),
-    click.option("--decoders", default=1, show_default=True, help="Copies of preprocess."),
-    click.option(
-        "--device",
-        type=click.Choice(["auto", "cpu", "gpu"]),
-        default="auto",
-        show_default=True,
-        help="Of the image encoder; auto: a GPU where there is one and the backend can use it.",
-    ),
-    click.option("--gpu", "gpus", type=int, multiple=True, help="A GPU's number; several times for several."),
-    click.option("--threads", type=int, help="Cores that share the encoder's products on the CPU. [default: all]"),
-    click.option("--max-queue-delay-us", default=1000, show_default=True, help="How long a request waits for company."),
-    click.option("--max-queue-size", default=0, show_default=True, help="Requests waiting, at most; 0: no limit."),
-    click.option("--queue-timeout-s", default=0.0, show_default=True, help="How long a request may wait; 0: no limit."),
-    click.option(
-        "--preferred-batch-size", "preferred_batch_sizes", type=int, multiple=True, help="A batch sent on at once."
-    ),
-    click.option(
-        "--warmup-batch-size",
-        "warmup_batch_sizes",
-        type=int,
-        multiple=True,
-        help="A batch that runs while the model loads. [default: one image, and the largest batch]",
-    ),
-    click.option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: launch small batches as one graph."),
-    click.option(
-        "--accelerator",
-        type=click.Choice(["tensorrt"]),
-        help="With --backend onnxruntime: build TensorRT engines from the ONNX file, on the server's own GPU.",
-    ),
-    click.option("--response-cache", is_flag=True, help="Answer pixels and files that came before from memory."),
+    _option("--instances", default=1, help="Model instances of the image encoder, on each GPU."),
+    _option("--decoders", default=1, help="Model instances of preprocess."),
+    _option("--device", type=click.Choice(["auto", "cpu", "gpu"]), default="auto", help="Device of the image encoder."),
+    _option("--gpu", "gpus", type=int, multiple=True, help="GPU number; repeat for several GPUs."),
+    _option("--threads", type=int, help="Intra-op threads of the encoder on the CPU. [default: one per core]"),
+    _option("--max-queue-delay-us", default=1000, help="Maximum batching delay in microseconds."),
+    _option("--max-queue-size", default=0, help="Maximum number of queued requests; 0: no limit."),
+    _option("--queue-timeout-s", default=0.0, help="Maximum queueing time in seconds; 0: no limit."),
+    _option("--preferred-batch-size", "preferred_batch_sizes", **_sizes, help="Preferred batch size; repeatable."),
+    _option("--warmup-batch-size", "warmup_batch_sizes", **_sizes, help="Repeatable. [default: 1 and the maximum]"),
+    _option("--cuda-graphs", is_flag=True, help="With --backend tensorrt: capture CUDA graphs."),
+    _option("--accelerator", type=click.Choice(ACCELERATORS), help="Execution accelerator of --backend onnxruntime."),
+    _option("--response-cache", is_flag=True, help="Cache responses of the image encoder and of preprocess."),
 )
 
 
 @click.command()
 @click.argument("bundle", type=_FILE)
-@click.option("--out", required=True, type=_FILE, help="The repository's folder, replaced as a whole.")
-@click.option(
+@_option("--out", required=True, type=_FILE, help="Output folder; an existing repository is replaced atomically.")
+@_option(
     "--vocabulary",
     "vocabularies",
     multiple=True,
     metavar="NAME=BUNDLE",
-    help="A further bundle with the same encoder; its vocabulary is served beside the first, under NAME.",
+    help="Another bundle with the same encoder; its vocabulary is served too, as NAME.",
 )
-@click.option(
-    "--backend",
-    type=click.Choice(["python", "onnxruntime", "tensorrt"]),
-    default="python",
-    show_default=True,
-    help="Who runs the image encoder: Triton's Python backend (the embedded server has it), ONNX Runtime, or TensorRT.",
-)
-@click.option(
-    "--precision",
-    type=click.Choice(list(PRECISIONS)),
-    default="fp32",
-    show_default=True,
-    help="Of the image encoder, one that the bundle was packed with; plans have their own.",
-)
-@click.option(
-    "--plan",
-    "plans",
-    type=_FILE,
-    multiple=True,
-    help="A plan that clipship engine built, with --backend tensorrt; one for each kind of GPU.",
-)
-@click.option("--tensorrt-version", help="The server's TensorRT, e.g. 10.14.1. [default: that of the plans]")
-@click.option("--max-batch-size", type=int, help="Images a request, at most. [default: 64, or what the plans take]")
-@click.option("--top-k", default=5, show_default=True, help="Classes reported an image.")
+@_option("--backend", type=click.Choice(list(BACKENDS)), default=PYTHON.name, help="Triton backend of the encoder.")
+@_option("--precision", type=_precisions, default="fp32", help="Precision of the encoder; plans have their own.")
+@_option("--plan", "plans", type=_FILE, multiple=True, help="With --backend tensorrt: a plan, one per kind of GPU.")
+@_option("--tensorrt-version", help="TensorRT version of the server, e.g. 10.14.1. [default: that of the plans]")
+@_option("--max-batch-size", type=int, help="Maximum batch size. [default: 64, or that of the plans]")
+@_option("--top-k", default=5, help="Number of classes returned per image.")
 @_tuning_options
 @json_option
 def repository(
     bundle: Path,
     out: Path,
     vocabularies: tuple[str, ...],
-    backend: Literal["python", "onnxruntime", "tensorrt"],
-    precision: Precision,
+    backend: str,
+    precision: Any,
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,
@@ -107,8 +76,8 @@ def repository(
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.tensorrt_plan import read_plan
+    from clipship.serving.repository.requirements import model_names
     from clipship.serving.repository.tuning import Tuning
-    from clipship.serving.repository.validate import model_names
     from clipship.serving.repository.write import repository_from_bundle
 
     opened = read_bundle(existing_folder(bundle, "a bundle that clipship pack wrote"))
@@ -138,32 +107,32 @@ def named_bundle(given: str) -> tuple[str, Path]:
 
 
 _server_options = option_group(
-    click.option("--open-admin", is_flag=True, help="Let everybody load models and change tracing and logging."),
-    click.option("--admin-secret", type=_FILE, help="Where the admin protocols' new secret goes. [default: the cache]"),
-    click.option("--tls-cert", type=_FILE, help="The server's certificate (PEM): encrypts gRPC."),
-    click.option("--tls-key", type=_FILE, help="Its private key (PEM)."),
-    click.option("--tls-ca", type=_FILE, help="Answer only clients with a certificate of these authorities (mTLS)."),
-    click.option("--trace-file", type=_FILE, help="Timestamps of traced requests, written when the server ends."),
-    click.option("--trace-url", help="An OpenTelemetry collector (OTLP over HTTP) that gets the traces instead."),
-    click.option("--trace-rate", default=1000, show_default=True, help="One request in so many is traced."),
-    click.option("--cache-mb", default=256, show_default=True, help="The response cache, where it is used."),
-    click.option("--pinned-memory-mb", default=256, show_default=True, help="Page-locked memory for copies to GPUs."),
-    click.option("--cuda-memory-mb", default=64, show_default=True, help="GPU memory for tensors between models."),
+    _option("--open-admin", is_flag=True, help="Leave the admin protocols (load, trace, log) unrestricted."),
+    _option("--admin-secret", type=_FILE, help="File for the new admin secret. [default: in the cache folder]"),
+    _option("--tls-cert", type=_FILE, help="Server certificate (PEM); enables TLS for gRPC."),
+    _option("--tls-key", type=_FILE, help="Private key of the server certificate (PEM)."),
+    _option("--tls-ca", type=_FILE, help="CA of client certificates (PEM); enables mutual TLS."),
+    _option("--trace-file", type=_FILE, help="Write timestamps of traced requests to this file at exit."),
+    _option("--trace-url", help="Send traces to this OpenTelemetry collector (OTLP over HTTP)."),
+    _option("--trace-rate", default=1000, help="Trace one request in this many."),
+    _option("--cache-mb", default=256, help="Size of the response cache in MiB, if it is used."),
+    _option("--pinned-memory-mb", default=256, help="Pinned memory pool in MiB."),
+    _option("--cuda-memory-mb", default=64, help="CUDA memory pool per GPU in MiB."),
 )
 
 
 @click.command()
 @click.argument("repository", type=_FILE)
-@click.option("--host", default="127.0.0.1", show_default=True, help="The address to listen on.")
-@click.option("--grpc-port", default=8001, show_default=True, help="Port of gRPC; 0 takes a free one.")
-@click.option("--http-port", default=8000, show_default=True, help="Port of HTTP; 0 takes a free one.")
-@click.option("--metrics-port", default=8002, show_default=True, help="Port of the metrics; 0 takes a free one.")
-@click.option("--log-file", type=_FILE, help="Where Triton logs to (default: a temporary file).")
-@click.option("--timeout-s", default=300.0, show_default=True, help="How long loading may take.")
+@_option("--host", default="127.0.0.1", help="Address to listen on.")
+@_option("--grpc-port", default=8001, help="gRPC port; 0 picks a free one.")
+@_option("--http-port", default=8000, help="HTTP port; 0 picks a free one.")
+@_option("--metrics-port", default=8002, help="Metrics port; 0 picks a free one.")
+@_option("--log-file", type=_FILE, help="Triton's log. [default: a temporary file]")
+@_option("--timeout-s", default=300.0, help="Maximum time to load the models.")
 @_server_options
-@click.option("--container", is_flag=True, help="Only print the command for NVIDIA's container.")
-@click.option("--compose", type=_FILE, help="With --container: write a compose file instead.")
-@click.option("--image", help="The container's image. [default: a release of NVIDIA's that can serve it]")
+@_option("--container", is_flag=True, help="Print the command for NVIDIA's container instead.")
+@_option("--compose", type=_FILE, help="With --container: write a Docker Compose file.")
+@_option("--image", help="Container image. [default: a suitable NVIDIA release]")
 @json_option
 def serve(
     repository: Path,
@@ -179,7 +148,7 @@ def serve(
     as_json: bool,
     **server: Any,
 ) -> None:
-    """Run a real Triton on a model REPOSITORY until Ctrl-C.
+    """Serve a model REPOSITORY with Triton until Ctrl-C.
 
     Example: clipship serve runs/prints/repository
     """
@@ -192,7 +161,7 @@ def serve(
         _print_container(folder, ports, compose, image, options.cache_mb, as_json=as_json)
         return
     if compose is not None or image is not None:
-        raise UsageError("--compose and --image are of a container: give --container, too")
+        raise UsageError("--compose and --image need --container")
     _serve(folder, host, ports, as_json=as_json, log_file=log_file, timeout_s=timeout_s, options=options)
 
 
@@ -202,12 +171,12 @@ def _serve(folder: Path, host: str, ports: dict[str, Any], *, as_json: bool, **s
 
     options = settings["options"]
     if not is_loopback(f"{host}:0") and not options.secure:
-        log(f"{host} can be reached from other machines, in plain text: give --tls-cert and --tls-key to encrypt gRPC")
+        log(f"{host} is reachable from other machines without encryption: give --tls-cert and --tls-key")
     with signals_as_interrupt(), start_server(folder, host=host, **ports, **settings) as server:
         endpoints = asdict(server.endpoints)
         listening = "  ".join(f"{name.removesuffix('_port')} {host}:{endpoints[name]}" for name in ports)
         secret = str(server.secret_file) if server.secret_file else None
-        try:  # whoever reads that it is ready may stop it at once
+        try:  # readers of this line may stop the server at once
             emit({**endpoints, "admin_secret": secret}, f"ready: {listening}", as_json=as_json)
             server.wait()
         except KeyboardInterrupt:

@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 from benchmarks import perf_analyzer
 from benchmarks.serving import ServerCount
 
-from clipship.core.tensors import ENCODED
-from clipship.serving.bench.run import Point, opened
+from clipship.serving.bench.perf_analyzer import Analyzer, analyze, reading_from_csv
+from clipship.serving.bench.run import Bench, Point
+from clipship.serving.bench.steps import statistics_of
+from clipship.serving.errors import ServingError
 from clipship.serving.server.process import Server
+from clipship.serving.transport.connection import Connection
 from tests.serving.bundles import jpeg_bytes
+from tests.serving.grpc_servers import Triton, serving
 
 CSV = (
     "Concurrency,Inferences/Second,Client Send,Network+Server Send/Recv,Server Queue,Server Compute Input,"
-    "Server Compute Infer,Server Compute Output,Client Recv,p50 latency,p90 latency,p95 latency,p99 latency\n"
-    "4,1234.5,10,20,30,40,50,60,0,8000,9000,9500,12000\n"
+    "Server Compute Infer,Server Compute Output,Client Recv,p50 latency,p90 latency,p95 latency,p99 latency,"
+    "Avg latency\n"
+    "4,1234.5,10,20,30,40,50,60,0,8000,9000,9500,12000,8500\n"
 )
 
 
 def test_its_csv_is_read_in_our_units() -> None:
-    report = perf_analyzer.report_from_csv(CSV)
+    report = reading_from_csv(CSV)
     assert report.images_per_s == 1234.5
-    assert report.latencies_ms == {"p50": 8.0, "p90": 9.0, "p95": 9.5, "p99": 12.0}
+    assert report.latencies_ms == {"mean": 8.5, "p50": 8.0, "p90": 9.0, "p95": 9.5, "p99": 12.0}
 
 
 def test_the_servers_count_is_taken_between_two_moments_of_a_running_load() -> None:
@@ -37,26 +44,39 @@ def test_the_servers_count_is_taken_between_two_moments_of_a_running_load() -> N
 
 @pytest.mark.triton
 @pytest.mark.parametrize(("mode", "model"), [("pixels", "classify"), ("encoded", "classify_encoded")])
-def test_it_takes_our_images_and_its_figures_obey_the_same_law(
-    server: Server, tmp_path: Path, mode: str, model: str
-) -> None:
-    analyzer = perf_analyzer.found()
+def test_it_takes_our_images_and_its_figures_obey_the_same_law(server: Server, mode: str, model: str) -> None:
     files = [jpeg_bytes(seed) for seed in range(4)]
-    with opened(server.endpoints.url, files) as bench:
-        images = list(bench.samples.pixels) if mode == "pixels" else files
-        name = "image" if mode == "pixels" else ENCODED.name
-        given = perf_analyzer.write_input(tmp_path / "images.json", name, images)
-        before = bench.wire.statistics()[model].inference_stats
-        theirs = perf_analyzer.analyze(
-            analyzer, bench.wire.url, model, given, batch=2, concurrency=2, seconds=0.4, folder=tmp_path
-        )
-        after = bench.wire.statistics()[model].inference_stats
-        ours = bench.read(Point(where="server", mode=mode, batch=2, concurrency=2), 0.3)  # type: ignore[arg-type]
-    assert after.success.count > before.success.count
+    point = Point(where="server", mode=mode, batch=2, concurrency=2)  # type: ignore[arg-type]
+    url = server.endpoints.url
+    with closing(Bench(url, files, analyzer=perf_analyzer.found())) as theirs, closing(Bench(url, files)) as ours:
+        before = statistics_of(ours.transport)[model].inference_stats
+        readings = [theirs.read(point, 1.2)]
+        after = statistics_of(ours.transport)[model].inference_stats
+        readings.append(ours.read(point, 0.3))
+    assert after.success.count > before.success.count + 1
     assert after.fail.count == before.fail.count
-    assert set(theirs.latencies_ms) == set(ours.latencies_ms) - {"mean"}
-    for reading in (theirs, ours):
+    assert set(readings[0].latencies_ms) == set(readings[1].latencies_ms) == {"mean", "p50", "p90", "p95", "p99"}
+    for reading in readings:
+        assert reading.steps is not None
+        assert sum(reading.steps.shares().values()) == pytest.approx(1.0, abs=0.2)
         in_flight = reading.images_per_s / 2 * reading.latencies_ms["p50"] / 1e3
         assert (
             0.05 < in_flight < 80
         )  # two, if these are images a second and milliseconds; a thousand times off otherwise
+
+
+def test_one_that_ends_without_a_report_is_told_in_one_line(tmp_path: Path) -> None:
+    program = tmp_path / "perf_analyzer"
+    program.write_text("#!/bin/sh\necho one >&2\necho 'failed to connect' >&2\nexit 3\n")
+    program.chmod(0o755)
+    numbers: dict[str, Any] = {"batch": 1, "concurrency": 1, "seconds": 0.1}
+    with pytest.raises(ServingError, match=r"^a:1: perf_analyzer ended with code 3 and no report: failed to connect$"):
+        analyze(Analyzer(program=program), "a:1", "classify", ("encoded", [b"x"]), **numbers)
+
+
+def test_a_secret_never_gets_into_a_command_line(tmp_path: Path) -> None:
+    with serving(Triton()) as url:
+        analyzer = Analyzer(program=tmp_path / "none")
+        for settings, used in (({}, analyzer), ({"headers": {"x-team": "birds"}}, None), ({"token": "s3cret"}, None)):
+            with closing(Bench(Connection(urls=(url,), **settings), [jpeg_bytes(0)], analyzer=analyzer)) as bench:
+                assert bench.analyzer is used

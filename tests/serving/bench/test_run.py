@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,20 @@ from clipship.core.cli.main import main
 from clipship.core.errors import DataError, UsageError
 from clipship.core.images.decoding import ImageSpec, decode_image
 from clipship.core.tables import Table
-from clipship.serving.bench.load import measure
-from clipship.serving.bench.paths import BenchImages
+from clipship.serving.bench.load import Reading, measure
 from clipship.serving.bench.photographs import SIZE_PX, files_from_folder, made_up_files
 from clipship.serving.bench.report import steps_table, throughput_table, write_report
-from clipship.serving.bench.run import Bench, BenchPlan, BenchRow, Point, Reading, opened
-from clipship.serving.bench.wire import Wire, encoded_request
+from clipship.serving.bench.requests import BenchImages, encoded_request, validate_answer
+from clipship.serving.bench.run import Bench, BenchPlan, BenchRow, Point
+from clipship.serving.bench.steps import statistics_of
 from clipship.serving.errors import ModelsMissing, RequestRejected, ServerUnreachable, ServingError
 from clipship.serving.server.process import Server, start_server
 from clipship.serving.server.server_args import ServerOptions
 from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.grpc import TritonTransport
 from tests.serving.bundles import SPEC, jpeg_bytes, write_bundle
-from tests.serving.grpc_servers import Triton, serving
+from tests.serving.fake_server import answer
+from tests.serving.grpc_servers import Triton, inputs_of, message_from, serving
 from tests.serving.processes import clipship
 from tests.serving.server.test_process import write_certificates
 
@@ -37,7 +40,7 @@ QUICK: dict[str, Any] = {"seconds": 0.2, "rounds": 2}
 
 @pytest.fixture(scope="module")
 def bench(server: Server, bundle: Bundle) -> Iterator[Bench]:
-    with opened(server.endpoints.url, FILES, bundle) as ready:
+    with closing(Bench(server.endpoints.url, FILES, bundle=bundle)) as ready:
         yield ready
 
 
@@ -88,45 +91,66 @@ def test_each_step_of_the_ensemble_has_its_share(rows: list[BenchRow]) -> None:
 
 
 @pytest.mark.triton
-def test_no_shared_memory_is_left_behind(bench: Bench, server: Server) -> None:
-    def held() -> dict[str, int]:
-        status = bench.wire.transport.call("SystemSharedMemoryStatus")
-        return {name: region.byte_size for name, region in status.regions.items()}
+def test_no_shared_memory_is_left_behind(server: Server) -> None:
+    with closing(TritonTransport(server.endpoints.url)) as transport:
 
-    before = held()
-    pixels = bench.samples.pixel_batches(2)
-    with bench.wire.shared(pixels) as names:
-        assert held() == {**before, **dict.fromkeys(names, pixels[0].nbytes)}
-        assert not any(Path("/dev/shm", name).exists() for name in names), "a killed bench would leave it"
-    assert held() == before
-    with pytest.raises(RequestRejected), bench.wire.shared(pixels[:1]) as (name,):
-        raise RequestRejected("in the block")
-    assert name not in held()
+        def held() -> set[str]:
+            return set(transport.call("SystemSharedMemoryStatus").regions)
+
+        before, during = held(), set[str]()
+        with closing(Bench(server.endpoints.url, FILES)) as bench:
+            sent = bench._shared.infer
+
+            def infer(*arguments: Any, **settings: Any) -> Any:
+                during.update(held() - before)
+                return sent(*arguments, **settings)
+
+            bench._shared.infer = infer  # type: ignore[method-assign]
+            bench.read(Point(where="server", mode="shm", batch=2, concurrency=2), 0.2)
+            assert during, "the pixels were sent as messages"
+            assert not any(Path("/dev/shm", name).exists() for name in during), "a killed bench would leave it"
+        assert held() == before
+
+
+def test_a_server_that_cannot_map_shared_memory_is_not_measured() -> None:
+    """This one does not have the extension; one on another machine finds no such region."""
+    with serving(Triton()) as url, closing(Bench(url, FILES)) as bench:
+        point = Point(where="server", mode="shm", batch=2, concurrency=1)
+        with pytest.raises(ServingError, match=r"cannot open this process's shared memory.*give --mode pixels"):
+            bench.read(point, 0.1)
 
 
 @pytest.mark.triton
 def test_an_image_of_the_load_that_the_server_cannot_decode_is_told_and_not_measured(bench: Bench) -> None:
     with pytest.raises(RequestRejected, match=r"an image of the load cannot be decoded: empty file"):
-        bench.wire.check(encoded_request([FILES[0], b""]), 2)
-    bench.wire.check(encoded_request(FILES[:2]), 2)
-    with pytest.raises(RequestRejected, match=r"has 2 rows for 3 images"):
-        bench.wire.check(encoded_request(FILES[:2]), 3)
+        validate_answer(encoded_request([FILES[0], b""]), bench.transport, 60)
+    validate_answer(encoded_request(FILES[:2]), bench.transport, 60)
+
+
+def test_an_answer_with_another_number_of_rows_is_refused() -> None:
+    triton = Triton()
+    triton.infer = lambda request, context: message_from(
+        {name: rows[:2] for name, rows in answer(request.model_name, inputs_of(request)).items()}, request
+    )
+    with serving(triton) as url, closing(TritonTransport(url)) as transport:
+        request = encoded_request(FILES[:3])
+        with pytest.raises(RequestRejected, match=r"has 2 rows for 3 images"):
+            validate_answer(request, transport, 60)
 
 
 @pytest.mark.triton
 def test_a_server_that_goes_away_in_the_middle_ends_the_load(repository: Path) -> None:
-    with start_server(repository) as server, opened(server.endpoints.url, FILES) as bench:
+    with start_server(repository) as server, closing(TritonTransport(server.endpoints.url)) as transport:
         request = encoded_request(FILES[:2])
-        bench.wire.check(request, 2)
-        send = bench.wire.sender([request])
+        validate_answer(request, transport, 60)
 
-        def stopping(done: Any) -> None:
-            if server.running and bench.wire.statistics()["classify_encoded"].inference_count > 20:
+        def send() -> None:
+            if server.running and statistics_of(transport)["classify_encoded"].inference_count > 20:
                 server.stop()
-            send(done)
+            request.sent(transport, 60).result()
 
         with pytest.raises(ServingError) as caught:
-            measure(stopping, concurrency=1, batch=2, seconds=60, warm_up_s=0)
+            measure(send, concurrency=1, batch=2, seconds=60, warm_up_s=0)
     assert "\n" not in str(caught.value)
 
 
@@ -213,10 +237,10 @@ def test_a_server_behind_mutual_tls_is_measured_with_the_options_of_classify(
 def test_token_and_headers_go_with_every_request(tmp_path: Path) -> None:
     (tmp_path / "token").write_text("s3cret")
     triton = Triton()
-    with serving(triton) as url:
-        wire = Wire(Connection(urls=(url,), token_file=tmp_path / "token", headers={"x-team": "birds"}))
-        measure(wire.sender([encoded_request(FILES[:1])]), concurrency=2, batch=1, seconds=0.1, warm_up_s=0)
-        wire.close()
+    connection: dict[str, Any] = {"token_file": tmp_path / "token", "headers": {"x-team": "birds"}}
+    with serving(triton) as url, closing(Bench(Connection(urls=(url,), **connection), FILES)) as bench:
+        request = encoded_request(FILES[:1])
+        measure(lambda: request.sent(bench.transport, 60).result(), concurrency=2, batch=1, seconds=0.1, warm_up_s=0)
     assert len(triton.metadata) > 3
     assert {(each["authorization"], each["x-team"]) for each in triton.metadata} == {("Bearer s3cret", "birds")}
 
@@ -224,16 +248,16 @@ def test_token_and_headers_go_with_every_request(tmp_path: Path) -> None:
 def test_a_token_that_is_gone_ends_the_load_and_not_only_its_thread(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("s3cret")
-    wire = Wire(Connection(urls=("127.0.0.1:9",), token_file=token))
-    token.unlink()
-    with pytest.raises(UsageError, match="the token cannot be read"):
-        measure(wire.sender([b""]), concurrency=2, batch=1, seconds=60, warm_up_s=0)
-    wire.close()
+    with closing(TritonTransport("127.0.0.1:9", Connection(urls=("127.0.0.1:9",), token_file=token))) as transport:
+        token.unlink()
+        request = encoded_request(FILES[:1])
+        with pytest.raises(UsageError, match="the token cannot be read"):
+            measure(lambda: request.sent(transport, 60).result(), concurrency=2, batch=1, seconds=60, warm_up_s=0)
 
 
 def test_several_servers_are_refused() -> None:
     with pytest.raises(UsageError, match="give one server"):
-        Wire("127.0.0.1:1,127.0.0.1:2")
+        Bench("127.0.0.1:1,127.0.0.1:2", FILES)
 
 
 @pytest.mark.parametrize(
@@ -265,7 +289,7 @@ def test_a_server_without_our_models_and_another_bundle_are_refused(
     repository: Path, server: Server, tmp_path: Path
 ) -> None:
     other = write_bundle(tmp_path / "other", seed=1)
-    with pytest.raises(UsageError, match="give the bundle that the repository was made of"):
+    with pytest.raises(UsageError, match="give the bundle that is served"):
         Bench(server.endpoints.url, FILES, bundle=other)
     foreign = tmp_path / "foreign"
     foreign.mkdir()
@@ -310,9 +334,9 @@ def test_images_of_a_folder_are_spread_evenly(photos: Path, tmp_path: Path) -> N
 def test_requests_take_the_images_in_turn() -> None:
     samples = BenchImages(FILES[:3], SPEC)
     assert samples.batches(2) == [[0, 1], [2, 0], [1, 2], [0, 1]]
-    assert samples.file_batches(2)[1] == [FILES[2], FILES[0]]
-    assert samples.pixel_batches(4)[0].shape == (4, 32, 32, 3)
-    assert (samples.pixel_batches(2)[2] == samples.pixels[[1, 2]]).all()
+    assert samples.requests("encoded", 2)[1].inputs["encoded"].tolist() == [[FILES[2]], [FILES[0]]]
+    assert samples.requests("pixels", 4)[0].inputs["image"].shape == (4, 32, 32, 3)
+    assert (samples.requests("shm", 2)[2].inputs["image"] == samples.pixels[[1, 2]]).all()
     assert isinstance(samples.spec, ImageSpec)
 
 

@@ -348,7 +348,7 @@ def kill_publishes(served: tuple[Path, Server], bundles: list[Bundle], rounds: i
             process.wait()
         assert repository_problems(repository) == []
         classifier = classifier_in(repository, None)
-        facts = classifier.facts(classifier.active())
+        facts = classifier.info(classifier.active())
         assert facts.vocabulary_digest in {bundle.vocabulary.digest for bundle in bundles}
         config = classifier.config()
         assert config.parameters["vocabulary_digest"].string_value == facts.vocabulary_digest

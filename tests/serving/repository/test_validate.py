@@ -10,8 +10,8 @@ import pytest
 from clipship.serving.errors import RepositoryError, ServerFailed
 from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
 from clipship.serving.repository.golden_samples import SAMPLES
-from clipship.serving.repository.validate import STRICTER, backends_of, repository_problems, validate_repository
-from clipship.serving.server import prepare as prepare_module
+from clipship.serving.repository.requirements import Requirements
+from clipship.serving.repository.validate import STRICTER, repository_problems, validate_repository
 from clipship.serving.server import process as server_module
 
 
@@ -34,7 +34,7 @@ def problems(path: Path) -> list[str]:
 
 def test_a_good_repository_has_no_problem(copy: Path) -> None:
     assert problems(copy) == []
-    assert backends_of(copy) == {"python"}
+    assert Requirements(copy).backends == {"python"}
 
 
 def swap_first_step(config: Any) -> None:
@@ -108,7 +108,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("classify", lambda c: c.model_warmup.add(name="x"), "must not have model_warmup"),
     ("classify", lambda c: c.dynamic_batching.SetInParent(), "must not have dynamic_batching"),
     ("classify", lambda c: c.ensemble_scheduling.ClearField("step"), "at least one step"),
-    ("classify", swap_first_step, "there is no such model"),
+    ("classify", swap_first_step, "no such model"),
     ("classify", forget_input, "its input 'image' is not fed"),
     ("classify", feed_too_much, "it has no input 'extra'"),
     ("classify", take_too_much, "it has no output 'extra'"),
@@ -118,7 +118,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
     ("classify", retype_output, "differ in type or dims"),
     ("classify", lambda c: setattr(c, "max_batch_size", 9), "is below the ensemble's 9"),
     ("image_encoder", prefer_too_much, "prefers batches of 99"),
-    ("classifier", name_absent_version, "none of the versions that its version_policy names is there (7)"),
+    ("classifier", name_absent_version, "its version_policy names versions that do not exist (7)"),
     ("embed", lambda c: setattr(c.ensemble_scheduling.step[0], "model_name", "embed"), "the ensemble holds itself"),
 ]
 
@@ -142,7 +142,7 @@ def test_each_rule_is_tritons(
 ) -> None:
     edit(copy / model, change)
     monkeypatch.setattr(server_module, "validate_repository", lambda path: None)
-    monkeypatch.setattr(prepare_module, "backends_of", lambda path: {"python"})
+    monkeypatch.setattr(Requirements, "backends", {"python"})
     if message == STRICTER:
         (copy / "image_encoder" / SAMPLES).unlink()  # it loads, and then takes no batch of golden samples
         server_module.start_server(copy).stop()

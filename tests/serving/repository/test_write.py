@@ -19,17 +19,18 @@ from clipship.core.machine import processor
 from clipship.core.machine import runtimes as cpu
 from clipship.core.tensorrt_plan import BatchProfile, PlanInfo, TensorRtPlan, read_plan, write_plan
 from clipship.core.tensors import ENCODED, ERROR, embedding_tensor, image_tensor, passthrough_tensor
+from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.classifier_graph import classifier_outputs
 from clipship.serving.repository.config_pbtxt import config_from_text, text_from_config
 from clipship.serving.repository.models import (
-    Backend,
     ModelSettings,
-    VocabularyFacts,
-    configs_from_facts,
-    facts_from_bundle,
+    VocabularySettings,
+    configs_from_settings,
+    model_settings_from_bundle,
 )
+from clipship.serving.repository.requirements import model_names
 from clipship.serving.repository.tuning import Tuning
-from clipship.serving.repository.validate import model_names, repository_problems
+from clipship.serving.repository.validate import repository_problems
 from clipship.serving.repository.write import repository_from_bundle, sources_folder
 from clipship.serving.server.container import Ports, container_command
 from tests.serving.bundles import EMBED_DIM, NAMES, SIZE_PX, jpeg_bytes, write_bundle
@@ -38,17 +39,15 @@ from tests.serving.publish.vocabularies import write_variant
 
 GOLDENS = Path(__file__).parents[3] / "triton_models" / "goldens"
 MODELS = ["admission", "classifier", "classify", "classify_encoded", "embed", "image_encoder", "preprocess"]
-MODELS_OF: dict[Backend, list[str]] = {
+MODELS_OF: dict[str, list[str]] = {
     "python": sorted([*MODELS, "admission_pixels"]),
     "onnxruntime": MODELS,
     "tensorrt": MODELS,
 }
 FACTS = ModelSettings(
-    bundle_digest="b" * 64,
-    vocabulary_digest="c" * 64,
+    vocabularies=(VocabularySettings(bundle_digest="b" * 64, vocabulary_digest="c" * 64, top_k=5),),
     image_spec=ImageSpec(size_px=224, mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28)),
     embed_dim=512,
-    top_k=5,
 )
 PLAN = PlanInfo(
     runtime="tensorrt",
@@ -72,9 +71,9 @@ PLAN = PlanInfo(
 @pytest.mark.parametrize(
     ("backend", "model"), [(backend, model) for backend in MODELS_OF for model in MODELS_OF[backend]]
 )
-def test_the_text_of_each_configuration_is_pinned(backend: Backend, model: str) -> None:
+def test_the_text_of_each_configuration_is_pinned(backend: str, model: str) -> None:
     plans = (PLAN, replace(PLAN, gpus=("sm80",), precision="bf16")) if backend == "tensorrt" else ()
-    text = text_from_config(configs_from_facts(replace(FACTS, plans=plans), backend)[model])
+    text = text_from_config(configs_from_settings(replace(FACTS, plans=plans), BACKENDS[backend])[model])
     refuse_difference(GOLDENS / backend / model / "config.pbtxt", text)
 
 
@@ -86,7 +85,7 @@ def refuse_difference(golden: Path, text: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-TUNED: dict[str, tuple[Backend, Tuning]] = {
+TUNED: dict[str, tuple[str, Tuning]] = {
     "onnxruntime-tuned": (
         "onnxruntime",
         Tuning(
@@ -113,7 +112,7 @@ TUNED_MODELS = [
     "image_encoder",
     "preprocess",
 ]
-BIRDS = VocabularyFacts(name="birds", bundle_digest="d" * 64, vocabulary_digest="e" * 64, top_k=3)
+BIRDS = VocabularySettings(name="birds", bundle_digest="d" * 64, vocabulary_digest="e" * 64, top_k=3)
 
 
 @pytest.mark.parametrize("name", TUNED)
@@ -121,9 +120,11 @@ BIRDS = VocabularyFacts(name="birds", bundle_digest="d" * 64, vocabulary_digest=
 def test_the_text_of_tuned_configurations_is_pinned(name: str, model: str) -> None:
     backend, tuning = TUNED[name]
     plans = (PLAN,) if backend == "tensorrt" else ()
-    facts = replace(FACTS, plans=plans, tuning=tuning, others=(BIRDS,), encoder_digest="f" * 64)
+    vocabularies = (*FACTS.vocabularies, BIRDS)
+    facts = replace(FACTS, plans=plans, tuning=tuning, vocabularies=vocabularies, encoder_digest="f" * 64)
     refuse_difference(
-        GOLDENS / name / model / "config.pbtxt", text_from_config(configs_from_facts(facts, backend)[model])
+        GOLDENS / name / model / "config.pbtxt",
+        text_from_config(configs_from_settings(facts, BACKENDS[backend])[model]),
     )
 
 
@@ -139,10 +140,10 @@ def test_there_is_a_golden_for_each_model_and_no_other() -> None:
     [
         ("python", {"device": "gpu"}, "the python backend runs on the CPU"),
         ("python", {"gpus": (0,)}, "the python backend runs on the CPU"),
-        ("tensorrt", {"device": "cpu"}, "TensorRT runs on GPUs"),
-        ("tensorrt", {"threads": 2}, "threads are for the encoder on the CPU"),
-        ("onnxruntime", {"cuda_graphs": True}, "CUDA graphs are made of plans"),
-        ("python", {"accelerator": "tensorrt"}, "accelerator is of the onnxruntime backend"),
+        ("tensorrt", {"device": "cpu"}, "the tensorrt backend runs on GPUs"),
+        ("tensorrt", {"threads": 2}, "--threads is for an encoder on the CPU"),
+        ("onnxruntime", {"cuda_graphs": True}, "CUDA graphs need plans: give --backend tensorrt"),
+        ("python", {"accelerator": "tensorrt"}, "accelerator needs --backend onnxruntime and a GPU"),
         ("python", {"preferred_batch_sizes": (65,)}, "preferred batch size 65: give 1 to 64"),
         ("python", {"warmup_batch_sizes": (0,)}, "warm-up batch size 0: give 1 to 64"),
         ("python", {"instances": 0}, "instances is 0: give 1 or more"),
@@ -152,9 +153,9 @@ def test_there_is_a_golden_for_each_model_and_no_other() -> None:
         ("onnxruntime", {"gpus": (1,), "device": "cpu"}, "GPUs were named for the device cpu"),
     ],
 )
-def test_tuning_that_contradicts_itself_is_refused(backend: Backend, changes: dict[str, Any], message: str) -> None:
+def test_tuning_that_contradicts_itself_is_refused(backend: str, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        Tuning(**changes).validate_backend(backend, 64)
+        Tuning(**changes).validate_backend(BACKENDS[backend], 64)
 
 
 def test_several_vocabularies_share_one_encoder(
@@ -179,7 +180,7 @@ def test_several_vocabularies_share_one_encoder(
 
 
 @pytest.mark.parametrize("backend", ["python", "onnxruntime"])
-def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, backend: Backend) -> None:
+def test_a_written_repository_passes_the_check(bundle: Bundle, tmp_path: Path, backend: str) -> None:
     out = repository_from_bundle(bundle, tmp_path / "repository", backend=backend)
     assert repository_problems(out) == []
     assert model_names(out) == MODELS_OF[backend]
@@ -215,7 +216,8 @@ def test_the_files_are_the_bundles_and_ours(bundle: Bundle, tmp_path: Path) -> N
 
 
 def test_top_k_is_cut_to_the_vocabulary(bundle: Bundle) -> None:
-    assert facts_from_bundle(bundle, max_batch_size=4, top_k=1000).top_k == len(NAMES)
+    settings = model_settings_from_bundle(bundle, max_batch_size=4, top_k=1000)
+    assert settings.vocabularies[0].top_k == len(NAMES)
 
 
 @pytest.mark.parametrize(("max_batch_size", "top_k"), [(0, 5), (8, 0), (-1, 5)])
@@ -336,7 +338,7 @@ def test_plans_that_contradict_each_other_or_the_batches_are_refused(bundle: Bun
         ([plan, plan], {}, "two plans are for sm89"),
         ([plan, newer], {}, "of tensorrt 10.15.0.1 and would run on 10.14.1.48"),
         ([], {}, "give --plan with --backend tensorrt"),
-        ([plan], {"backend": "python"}, "give --plan with --backend tensorrt, and only then"),
+        ([plan], {"backend": "python"}, "give --plan with --backend tensorrt only"),
     ]
     for plans, settings, message in cases:
         with pytest.raises(UsageError, match=message):

@@ -150,14 +150,14 @@ def test_a_missing_backend_is_named_with_the_server(
     other = repository_from_bundle(bundle, tmp_path / "r", backend="onnxruntime")
     binary = home / "bin" / "tritonserver"
     assert refusal(other) == (
-        f"{binary} has no onnxruntime backend (in {home}/backends is python), the embedded server has only the python "
+        f"{binary} has no onnxruntime backend ({home}/backends has python), the embedded server has only the python "
         f"one, and the repository needs onnxruntime and python: put what is missing into {home}/backends, write it "
         "with clipship repository --backend python, or run it in NVIDIA's container (clipship serve --container "
         "prints the command)"
     )
     shutil.rmtree(home / "backends")
     assert prepared_environment(repository).embedded
-    told = f"{binary} has no python backend (there is none in {home}/backends): the embedded server is taken instead"
+    told = f"{binary} has no python backend (there is none in {home}/backends): the embedded server is used instead"
     assert told in capsys.readouterr().err
 
 

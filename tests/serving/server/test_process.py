@@ -31,8 +31,8 @@ from clipship.serving.errors import (
     ServerUnreachable,
     ServingError,
 )
+from clipship.serving.repository.requirements import Requirements, model_names
 from clipship.serving.repository.tuning import Tuning
-from clipship.serving.repository.validate import backends_of, model_names
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server import install as environment_module
 from clipship.serving.server.container import Ports, compose_file, container_command, image_for
@@ -124,7 +124,7 @@ def test_an_open_address_gets_one_line_of_warning(repository: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=30)
     assert errors.splitlines() == [
-        "0.0.0.0 can be reached from other machines, in plain text: give --tls-cert and --tls-key to encrypt gRPC",
+        "0.0.0.0 is reachable from other machines without encryption: give --tls-cert and --tls-key",
         "stopping",
     ]
 
@@ -254,7 +254,7 @@ def test_backends_the_embedded_server_lacks(bundle: Bundle, tmp_path: Path, monk
     monkeypatch.setattr(environment_module, "_environment_on_path", lambda: None)
     repository = repository_from_bundle(bundle, tmp_path / "repository", backend="onnxruntime")
     with pytest.raises(UsageError, match=r"^no tritonserver is on the PATH, .* --backend python.*container"):
-        triton_environment(backends_of(repository))
+        triton_environment(Requirements(repository).backends)
 
 
 def test_a_missing_python_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_the_compose_file_says_the_same(repository: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tls_cert": Path(__file__)}, "the certificate and its key go together"),
-        ({"tls_ca": Path(__file__)}, "--tls-ca asks clients for certificates"),
+        ({"tls_cert": Path(__file__)}, "give both --tls-cert and --tls-key, or neither"),
+        ({"tls_ca": Path(__file__)}, "--tls-ca needs --tls-cert and --tls-key"),
         ({"tls_cert": Path("absent"), "tls_key": Path("absent")}, "absent: no such file: give a PEM file"),
         ({"trace_file": Path("t"), "trace_url": "http://localhost:4318"}, "give --trace-file or --trace-url"),
         ({"trace_rate": 0}, "give a --trace-rate of 1 or more"),

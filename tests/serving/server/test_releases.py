@@ -10,8 +10,9 @@ from clipship.core.bundle import DEFAULT_ENCODER, Bundle
 from clipship.core.cli.main import main
 from clipship.core.errors import UsageError
 from clipship.core.tensorrt_plan import version_parts
+from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.config_pbtxt import text_from_config
-from clipship.serving.repository.models import Backend, ModelSettings, configs_from_facts
+from clipship.serving.repository.models import ModelSettings, configs_from_settings
 from clipship.serving.repository.tuning import Tuning
 from clipship.serving.repository.write import repository_from_bundle
 from clipship.serving.server.container import Ports, compose_file, container_command, gpu_remark, image_for
@@ -30,10 +31,10 @@ from tests.serving.repository.test_write import FACTS, PLAN
 ALLOWS_CODE = "--backend-config=tensorrt,version-compatible=true"
 
 
-def configured(folder: Path, backend: Backend, **changes: Any) -> Path:
+def configured(folder: Path, backend: str, **changes: Any) -> Path:
     """The configurations of a repository; its models' files are not looked at here."""
     facts: ModelSettings = replace(FACTS, **changes)
-    for name, config in configs_from_facts(facts, backend).items():
+    for name, config in configs_from_settings(facts, BACKENDS[backend]).items():
         (folder / name).mkdir(parents=True)
         (folder / name / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
     return folder
@@ -74,7 +75,7 @@ def plans(*versions: str, compatible: bool = False, **changes: Any) -> dict[str,
 
 
 ACCELERATED = {"tuning": Tuning(accelerator="tensorrt")}
-CHOICES: list[tuple[Backend, dict[str, Any], str]] = [
+CHOICES: list[tuple[str, dict[str, Any], str]] = [
     ("python", {}, "25.08"),
     ("onnxruntime", form(opset=23), "25.08"),
     ("onnxruntime", form(opset=23, precision="int8"), "26.02"),
@@ -94,7 +95,7 @@ CHOICES: list[tuple[Backend, dict[str, Any], str]] = [
 
 @pytest.mark.parametrize(("backend", "changes", "release"), CHOICES)
 def test_the_release_that_can_serve_it_is_chosen(
-    tmp_path: Path, backend: Backend, changes: dict[str, Any], release: str
+    tmp_path: Path, backend: str, changes: dict[str, Any], release: str
 ) -> None:
     repository = configured(tmp_path / "r", backend, **changes)
     assert release_for(repository).name == release
@@ -112,10 +113,10 @@ def test_no_release_is_refused_with_what_each_lacks(tmp_path: Path) -> None:
     with pytest.raises(UsageError) as refused:
         release_for(old)
     assert str(refused.value) == (
-        f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, which "
-        "decodes on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
+        f"{old} needs TensorRT 10.5.0.18 for its plans (release 24.10) and Python 3.11 for Pillow 13.0.0, the "
+        "version on this machine (release 24.11 or later), and no known release of NVIDIA's container has it all: "
         "build the plans with the TensorRT of another release or with --version-compatible, or pip install 'pillow<13' "
-        "here (client and server must have the same Pillow, to decode alike bit for bit), or give an image of your own "
+        "here (client and server need the same Pillow to decode identically), or give an image of your own "
         "with --image"
     )
     unknown = configured(tmp_path / "unknown", "tensorrt", **plans("10.99.0.1"))
@@ -181,7 +182,7 @@ def test_the_code_of_version_compatible_plans_is_allowed_and_of_no_others(
     ],
 )
 def test_the_container_gets_the_gpus_that_the_encoder_takes(
-    tmp_path: Path, backend: Backend, tuning: Tuning, gpus: bool, remark: str | None
+    tmp_path: Path, backend: str, tuning: Tuning, gpus: bool, remark: str | None
 ) -> None:
     repository = configured(tmp_path / "r", backend, tuning=tuning)
     assert ("--gpus=all" in container_command(repository, Ports()).split()) == gpus

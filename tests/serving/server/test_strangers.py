@@ -93,7 +93,7 @@ def test_a_bundle_in_this_process_without_a_home(folder: Path, home: dict[str, s
     [
         (
             True,
-            "no folder for the secret of the admin protocols: give --admin-secret FILE or --open-admin, or set CLIP",
+            "no cache folder for the admin secret: give --admin-secret FILE or --open-admin, or set CLIP",
         ),
         (False, "the embedded Triton needs 350 MB of disk: set CLIPSHIP_CACHE to a folder that can be written"),
     ],

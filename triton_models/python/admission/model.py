@@ -1,6 +1,6 @@
-"""The first step of an ensemble: hands its input on when the next model can soon take it; see ``clipship_doors.py``.
+"""The first step of an ensemble: passes its input on when the next model has capacity; see ``clipship_doors.py``.
 
-What waits here for clients who have left costs a copy and is dropped by Triton before the next step.
+A request that waits here when its client disconnects costs a copy, and Triton drops it before the next step.
 """
 
 import json
@@ -14,7 +14,7 @@ OUTPUT = "admitted"
 
 
 class TritonPythonModel:
-    """Requests leave in the order of their coming."""
+    """Requests leave in order of arrival."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Find the next model's doors."""
@@ -23,7 +23,7 @@ class TritonPythonModel:
         self.next = clipship_doors.Doors(config["parameters"]["next"]["string_value"])
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """One response a request, each when its turn has come."""
+        """One response per request, each in its turn."""
         return clipship_doors.answered(requests, self._responses(requests))
 
     def _responses(self, requests: list[Any]) -> Iterator[Any]:

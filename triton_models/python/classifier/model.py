@@ -1,6 +1,6 @@
 """The classifier on ONNX Runtime inside Triton's Python backend: float32 [N, D] -> scores, indices, labels [N, k].
 
-The embedding is handed on to those who ask for it; see ``passthrough_tensor`` in ``clipship/core/tensors.py``.
+The embedding is passed through on request; see ``passthrough_tensor`` in ``clipship/core/tensors.py``.
 ``clipship_tolerances.py`` beside this file is a copy of ``clipship/core/tolerances.py``.
 """
 
@@ -20,10 +20,10 @@ PASSTHROUGH = "embedding_passthrough"
 
 
 class TritonPythonModel:
-    """Runs the graph that the ONNX Runtime backend would run, so both give the same answers."""
+    """Runs the same graph as the ONNX Runtime backend would."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, on as many threads as the parameters say, and check it."""
+        """Load ``model.onnx`` beside this file with the configured number of threads, and check it."""
         version = os.path.join(args["model_repository"], args["model_version"])
         path = os.path.join(version, "model.onnx")
         options = onnxruntime.SessionOptions()
@@ -45,7 +45,7 @@ class TritonPythonModel:
         return problem
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in order; labels as UTF-8 bytes."""
+        """One response per request, in order; labels as UTF-8 bytes."""
         parts = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
         scores, indices, labels = self.session.run(list(OUTPUTS), {INPUT: np.concatenate(parts)})
         encoded = np.array([name.encode() for name in labels.flat], dtype=np.object_).reshape(labels.shape)

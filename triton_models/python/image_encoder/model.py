@@ -1,7 +1,7 @@
 """The image encoder inside Triton's Python backend: uint8 [N, H, W, 3] -> unit float32 [N, D].
 
 ``clipship_runtimes.py``, ``clipship_processor.py`` and ``clipship_tolerances.py`` beside this file are copies of
-modules of ``clipship/core``: the server runs the verified code, and does not load if its answers differ.
+modules of ``clipship/core``: the server runs the verified code, and fails to load if its answers differ.
 """
 
 import json
@@ -20,12 +20,12 @@ OUTPUT = "embedding"
 
 
 class TritonPythonModel:
-    """All requests that Triton hands over at once run as one batch."""
+    """Requests that Triton passes together run as one batch."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load ``model.onnx``, which lies beside this file, by the runtime that the parameters name, and check it.
+        """Load ``model.onnx`` beside this file with the configured runtime, and check it.
 
-        On another kind of processor than that runtime was the fastest on, ONNX Runtime takes the same file.
+        On a processor other than the one that the runtime was fastest on, ONNX Runtime loads the same file.
         """
         path = os.path.join(args["model_repository"], args["model_version"], "model.onnx")
         parameters = json.loads(args["model_config"])["parameters"]
@@ -50,14 +50,14 @@ class TritonPythonModel:
 
     def _problem(self, samples: Any, precision: str, cores: int) -> str:
         pixels, embedding = samples["pixels"], samples["embedding"]
-        counts = (max(len(pixels), cores), 1)  # fewer rows than cores are computed otherwise
+        counts = (max(len(pixels), cores), 1)  # batches smaller than the number of cores take another code path
         problems = (
             clipship_tolerances.encoder_problem(self.encode, pixels, embedding, precision, count) for count in counts
         )
         return next(filter(None, problems), "")
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        """One response a request, in order."""
+        """One response per request, in order."""
         images = [pb_utils.get_input_tensor_by_name(request, INPUT).as_numpy() for request in requests]
         batch = np.concatenate(images)
         with self.door.closed(len(batch)):

@@ -49,7 +49,7 @@ class TritonPythonModel:
         return problem
 
     def execute(self, requests: list[Any]) -> list[Any] | None:
-        """One response a request, in order, each when the encoder can soon take it."""
+        """One response per request, in order, each when the encoder has capacity."""
         return clipship_doors.answered(requests, self._responses(requests))
 
     def _responses(self, requests: list[Any]) -> Iterator[Any]:

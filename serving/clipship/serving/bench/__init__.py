@@ -1,1 +1,1 @@
-"""How fast a server answers, beside the same engine in this process."""
+"""Throughput and latency of a server, compared with the same engine in process."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,57 +14,50 @@ from clipship.core.cli.main import emit, existing_folder, json_option
 from clipship.core.cli.multi_value_option import MultiValueCommand
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
+_PATH = click.Path(path_type=Path)
+
 
 @click.group()
 def bench() -> None:
-    """Throughput and latency, beside the same engine without a server. Every command takes --json.
+    """Throughput and latency of a server, compared with the same engine in process. Every command takes --json.
 
     Example: clipship bench serve --url 127.0.0.1:8001 --bundle runs/prints/bundle --out runs/bench
     """
 
 
+_option = partial(click.option, show_default=True)
+_at_least_one = click.IntRange(min=1)
+_modes = click.Choice(["pixels", "encoded", "shm"])
+
+
 @bench.command(cls=MultiValueCommand)
-@click.option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
+@_option("--url", required=True, metavar="HOST:PORT", help="Triton's gRPC endpoint.")
 @connection_options
-@click.option(
-    "--bundle",
-    type=click.Path(path_type=Path),
-    help="What the server was made of: its engine is measured in this process beside the server, in the same rounds.",
-)
-@click.option(
+@_option("--bundle", type=_PATH, help="The served bundle; its engine is also measured in this process.")
+@_option(
     "--concurrency",
     multiple=True,
-    type=click.IntRange(min=1),
+    type=_at_least_one,
     default=(1, 2, 4, 8, 16),
     show_default="1 2 4 8 16",
     metavar="INT...",
-    help="Requests in flight: a closed loop, in which each answer sends the next request.",
+    help="Requests in flight (closed loop).",
 )
-@click.option(
-    "--batch",
-    multiple=True,
-    type=click.IntRange(min=1),
-    metavar="INT...",
-    help="Images a request. [default: those of 1 8 32 that the server takes]",
-)
-@click.option(
+@_option("--batch", multiple=True, type=_at_least_one, metavar="INT...", help="Images per request. [default: 1 8 32]")
+@_option(
     "--mode",
     multiple=True,
-    type=click.Choice(["pixels", "encoded", "shm"]),
+    type=_modes,
     default=("pixels",),
     show_default="pixels",
     metavar="[pixels|encoded|shm]...",
-    help="What is sent: uint8 pixels, files' bytes that the server decodes, or pixels in shared memory.",
+    help="Payload: uint8 pixels, encoded files, or pixels in shared memory.",
 )
-@click.option(
-    "--images", type=click.Path(path_type=Path), help="Images to send. [default: made-up JPEG files of 500 x 375]"
-)
-@click.option(
-    "--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, show_default=True, help="A reading's."
-)
-@click.option("--rounds", type=click.IntRange(min=1), default=3, show_default=True, help="Readings of every point.")
-@click.option("--client/--no-client", default=True, show_default=True, help="Measure clipship's own client, too.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for serve.json, serve.md and serve.svg.")
+@_option("--images", type=_PATH, help="Folder of images to send. [default: synthetic JPEG files of 500 x 375]")
+@_option("--seconds", type=click.FloatRange(min=0, min_open=True), default=10.0, help="Duration of a measurement.")
+@_option("--rounds", type=_at_least_one, default=3, help="Measurements of every combination.")
+@_option("--client/--no-client", default=True, help="Also measure clipship's own client.")
+@_option("--out", type=_PATH, help="Output folder for serve.json, serve.md and serve.svg.")
 @json_option
 def serve(
     url: str,
@@ -78,27 +73,31 @@ def serve(
     as_json: bool,
     **connection: Any,
 ) -> None:
-    """Measure a running server of clipship's models: images a second and latencies, and where the time goes.
+    """Measure a running server: images per second, latencies, and where the time goes.
+
+    perf_analyzer generates the load if it is installed and the server needs neither TLS nor a token.
 
     Example: clipship bench serve --url 127.0.0.1:8001 --concurrency 1 4 16 --batch 1 8 --mode pixels encoded
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.progress import log
+    from clipship.serving.bench.perf_analyzer import installed
     from clipship.serving.bench.photographs import files_from_folder, made_up_files
     from clipship.serving.bench.report import steps_table, throughput_table, write_report
-    from clipship.serving.bench.run import BenchPlan, opened
+    from clipship.serving.bench.run import Bench, BenchPlan
 
     read = read_bundle(existing_folder(bundle, "the bundle that is served")) if bundle else None
     files = files_from_folder(images) if images else made_up_files()
-    with opened(connection_from_options((url,), **connection), files, read) as ready:
-        largest = ready.facts.max_batch_size
+    server = connection_from_options((url,), **connection)
+    with closing(Bench(server, files, bundle=read, analyzer=installed())) as ready:
+        largest = ready.metadata.max_batch_size
         sizes = batch or tuple(size for size in (1, 8, 32) if size <= largest)
         numbers: dict[str, Any] = {"batches": sizes, "concurrencies": concurrency, "rounds": rounds}
         rows = ready.run(BenchPlan(modes=mode, seconds=seconds, client=client, **numbers))
-        facts = {"url": url, "machine": platform.machine(), **ready.described()}
-    tables = (throughput_table(rows, f"{url}, {facts['cores']} cores here"), steps_table(rows))
-    written = write_report(out, rows, tables, facts) if out else []
+        about = {"url": url, "machine": platform.machine(), **ready.described()}
+    tables = (throughput_table(rows, f"{url}, load by {about['load']}, {about['cores']} cores here"), steps_table(rows))
+    written = write_report(out, rows, tables, about) if out else []
     if out and len(written) < 3:
         log("no plot: matplotlib is not installed (pip install matplotlib)")
-    result = {**facts, "rows": [row.to_json() for row in rows], "written": [str(path) for path in written]}
+    result = {**about, "rows": [row.to_json() for row in rows], "written": [str(path) for path in written]}
     emit(result, "\n".join(table.to_markdown() for table in tables).rstrip(), as_json=as_json)

@@ -1,4 +1,4 @@
-"""The images of a load: the user's own, or made up like photographs.
+"""Images of a load: the user's own, or synthetic photographs.
 
 Legend: N images, H = W = the side of the encoder's input in pixels.
 """
@@ -14,27 +14,27 @@ from PIL import Image
 from clipship.core.images.files import some_image_files
 
 SIZE_PX = (500, 375)
-"""Width and height of made-up images, a usual size of web photographs."""
+"""Width and height of synthetic images, a usual size of web photographs."""
 
 COUNT = 32
 
 
 def files_from_folder(folder: Path, count: int = COUNT) -> list[bytes]:
-    """The bytes of ``count`` image files spread evenly over ``folder`` and its subfolders; of all if there are fewer.
+    """The bytes of up to ``count`` image files spread evenly over ``folder`` and its subfolders.
 
     Raises:
-        DataError: no such folder, or no image file in it.
+        DataError: the folder is missing, or has no image file.
     """
     return [path.read_bytes() for path in some_image_files(folder, count)]
 
 
 def made_up_files(count: int = COUNT) -> list[bytes]:
-    """JPEG files of 500 x 375 pixels at quality 90 with shapes of every size, about 60 KB each; always the same."""
+    """Deterministic JPEG files of 500 x 375 pixels at quality 90, about 60 KB each."""
     return [_jpeg(np.random.default_rng(seed)) for seed in range(count)]
 
 
 def _jpeg(rng: np.random.Generator) -> bytes:
-    """Noise at every scale, the finer the weaker, which is what photographs look like to a JPEG encoder."""
+    """Noise at every scale, finer noise weaker, which compresses like a photograph."""
     pixels = np.zeros((SIZE_PX[1], SIZE_PX[0], 3))
     for cells in (4, 16, 64, 256):
         noise = Image.fromarray(rng.integers(0, 256, size=(cells, cells, 3), dtype=np.uint8))

@@ -1,12 +1,13 @@
-"""What was measured as tables for people, JSON for machines, and a plot.
+"""Reports: Markdown tables, JSON and a plot.
 
-The plot needs matplotlib, which the base install has not; everything else is written without it.
+The plot needs matplotlib, which the base install lacks.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
@@ -15,7 +16,7 @@ from typing import Any
 from clipship.core.files import write_json_atomic, write_text_atomic
 from clipship.core.tables import Table, with_spread
 from clipship.serving.bench.load import PERCENTILES
-from clipship.serving.bench.run import BenchRow, ratios
+from clipship.serving.bench.run import BenchRow
 from clipship.serving.bench.steps import PHASES
 
 _LATENCIES = tuple(f"p{rank}" for rank in PERCENTILES)
@@ -24,35 +25,17 @@ _MARKERS = "osD^vPX*"
 _SETTINGS = {"svg.fonttype": "path", "svg.hashsalt": "clipship", "text.parse_math": False}
 
 
-def peer_of(row: BenchRow, rows: Sequence[BenchRow], where: str, batch: int | None = None) -> BenchRow | None:
-    """What ``row`` stands beside: the same images, in process or through the server at the same concurrency."""
-    point = row.point
-    mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
-    for other in rows:
-        same = (other.point.where, other.point.mode, other.point.batch) == (where, mode, batch or point.batch)
-        if same and (where == "in process" or other.point.concurrency == point.concurrency):
-            return other
-    return None
-
-
 def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
-    """A row a point: its rate, its latencies, and its share of the engine in process and of the bare requests."""
-    cells = []
-    for row in rows:
-        point = row.point
-        rest = [_number(row.latency_ms(name)) for name in _LATENCIES]
-        shares = [_share(row, rows, "in process"), _share(row, rows, "server") if point.where == "client" else ""]
-        cells.append(
-            (
-                point.where,
-                point.mode,
-                str(point.batch),
-                str(point.concurrency),
-                with_spread(row.rates, ".1f"),
-                *rest,
-                *shares,
-            )
+    """One row per point: rate, latencies, and ratios to the engine in process and to bare requests."""
+    cells = [
+        (
+            *(row.point.where, row.point.mode, str(row.point.batch), str(row.point.concurrency)),
+            with_spread(row.rates, ".1f"),
+            *(_number(row.latency_ms(name)) for name in _LATENCIES),
+            *(_share(row, rows, "in process"), _share(row, rows, "server") if row.point.where == "client" else ""),
         )
+        for row in rows
+    ]
     latencies = [f"{name} ms" for name in _LATENCIES]
     header = ("where", "mode", "batch", "in flight", "images/s", *latencies, "of in process", "of bare requests")
     notes = (
@@ -63,22 +46,17 @@ def throughput_table(rows: Sequence[BenchRow], title: str) -> Table:
 
 
 def steps_table(rows: Sequence[BenchRow]) -> Table:
-    """A row a point whose steps are known: what share of a request's latency each step of the ensemble took."""
-    models = list(dict.fromkeys(step.model for row in rows for step in _steps(row)))
+    """One row per point on the server: the share of each ensemble step in a request's latency."""
+    found = [(row.point, steps) for row in rows if (steps := row.middle().steps) is not None]
+    models = list(dict.fromkeys(step.model for _, parts in found for step in parts.steps))
     cells = []
-    for row in rows:
-        middle = row.middle().steps
-        if middle is None:
-            continue
-        by_model = {step.model: step for step in middle.steps}
-        shares = middle.shares()
+    for point, parts in found:
+        by_model, shares = {step.model: step for step in parts.steps}, parts.shares()
         each = [_step_cell(by_model.get(model), shares) for model in models]
         rest = [f"{shares[name]:.1%}" for name in ("between", "outside")]
-        images = "/".join(f"{step.images_a_run:.1f}" for step in middle.steps)
-        point = row.point
-        cells.append(
-            (point.mode, str(point.batch), str(point.concurrency), f"{middle.latency_ms:.1f}", *each, *rest, images)
-        )
+        images = "/".join(f"{step.images_a_run:.1f}" for step in parts.steps)
+        numbers = (str(point.batch), str(point.concurrency), f"{parts.latency_ms:.1f}")
+        cells.append((point.mode, *numbers, *each, *rest, images))
     header = ("mode", "batch", "in flight", "mean ms", *models, "between", "outside", "images a run")
     notes = (
         f"Of a step: {', '.join(_SHORT.values())} = waiting in its queue, gathering inputs, computing (an admission:"
@@ -86,11 +64,6 @@ def steps_table(rows: Sequence[BenchRow]) -> Table:
         "outside: the wire, the client, and the server's reading and writing. images a run: by step, after batching.",
     )
     return Table(title="Where a request's time goes", header=header, rows=tuple(cells), notes=notes, text_columns=1)
-
-
-def _steps(row: BenchRow) -> tuple[Any, ...]:
-    breakdown = row.readings[0].steps
-    return breakdown.steps if breakdown else ()
 
 
 def _step_cell(step: Any, shares: dict[str, float]) -> str:
@@ -103,22 +76,28 @@ def _step_cell(step: Any, shares: dict[str, float]) -> str:
 
 
 def _share(row: BenchRow, rows: Sequence[BenchRow], where: str) -> str:
-    other = peer_of(row, rows, where)
-    return "" if other is None or other is row else with_spread(ratios(row, other))
+    """The ratio to the same images in process, or on the server at the same concurrency."""
+    point = row.point
+    mode = "pixels" if where == "in process" and point.mode == "shm" else point.mode
+    for other in rows:
+        same = (other.point.where, other.point.mode, other.point.batch) == (where, mode, point.batch)
+        if same and other is not row and (where == "in process" or other.point.concurrency == point.concurrency):
+            return with_spread([a / b for a, b in zip(row.rates, other.rates, strict=True)])
+    return ""
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], facts: dict[str, Any]) -> list[Path]:
-    """``serve.json``, ``serve.md``, and ``serve.svg`` where matplotlib is installed; each whole or not at all.
+def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table], about: dict[str, Any]) -> list[Path]:
+    """Write ``serve.json``, ``serve.md`` and, if matplotlib is installed, ``serve.svg``, each atomically.
 
     Raises:
         OSError: the disk is full, or ``folder`` cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    write_json_atomic(folder / "serve.json", [{**facts, **row.to_json()} for row in rows])
+    write_json_atomic(folder / "serve.json", [{**about, **row.to_json()} for row in rows])
     write_text_atomic(folder / "serve.md", "\n".join(table.to_markdown() for table in tables))
     written = [folder / "serve.json", folder / "serve.md"]
     if importlib.util.find_spec("matplotlib") is not None:
@@ -128,7 +107,7 @@ def write_report(folder: Path, rows: Sequence[BenchRow], tables: Sequence[Table]
 
 
 def plot(rows: Sequence[BenchRow]) -> str:
-    """SVG: throughput, and the median and 99th percentile of latency, against the requests in flight.
+    """SVG: throughput, and median and 99th percentile of latency, by requests in flight.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -136,46 +115,30 @@ def plot(rows: Sequence[BenchRow]) -> str:
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
+    lines: dict[str, list[BenchRow]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: row.point.concurrency):
+        if row.point.where == "server":
+            lines[f"{row.point.mode}, batch {row.point.batch}"].append(row)
     with rc_context(_SETTINGS):
         figure = Figure(figsize=(9, 3.6), layout="constrained")
         left, right = figure.subplots(1, 2)
-        for number, (name, line) in enumerate(_lines(rows).items()):
+        for number, (name, line) in enumerate(lines.items()):
             look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-            _draw_line(left, right, name, line, look)
-        _draw_levels(left, rows)
-        left.set(title="Throughput", ylabel="images a second", ylim=(0, None))
-        right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds a request", yscale="log")
-        for axes in (left, right):
-            axes.set_xlabel("requests in flight")
-            axes.grid(alpha=0.2)
+            at, rates = [row.point.concurrency for row in line], [row.rates for row in line]
+            left.plot(at, list(map(median, rates)), label=name, **look)
+            left.fill_between(at, list(map(min, rates)), list(map(max, rates)), color=look["color"], alpha=0.15)
+            right.plot(at, [row.latency_ms("p50") for row in line], **look)
+            right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
+        for mode, style in (("pixels", ":"), ("encoded", "-.")):  # the engine in process, at its best batch size
+            best = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
+            if best:
+                left.axhline(max(best), color="0.5", linestyle=style, label=f"in process, {mode}")
+        left.set(title="Throughput", ylabel="images per second", ylim=(0, None), xlabel="requests in flight")
+        right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds per request", yscale="log")
+        right.set(xlabel="requests in flight")
+        left.grid(alpha=0.2)
+        right.grid(alpha=0.2)
         left.legend(fontsize=7, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
-
-
-def _lines(rows: Sequence[BenchRow]) -> dict[str, list[BenchRow]]:
-    """The server's rows by mode and batch, in the order of their concurrency."""
-    lines: dict[str, list[BenchRow]] = {}
-    for row in sorted(rows, key=lambda row: row.point.concurrency):
-        if row.point.where == "server":
-            lines.setdefault(f"{row.point.mode}, batch {row.point.batch}", []).append(row)
-    return lines
-
-
-def _draw_line(left: Any, right: Any, name: str, line: Sequence[BenchRow], look: dict[str, Any]) -> None:
-    at = [row.point.concurrency for row in line]
-    left.plot(at, [median(row.rates) for row in line], label=name, **look)
-    left.fill_between(
-        at, [min(row.rates) for row in line], [max(row.rates) for row in line], color=look["color"], alpha=0.15
-    )
-    right.plot(at, [row.latency_ms("p50") for row in line], **look)
-    right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
-
-
-def _draw_levels(axes: Any, rows: Sequence[BenchRow]) -> None:
-    """The engine in process as level lines: the best of its batch sizes."""
-    for mode, style in (("pixels", ":"), ("encoded", "-.")):
-        rates = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
-        if rates:
-            axes.axhline(max(rates), color="0.5", linestyle=style, label=f"in process, {mode}")

@@ -1,32 +1,37 @@
-"""Readings of every point in interleaved rounds, so that what disturbs a machine meets all paths alike."""
+"""Measures every point in interleaved rounds, so that disturbances affect all paths equally."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError
 from clipship.core.machine.runtimes import available_cores
 from clipship.core.progress import progress
-from clipship.serving.bench.load import measure
-from clipship.serving.bench.paths import BenchImages, InProcess, measure_client, prepared
-from clipship.serving.bench.steps import Breakdown, breakdown
-from clipship.serving.bench.wire import MODES, Mode, Wire, model_of
+from clipship.serving.bench.load import Reading, measure
+from clipship.serving.bench.paths import InProcess, measure_client
+from clipship.serving.bench.perf_analyzer import Analyzer, analyze
+from clipship.serving.bench.requests import MODES, BenchImages, Mode, Request, model_of, validate_answer
+from clipship.serving.bench.steps import breakdown, statistics_of
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.client.metadata import ServerMetadata, read_server_metadata
+from clipship.serving.errors import RequestRejected, ServingError
 from clipship.serving.model_names import ENCODER, PRECISION, RUNTIME
 from clipship.serving.transport.base import parameters_of
-from clipship.serving.transport.connection import Connection
+from clipship.serving.transport.connection import Connection, connection_from_text
+from clipship.serving.transport.grpc import TritonTransport
+from clipship.serving.transport.shared_memory import registered, unregister
 
 _WARM_UP_S = 0.5
+_TIMEOUT_S = 120.0
 
 Where = Literal["server", "in process", "client"]
-"""The prepared requests to the server, the same engine without one, and our client to the server."""
+"""Bare requests to the server, the same engine without one, and our client to the server."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,10 +46,10 @@ class BenchPlan:
     batches: tuple[int, ...] = (1, 8, 32)
     concurrencies: tuple[int, ...] = (1, 2, 4, 8, 16)
     seconds: float = 10.0
-    """A reading's; longer where so many seconds do not give every place in the loop an answer."""
+    """Duration of a reading; longer if some request in flight is not answered by then."""
     rounds: int = 3
     client: bool = True
-    """Whether our own client is measured too, at the largest concurrency."""
+    """Whether to measure clipship's client too, at the largest concurrency."""
 
     def __post_init__(self) -> None:
         for name, numbers in (("batch", self.batches), ("concurrency", self.concurrencies), ("rounds", (self.rounds,))):
@@ -59,37 +64,26 @@ class BenchPlan:
 
 @dataclass(frozen=True, kw_only=True)
 class Point:
-    """What is measured under the same conditions in every round."""
+    """A combination of settings that is measured in every round."""
 
     where: Where
     mode: Mode
     batch: int
-    """Images a request."""
+    """Images per request."""
     concurrency: int
     """Requests in flight."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """A point in one round."""
-
-    images_per_s: float
-    latencies_ms: dict[str, float]
-    """mean, p50, p90, p95, p99; empty for the client, whose requests are not seen from outside."""
-    steps: Breakdown | None
-    """For the server's points."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class BenchRow:
-    """A point and its readings, one a round."""
+    """A point and its readings, one per round."""
 
     point: Point
     readings: tuple[Reading, ...]
 
     @property
     def rates(self) -> list[float]:
-        """Images a second, by round."""
+        """Images per second, by round."""
         return [reading.images_per_s for reading in self.readings]
 
     def latency_ms(self, name: str) -> float | None:
@@ -103,31 +97,23 @@ class BenchRow:
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every reading."""
-        readings = [
-            {
-                "images_per_s": reading.images_per_s,
-                "latencies_ms": reading.latencies_ms,
-                "steps": reading.steps and reading.steps.to_json(),
-            }
-            for reading in self.readings
-        ]
-        return {**asdict(self.point), "images_per_s": statistics.median(self.rates), "readings": readings}
-
-
-def ratios(row: BenchRow, other: BenchRow) -> list[float]:
-    """``row``'s rate divided by ``other``'s, round by round."""
-    return [a / b for a, b in zip(row.rates, other.rates, strict=True)]
+        return {
+            **asdict(self.point),
+            "images_per_s": statistics.median(self.rates),
+            "readings": [each.to_json() for each in self.readings],
+        }
 
 
 class Bench:
-    """A server, and where a bundle is given the engine without it, ready to be measured.
+    """Measures a server and, where a bundle is given, the same engine in this process.
 
     Args:
         server: HOST:PORT of Triton's gRPC endpoint, or a connection for TLS, a token and headers.
-        bundle: what the server was made of; its engine runs in this process with as many threads as there are cores.
+        bundle: the served bundle; its engine runs in this process with one thread per core.
+        analyzer: generates the load, unless the connection has TLS, a token or headers.
 
     Raises:
-        ServerUnreachable: nobody answers.
+        ServerUnreachable: the server does not answer.
         ModelsMissing: the server does not have our models.
         UsageError: the bundle is not the one that is served, or has no encoder for this process; several servers.
     """
@@ -138,63 +124,72 @@ class Bench:
         files: Sequence[bytes],
         *,
         bundle: Bundle | None = None,
-        timeout_s: float = 120.0,
+        analyzer: Analyzer | None = None,
     ) -> None:
-        self.wire = Wire(server, timeout_s=timeout_s)
-        transport = self.wire.transport
-        try:
-            self.facts: ServerMetadata = read_server_metadata(transport)
-            self._encoder = parameters_of(transport.model_config(ENCODER))
-            self._steps = {mode: _steps_of(transport.model_config(model_of(mode))) for mode in MODES}
-            self.samples = BenchImages(files, self.facts.image_spec)
-            self.in_process = _in_process(bundle, self.facts, self._encoder, self.samples) if bundle else None
-        except BaseException:
-            self.wire.close()
-            raise
+        self.connection = connection = connection_from_text(server) if isinstance(server, str) else server
+        if len(connection.addresses) != 1:
+            raise UsageError(f"{', '.join(connection.addresses)}: give one server to measure")
+        guarded = connection.secure or connection.token or connection.token_file or connection.headers
+        self.analyzer = None if guarded else analyzer  # a token would be visible in its command line
+        self.transport = TritonTransport(connection.urls[0], connection)
+        self._shared = TritonTransport(connection.urls[0], replace(connection, shared_memory=True))
+        self.in_process: InProcess | None = None
         self._checked: set[tuple[Mode, int]] = set()
+        try:
+            self.metadata: ServerMetadata = read_server_metadata(self.transport)
+            self._encoder = parameters_of(self.transport.model_config(ENCODER))
+            ensembles = {mode: self.transport.model_config(model_of(mode))["ensemble_scheduling"] for mode in MODES}
+            self._steps = {mode: [step["model_name"] for step in each["step"]] for mode, each in ensembles.items()}
+            self.samples = BenchImages(files, self.metadata.image_spec)
+            if bundle is not None:
+                self.in_process = _in_process(bundle, self.metadata, self._encoder, self.samples)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
-        """End the connection and the engine."""
-        self.wire.close()
+        """End the connections and the engine."""
+        self.transport.close()
+        self._shared.close()
         if self.in_process is not None:
             self.in_process.close()
 
     def described(self) -> dict[str, Any]:
-        """What the server says it serves, and what is sent to it, for a report."""
+        """The server's models and the load's images, for a report."""
         encoder = {name: self._encoder[name] for name in (RUNTIME, PRECISION) if name in self._encoder}
         return {
             "cores": available_cores(),
-            "bundle_digest": self.facts.bundle_digest,
-            "vocabulary_digest": self.facts.vocabulary_digest,
-            "size_px": self.facts.image_spec.size_px,
-            "max_batch_size": self.facts.max_batch_size,
+            "load": "clipship" if self.analyzer is None else "perf_analyzer",
+            "bundle_digest": self.metadata.bundle_digest,
+            "vocabulary_digest": self.metadata.vocabulary_digest,
+            "size_px": self.metadata.image_spec.size_px,
+            "max_batch_size": self.metadata.max_batch_size,
             "encoder": encoder,
             "images": len(self.samples.files),
             "mean_file_bytes": round(statistics.fmean(map(len, self.samples.files))),
         }
 
     def points(self, plan: BenchPlan) -> list[Point]:
-        """Every point of ``plan``, those to be compared beside each other.
+        """Every point of ``plan``, in order of comparison.
 
         Raises:
             UsageError: a batch is larger than the server takes.
         """
-        largest = self.facts.max_batch_size
+        largest = self.metadata.max_batch_size
         if max(plan.batches) > largest:
             raise UsageError(f"batch {max(plan.batches)}: the server takes 1 to {largest} images a request")
         points: list[Point] = []
-        for mode in plan.modes:
-            for batch in plan.batches:
-                same: dict[str, Any] = {"mode": mode, "batch": batch}
-                points += [Point(where="server", concurrency=each, **same) for each in plan.concurrencies]
-                if self.in_process is not None and mode != "shm":
-                    points.append(Point(where="in process", concurrency=1, **same))
-                if plan.client and mode != "shm":
-                    points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
+        for mode, batch in itertools.product(plan.modes, plan.batches):
+            same: dict[str, Any] = {"mode": mode, "batch": batch}
+            points += [Point(where="server", concurrency=each, **same) for each in plan.concurrencies]
+            if self.in_process is not None and mode != "shm":
+                points.append(Point(where="in process", concurrency=1, **same))
+            if plan.client and mode != "shm":
+                points.append(Point(where="client", concurrency=max(plan.concurrencies), **same))
         return points
 
     def run(self, plan: BenchPlan) -> list[BenchRow]:
-        """Measure every point once a round.
+        """Measure every point once per round.
 
         Raises:
             UsageError: as :meth:`points`.
@@ -210,52 +205,54 @@ class Bench:
         return [BenchRow(point=point, readings=tuple(readings[point])) for point in points]
 
     def read(self, point: Point, seconds: float) -> Reading:
-        """Measure ``point`` for ``seconds``, after half a second (no longer than ``seconds``) to get going."""
-        times: dict[str, Any] = {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
+        """Measure ``point`` for ``seconds``, after a warm-up of at most half a second."""
+        numbers: dict[str, Any] = {"concurrency": point.concurrency, "batch": point.batch}
+        numbers |= {"seconds": seconds, "warm_up_s": min(_WARM_UP_S, seconds)}
         if point.where == "client":
-            numbers = {"concurrency": point.concurrency, "batch": point.batch, **times}
-            load = measure_client(self.wire.connection, self.samples, point.mode, **numbers)
-            return Reading(images_per_s=load.images_per_s, latencies_ms={}, steps=None)
+            return measure_client(self.connection, self.samples, point.mode, **numbers)
+        requests = itertools.cycle(self.samples.requests(point.mode, point.batch))
         if point.where == "in process":
-            assert self.in_process is not None
-            send = self.in_process.sender(point.mode, point.batch)
-            load = measure(send, concurrency=1, batch=point.batch, **times)
-            return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=None)
-        return self._read_server(point, times)
+            engine = self.in_process
+            assert engine is not None
+            return measure(lambda: engine.run(next(requests)), **numbers)
+        self._validate(next(requests), point)
+        before = statistics_of(self.transport)
+        reading = self._read_server(point, requests, numbers)
+        parts = (model_of(point.mode), self._steps[point.mode], reading.whole_mean_ms)
+        return replace(reading, steps=breakdown(before, statistics_of(self.transport), *parts))
 
-    def _read_server(self, point: Point, times: dict[str, Any]) -> Reading:
-        with prepared(self.wire, self.samples, point.mode, point.batch) as requests:
-            if (point.mode, point.batch) not in self._checked:
-                self.wire.check(requests[0], point.batch)
-                self._checked.add((point.mode, point.batch))
-            before = self.wire.statistics()
-            send = self.wire.sender(requests)
-            load = measure(send, concurrency=point.concurrency, batch=point.batch, **times)
-            after = self.wire.statistics()
-        steps = breakdown(before, after, model_of(point.mode), self._steps[point.mode], load.whole_mean_ms)
-        return Reading(images_per_s=load.images_per_s, latencies_ms=load.latencies_ms(), steps=steps)
+    def _read_server(self, point: Point, requests: Iterator[Request], numbers: dict[str, Any]) -> Reading:
+        if self.analyzer is None or point.mode == "shm":  # perf_analyzer leaves regions registered
+            transport = self._shared if point.mode == "shm" else self.transport
+            return measure(lambda: next(requests).sent(transport, _TIMEOUT_S).result(), **numbers)
+        (name,) = next(requests).inputs
+        images = self.samples.files if point.mode == "encoded" else list(self.samples.pixels)
+        del numbers["warm_up_s"]
+        return analyze(self.analyzer, self.transport.url, model_of(point.mode), (name, images), **numbers)
+
+    def _validate(self, request: Request, point: Point) -> None:
+        """Validate an answer, and for shm that the server maps shared memory, before measuring."""
+        if (point.mode, point.batch) in self._checked:
+            return
+        validate_answer(request, self.transport, _TIMEOUT_S)
+        if point.mode == "shm":
+            (pixels,) = request.inputs.values()
+            try:
+                unregister(self.transport, registered(self.transport, pixels.nbytes).name)
+            except RequestRejected as error:
+                raise ServingError(
+                    f"{self.transport.url}: the server cannot open this process's shared memory: "
+                    f"run it on this machine outside containers, or give --mode pixels ({error})"
+                ) from error
+        self._checked.add((point.mode, point.batch))
 
 
-@contextmanager
-def opened(server: str | Connection, files: Sequence[bytes], bundle: Bundle | None = None) -> Iterator[Bench]:
-    """A :class:`Bench` that is closed at the end of the block."""
-    bench = Bench(server, files, bundle=bundle)
-    try:
-        yield bench
-    finally:
-        bench.close()
-
-
-def _steps_of(ensemble: dict[str, Any]) -> tuple[str, ...]:
-    return tuple(step["model_name"] for step in ensemble["ensemble_scheduling"]["step"])
-
-
-def _in_process(bundle: Bundle, facts: ServerMetadata, encoder: dict[str, str], samples: BenchImages) -> InProcess:
-    if bundle.digest != facts.bundle_digest:
+def _in_process(bundle: Bundle, metadata: ServerMetadata, encoder: dict[str, str], samples: BenchImages) -> InProcess:
+    if bundle.digest != metadata.bundle_digest:
         raise UsageError(
-            f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's bundle has {facts.bundle_digest[:12]}: "
-            "give the bundle that the repository was made of"
+            f"{bundle.path}: its digest is {bundle.digest[:12]}, the server's is {metadata.bundle_digest[:12]}: "
+            "give the bundle that is served"
         )
     precision: Any = encoder.get(PRECISION, "fp32")
-    engine = LocalTransport(bundle, precision=precision, max_batch_size=facts.max_batch_size, top_k=facts.top_k)
+    engine = LocalTransport(bundle, precision=precision, max_batch_size=metadata.max_batch_size, top_k=metadata.top_k)
     return InProcess(engine, samples)

@@ -1,8 +1,8 @@
-"""Where a request's time goes, from the server's own statistics before and after a load.
+"""Where a request's time goes, by the server's statistics before and after a load.
 
-Triton counts for every model the nanoseconds that requests waited in its queue, had their inputs gathered, ran, and had
-their outputs handed over. A request that is run in a batch with others is charged with the whole batch's time, so the
-steps of one request add up to its latency; what is missing there is between the steps.
+For every model Triton counts the nanoseconds of requests in its queue, input, infer and output phases. A request in a
+batch is charged with the time of the whole batch, so the steps of a request add up to its latency; the rest is between
+the steps.
 """
 
 from __future__ import annotations
@@ -11,13 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from clipship.serving.transport.grpc import TritonTransport
+
 PHASES = ("queue", "compute_input", "compute_infer", "compute_output")
-"""Triton's names of what a request does in a model."""
+"""Triton's names of a request's phases in a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """A model's part of a request; milliseconds are means over the requests."""
+    """A model's part of a request; milliseconds are means over requests."""
 
     model: str
     queue_ms: float
@@ -25,9 +27,9 @@ class Step:
     compute_infer_ms: float
     compute_output_ms: float
     images_a_run: float
-    """How many images the model ran at once: what dynamic batching made of the requests."""
+    """Mean batch size of the model's executions, after dynamic batching."""
     cached: float = 0.0
-    """The share of its requests that the server's response cache answered: a load repeats its images."""
+    """The share of requests answered from the response cache: a load repeats its images."""
 
     @property
     def total_ms(self) -> float:
@@ -37,17 +39,17 @@ class Step:
 
 @dataclass(frozen=True, kw_only=True)
 class Breakdown:
-    """A request's mean latency by where it was spent; the parts add up to it, but for what Triton counts twice."""
+    """A request's mean latency by where it was spent; parts that Triton counts twice make the sum larger."""
 
     latency_ms: float
     steps: tuple[Step, ...]
     between_ms: float
-    """In the server, but in none of the steps."""
+    """In the server, between the steps."""
     outside_ms: float
-    """Before and after the server had the request: the wire, the client, and the server's reading and writing."""
+    """Outside the server's models: network, client, and the server's reading and writing."""
 
     def shares(self) -> dict[str, float]:
-        """The parts as shares of the latency, from 0 to 1: each step's phases as ``model.phase``, and the two rests."""
+        """Shares of the latency, from 0 to 1: each step's phases as ``model.phase``, ``between`` and ``outside``."""
         parts = {f"{step.model}.{phase}": getattr(step, f"{phase}_ms") for step in self.steps for phase in PHASES}
         parts |= {"between": self.between_ms, "outside": self.outside_ms}
         return {name: value / self.latency_ms for name, value in parts.items()}
@@ -57,10 +59,20 @@ class Breakdown:
         return {**asdict(self), "shares": self.shares()}
 
 
+def statistics_of(transport: TritonTransport) -> dict[str, Any]:
+    """Triton's ``ModelStatistics`` message of every model, the newest version's.
+
+    Raises:
+        ServingError: as the transport.
+    """
+    reply = transport.call("ModelStatistics")
+    return {each.name: each for each in sorted(reply.model_stats, key=lambda each: int(each.version))}
+
+
 def breakdown(
     before: Mapping[str, Any], after: Mapping[str, Any], ensemble: str, models: Sequence[str], latency_ms: float
 ) -> Breakdown:
-    """What the requests to ``ensemble`` between two statistics spent where.
+    """Where the requests to ``ensemble`` between two statistics spent their time.
 
     Args:
         before: ``ModelStatistics`` messages by model, and the same after the load.
@@ -74,22 +86,20 @@ def breakdown(
     inside_ms = _mean_ms(before[ensemble], after[ensemble], "success")
     if inside_ms is None:
         raise ValueError(f"{ensemble}: no request was answered between the two statistics")
-    return Breakdown(
-        latency_ms=latency_ms,
-        steps=steps,
-        between_ms=max(0.0, inside_ms - sum(step.total_ms for step in steps)),
-        outside_ms=max(0.0, latency_ms - inside_ms),
-    )
+    between_ms = max(0.0, inside_ms - sum(step.total_ms for step in steps))
+    outside_ms = max(0.0, latency_ms - inside_ms)
+    return Breakdown(latency_ms=latency_ms, steps=steps, between_ms=between_ms, outside_ms=outside_ms)
 
 
 def _step(before: Any, after: Any) -> Step:
     runs = after.execution_count - before.execution_count
-    means = {f"{phase}_ms": _mean_ms(before, after, phase) or 0.0 for phase in PHASES}
     images = after.inference_count - before.inference_count
-    hits = after.inference_stats.cache_hit.count - before.inference_stats.cache_hit.count
-    requests = after.inference_stats.success.count - before.inference_stats.success.count
-    cached = hits / requests if requests else 0.0
-    return Step(model=after.name, images_a_run=images / runs if runs else 0.0, cached=cached, **means)
+    hits, requests = (
+        getattr(after.inference_stats, name).count - getattr(before.inference_stats, name).count
+        for name in ("cache_hit", "success")
+    )
+    means = {f"{phase}_ms": _mean_ms(before, after, phase) or 0.0 for phase in PHASES}
+    return Step(model=after.name, images_a_run=images / (runs or 1), cached=hits / (requests or 1), **means)
 
 
 def _mean_ms(before: Any, after: Any, what: str) -> float | None:

@@ -28,10 +28,11 @@ from clipship.core.tensors import embedding_tensor, image_tensor
 from clipship.core.tolerances import advice, encoder_problem, pixels_problem
 from clipship.serving.errors import ModelsMissing
 from clipship.serving.model_names import CLASSIFY, EMBED, of_vocabulary
+from clipship.serving.repository.backends import ONNXRUNTIME
 from clipship.serving.repository.classifier_graph import classifier_graph
 from clipship.serving.repository.golden_check import validate_classifier_model
 from clipship.serving.repository.golden_samples import FILES, truth_from_bundle
-from clipship.serving.repository.models import configs_from_facts, facts_from_bundle
+from clipship.serving.repository.models import configs_from_settings, model_settings_from_bundle
 from clipship.serving.repository.vocabularies import validate_same_encoder
 from clipship.serving.transport.base import CallOptions, Tensors, config_json
 
@@ -66,18 +67,20 @@ class LocalTransport:
             raise MissingExtraError("onnxruntime", "serving") from error
         variant = bundle.fastest_encoder(precision, _runtimes(), processor=this_processor())
         validate_same_encoder(bundle, others or {}, variant)
-        facts = facts_from_bundle(bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=variant, others=others)
+        settings = model_settings_from_bundle(
+            bundle, max_batch_size=max_batch_size, top_k=top_k, encoder=variant, others=others
+        )
         self.url = str(bundle.path)
         self.on_this_machine = True
-        self._configs = {name: config_json(each) for name, each in configs_from_facts(facts, "onnxruntime").items()}
+        self._configs = {name: config_json(each) for name, each in configs_from_settings(settings, ONNXRUNTIME).items()}
         self._encode = open_encoder(str(bundle.path / variant.file), variant.runtime, variant.precision)
         self._variant, self._golden, self._verified = variant, bundle.golden(), set[bool]()
-        self._image = image_tensor(facts.image_spec.size_px).name
-        self._embedding = embedding_tensor(facts.embed_dim).name
+        self._image = image_tensor(settings.image_spec.size_px).name
+        self._embedding = embedding_tensor(settings.embed_dim).name
         self._validate_encoder(few=False)
         _validate_decoder(bundle, self._golden)
         self._classifiers: dict[str, Any] = {}
-        for each, source in zip(facts.vocabularies, (bundle, *(others or {}).values()), strict=True):
+        for each, source in zip(settings.vocabularies, (bundle, *(others or {}).values()), strict=True):
             graph = classifier_graph(source.vocabulary, source.vocabulary_features(), each.top_k)
             session = InferenceSession(graph, providers=["CPUExecutionProvider"])
             model = of_vocabulary(CLASSIFY, each.name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,30 @@ from clipship.core.cli.main import emit, existing_folder, json_option, option_gr
 _FILE = click.Path(path_type=Path)
 
 
+_option = partial(click.option, show_default=True)
+
 _server_options = option_group(
-    click.option(
-        "--repository", required=True, type=_FILE, help="The model repository that the server serves, or its share."
-    ),
-    click.option("--url", default="127.0.0.1:8001", show_default=True, help="Triton's gRPC endpoint, HOST:PORT."),
-    click.option("--name", help="Which of the repository's vocabularies. [default: the first]"),
-    click.option("--admin-secret", type=_FILE, help="The secret's file. [default: that of clipship serve here]"),
-    click.option("--tls-ca", type=_FILE, help="PEM file that the server's certificate is checked against."),
-    click.option("--tls-cert", type=_FILE, help="This client's certificate, for servers that ask for one."),
-    click.option("--tls-key", type=_FILE, help="Its private key."),
-    click.option("--timeout-s", default=120.0, show_default=True, help="How long a load may take."),
+    _option("--repository", required=True, type=_FILE, help="The model repository that the server serves."),
+    _option("--url", default="127.0.0.1:8001", help="Triton's gRPC endpoint, HOST:PORT."),
+    _option("--name", help="Vocabulary name. [default: the first one]"),
+    _option("--admin-secret", type=_FILE, help="File with the admin secret. [default: that of clipship serve here]"),
+    _option("--tls-ca", type=_FILE, help="CA of the server certificate (PEM)."),
+    _option("--tls-cert", type=_FILE, help="Client certificate (PEM), for mutual TLS."),
+    _option("--tls-key", type=_FILE, help="Private key of the client certificate (PEM)."),
+    _option("--timeout-s", default=120.0, help="Maximum time to load a model."),
     json_option,
 )
-"""What both need to reach the server and to know what it serves."""
 
 
 @click.command()
 @click.argument("bundle", type=_FILE)
-@click.option("--keep", default=3, show_default=True, help="Versions kept on disk to roll back to.")
+@click.option("--keep", default=3, show_default=True, help="Number of versions to keep on disk.")
 @_server_options
 def publish(bundle: Path, repository: Path, name: str | None, keep: int, as_json: bool, **server: Any) -> None:
-    """Serve the vocabulary of BUNDLE on a running Triton, without a failed request.
+    """Switch a running Triton to the vocabulary of BUNDLE without downtime.
 
-    Its golden images are sent through the server; if they fail, the old vocabulary is served again. A --name that the
-    repository does not have yet becomes a further vocabulary beside the others.
+    The server must answer the bundle's golden images correctly, else the old vocabulary is restored. A new --name adds
+    a vocabulary beside the others.
 
     Example: clipship vocab publish bundle --repository repository --url 127.0.0.1:8001
     """
@@ -53,12 +53,10 @@ def publish(bundle: Path, repository: Path, name: str | None, keep: int, as_json
 
 
 @click.command()
-@click.option(
-    "--to", help="A version's number, or the first digits of its vocabulary's digest. [default: the last one]"
-)
+@click.option("--to", help="Version number, or first digits of a digest. [default: the version served before]")
 @_server_options
 def rollback(repository: Path, name: str | None, to: str | None, as_json: bool, **server: Any) -> None:
-    """Serve a vocabulary again that was served before.
+    """Switch back to a vocabulary that was served before.
 
     Example: clipship vocab rollback --repository repository --url 127.0.0.1:8001
     """
@@ -71,17 +69,9 @@ def rollback(repository: Path, name: str | None, to: str | None, as_json: bool, 
     emit({**done.to_json(), "url": control.url}, text, as_json=as_json)
 
 
-def _control(
-    *,
-    url: str,
-    admin_secret: Path | None,
-    tls_ca: Path | None,
-    tls_cert: Path | None,
-    tls_key: Path | None,
-    timeout_s: float,
-) -> Any:
+def _control(*, url: str, admin_secret: Path | None, timeout_s: float, **tls: Any) -> Any:
     from clipship.serving.publish.control import Control
     from clipship.serving.transport.connection import Connection
 
-    connection = Connection(urls=(url,), ca_file=tls_ca, certificate_file=tls_cert, key_file=tls_key)
-    return Control(connection, secret_file=admin_secret, timeout_s=timeout_s)
+    files = {"ca_file": tls["tls_ca"], "certificate_file": tls["tls_cert"], "key_file": tls["tls_key"]}
+    return Control(Connection(urls=(url,), **files), secret_file=admin_secret, timeout_s=timeout_s)

@@ -1,18 +1,17 @@
-"""Loading models on a running Triton over gRPC, with the secret that its admin protocols ask for."""
+"""Loads models on a running Triton over gRPC, with its admin secret."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.errors import UsageError
-from clipship.serving.errors import AccessDenied, ServingError
+from clipship.serving.errors import AccessDenied, BadAnswer
+from clipship.serving.repository.golden_check import in_batches
 from clipship.serving.server.admin_secret import ADMIN_HEADER, found_secret_file, read_secret
 from clipship.serving.transport.base import Tensors, parameters_of
 from clipship.serving.transport.connection import Connection
@@ -20,13 +19,12 @@ from clipship.serving.transport.grpc import TritonTransport
 
 
 class Control:
-    """A Triton whose models are loaded and unloaded. Close it, or use it as a context manager.
+    """Model control of a Triton. Use it as a context manager.
 
     Args:
-        connection: of one server.
-        secret_file: with the admin protocols' secret; None: where ``clipship serve`` on this machine keeps it, and no
-            secret where there is none.
-        timeout_s: how long a load, or an answer, may take.
+        connection: to one server.
+        secret_file: the admin secret's file; None: the one that ``clipship serve`` on this machine wrote, if any.
+        timeout_s: maximum time of a load or an answer.
 
     Raises:
         UsageError: several servers, or the file cannot be read.
@@ -47,9 +45,7 @@ class Control:
     def __enter__(self) -> Control:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._transport.close()
 
     def parameters(self, model: str) -> dict[str, str]:
@@ -60,50 +56,43 @@ class Control:
         """
         return parameters_of(self._transport.model_config(model))
 
-    def max_batch_size(self, model: str) -> int:
-        """The most images of a request."""
-        return int(self._transport.model_config(model)["max_batch_size"])
-
     def load(self, model: str) -> None:
-        """Have the server read the model's folder again; returns when what it names is served.
+        """Have the server load the model from its folder; returns when it is served.
 
         Raises:
             AccessDenied: the secret is missing or wrong; says what to do.
-            ServingError: it could not be loaded; says why, in Triton's words.
+            ServingError: it could not be loaded; gives Triton's reason.
         """
         self._repository_call("RepositoryModelLoad", model)
 
     def unload(self, model: str) -> None:
-        """Have the server drop the model.
+        """Have the server unload the model.
 
         Raises:
             ServingError: as :meth:`load`.
         """
         self._repository_call("RepositoryModelUnload", model)
 
-    def infer(self, model: str, inputs: Tensors, outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
-        """The model's answer.
+    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Tensors:
+        """The ``outputs`` of ``model`` for ``rows`` [N, ...] of its one input ``name``, in batches that it takes.
 
         Raises:
             ServingError: as the transport.
         """
-        answer = self._transport.infer(model, inputs, outputs, timeout_s=self._timeout_s).result()
-        missing = [name for name in outputs if name not in answer]
-        if missing:
-            raise ServingError(f"{self.url}: {model} answers without {', '.join(missing)}: write its repository again")
-        return answer
 
-    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Mapping[str, NDArray[Any]]:
-        """As :meth:`infer`, for any number of ``rows`` of the one input ``name``."""
-        most = self.max_batch_size(model)
-        parts = [self.infer(model, {name: rows[at : at + most]}, outputs) for at in range(0, len(rows), most)]
-        return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
+        def infer(batch: NDArray[Any]) -> Tensors:
+            answer = self._transport.infer(model, {name: batch}, outputs, timeout_s=self._timeout_s).result()
+            missing = [output for output in outputs if output not in answer]
+            if missing:
+                raise BadAnswer(f"{self.url}: {model} answers without {', '.join(missing)}: write its repository again")
+            return answer
+
+        return in_batches(infer, rows, int(self._transport.model_config(model)["max_batch_size"]))
 
     def _repository_call(self, method: str, model: str) -> None:
         try:
             self._transport.call(method, model_name=model)
         except AccessDenied as error:
             raise AccessDenied(
-                f"{self.url}: its admin protocols are restricted: give --admin-secret FILE with the secret that "
-                "clipship serve wrote"
+                f"{self.url}: its admin protocols are restricted: give --admin-secret FILE, which clipship serve wrote"
             ) from error

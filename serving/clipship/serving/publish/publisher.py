@@ -1,15 +1,15 @@
-"""A vocabulary put on a running server without a failed request, and taken back.
+"""Publishes a vocabulary to a running server without downtime, and rolls back.
 
-A publish writes a version beside the one that is served, checks its graph here, names it in the configuration, has the
-server load it, and sends the golden images through it. Triton serves the old version until the new one is ready, and
-requests that run finish where they began. Whatever fails, the old version is named again and loaded again.
+A publish adds a version, checks its graph in this process, names it in the configuration, loads it on the server, and
+sends the golden images through it. Triton serves the old version until the new one is ready, and running requests
+finish on theirs. On any failure the old version is named and loaded again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,10 @@ from clipship.core.errors import CheckFailed, ClipshipError, UsageError
 from clipship.core.tensorrt_plan import variant_digest
 from clipship.serving.errors import RepositoryError, ServingError
 from clipship.serving.model_names import (
-    CLASSIFIER,
-    CLASSIFY,
     ENCODER,
     ENCODER_DIGEST,
     PRECISION,
     VOCABULARY_DIGEST,
-    of_vocabulary,
 )
 from clipship.serving.publish.control import Control
 from clipship.serving.repository.config_pbtxt import read_config
@@ -35,32 +32,24 @@ from clipship.serving.repository.golden_check import validate_graph, validate_sa
 from clipship.serving.repository.versions import (
     Action,
     ClassifierVersions,
-    Entry,
-    VersionFacts,
-    add_entry,
+    VersionInfo,
     classifier_in,
-    facts_of,
     locked,
-    read_entries,
-    served_before,
     vocabularies_in,
 )
 from clipship.serving.repository.write import add_vocabulary, remove_vocabulary, validate_verification
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
-    """What is served now, and what was before."""
+class Published(VersionInfo):
+    """The version that is served now, and the one before."""
 
     model: str
     version: int
-    vocabulary_digest: str
-    bundle_digest: str
-    classes: int
     before: int | None
-    """The version that was served before; None: the vocabulary is a new one."""
+    """The version served before; None: the vocabulary is new."""
     kept: tuple[int, ...]
-    """Versions on disk, newest first, to which a rollback can go."""
+    """Versions on disk, newest first, for a rollback."""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
@@ -70,17 +59,17 @@ class Published:
 def publish(
     repository: Path, bundle: Bundle, control: Control, *, vocabulary: str | None = None, keep: int = 3
 ) -> Published:
-    """Serve the vocabulary of ``bundle`` from now on.
+    """Switch a server to the vocabulary of ``bundle``.
 
     Args:
         repository: the folder that the server serves.
-        vocabulary: which of the repository's vocabularies is replaced; None: the first. One that it lacks is added.
-        keep: versions kept on disk, the served one among them.
+        vocabulary: name of the vocabulary to replace, or of a new one; None: the first.
+        keep: number of versions kept on disk, with the served one.
 
     Raises:
-        UsageError: the bundle is not of the served encoder, or has fewer classes than are reported; ``keep`` below 1.
-        CheckFailed: the golden answers are not the bundle's; the old version is served again.
-        ServingError: the server could not load it, or does not answer; the old version is named again.
+        UsageError: the bundle has another encoder, or fewer classes than are returned; ``keep`` is below 1.
+        CheckFailed: the golden answers are wrong; the old version is served again.
+        ServingError: the server could not load it, or does not answer; the old version is restored.
     """
     if keep < 1:
         raise UsageError(f"keep is {keep}: give 1 or more")
@@ -88,51 +77,49 @@ def publish(
         validate_verification(bundle)
         validate_served_encoder(repository, bundle)
         _validate_served_repository(repository, control)
-        classifier_in(repository, None).remove_leftovers()
+        first = classifier_in(repository, None)
+        first.remove_leftovers()
         if vocabulary is not None and vocabulary not in vocabularies_in(repository):
+            _validate_class_count(bundle, first)
             return _publish_new(repository, bundle, control, vocabulary)
         classifier = classifier_in(repository, vocabulary)
-        _tidy(repository, classifier)
+        _tidy(classifier)
         _validate_class_count(bundle, classifier)
-        return _publish_version(repository, classifier, bundle, control, keep)
+        return _publish_version(classifier, bundle, control, keep)
 
 
 def rollback(repository: Path, control: Control, *, vocabulary: str | None = None, to: str | None = None) -> Published:
-    """Serve a vocabulary that was served before.
+    """Switch back to a vocabulary that was served before.
 
     Args:
-        to: a version's number, or the beginning of its vocabulary's or bundle's digest; None: the one before.
+        to: a version's number, or the start of its vocabulary's or bundle's digest; None: the one before.
 
     Raises:
-        UsageError: there is none, or ``to`` is none of those kept.
-        CheckFailed: the server answers otherwise than that version; the one before is served again.
+        UsageError: no such version is kept.
+        CheckFailed: the server's answers differ from that version's; the one before is served again.
         ServingError: as :func:`publish`.
     """
     with locked(repository):
         classifier = classifier_in(repository, vocabulary)
-        _tidy(repository, classifier)
-        entries = read_entries(repository)
-        version = _version_to_go_to(classifier, served_before(entries, classifier), to)
-        pixels = _warmup_pixels(repository)
-
-        def check() -> None:
-            folder = classifier.folder / str(version)
-            validate_same_answers(control, of_vocabulary(CLASSIFY, vocabulary), folder, pixels)
-
-        return _switch(repository, classifier, version, control, check, "rollback")
+        _tidy(classifier)
+        before, version = classifier.active(), _version_to_go_to(classifier, to)
+        folder, pixels = classifier.folder / str(version), _warmup_pixels(repository)
+        check = partial(validate_same_answers, control.answers, classifier.ensemble, folder, pixels)
+        _switch(classifier, version, control, check, "rollback")
+        return _published(classifier, before)
 
 
 def validate_served_encoder(repository: Path, bundle: Bundle) -> None:
-    """Nothing when the bundle has the image encoder that the repository serves.
+    """Validate that the bundle has the image encoder that the repository serves.
 
     Raises:
-        UsageError: it has another one; says what to do.
+        UsageError: it has another encoder; says what to do.
     """
     served = _encoder_parameter(repository, ENCODER_DIGEST)
     if served not in {variant_digest(bundle, variant) for variant in bundle.image_encoders}:
         raise UsageError(
             f"{bundle.path} has another image encoder than {repository} serves ({served[:16]}), so its names would be "
-            "compared with foreign features: write a repository of its own with clipship repository, and serve that"
+            "compared with foreign features: write and serve a separate repository with clipship repository"
         )
 
 
@@ -141,7 +128,7 @@ def _encoder_parameter(repository: Path, name: str) -> str:
     parameters = read_config(encoder).parameters
     if name not in parameters:
         raise RepositoryError(
-            f"{encoder / 'config.pbtxt'}: has no {name}, it is of an older version: write it again with clipship "
+            f"{encoder / 'config.pbtxt'}: has no {name}, an older version wrote it: write it again with clipship "
             "repository"
         )
     value: str = parameters[name].string_value
@@ -149,7 +136,7 @@ def _encoder_parameter(repository: Path, name: str) -> str:
 
 
 def _validate_served_repository(repository: Path, control: Control) -> None:
-    """The server must serve this repository, or its copy."""
+    """Validate that the server serves this repository, or a copy of it."""
     served = control.parameters(ENCODER).get(ENCODER_DIGEST)
     if served != _encoder_parameter(repository, ENCODER_DIGEST):
         raise UsageError(f"the Triton at {control.url} does not serve {repository}: give the folder that it serves")
@@ -163,76 +150,62 @@ def _validate_class_count(bundle: Bundle, classifier: ClassifierVersions) -> Non
         )
 
 
-def _tidy(repository: Path, classifier: ClassifierVersions) -> None:
-    """Delete what a killed publish left, and record what it had no time to record."""
+def _tidy(classifier: ClassifierVersions) -> None:
+    """Delete what a killed publish left, and record what it could not record."""
     classifier.remove_leftovers()
-    active, on_disk = classifier.active(), classifier.versions()
-    recorded = [each.version for each in read_entries(repository) if each.model == classifier.name and each.served]
-    if active != [*on_disk[:1], *recorded][-1]:
-        _note(repository, classifier, active, "publish", "it was killed before it could be recorded")
+    active = classifier.active()
+    if active != classifier.recorded()[-1]:
+        classifier.record(active, "publish", "it was killed before it was recorded")
 
 
-def _publish_version(
-    repository: Path, classifier: ClassifierVersions, bundle: Bundle, control: Control, keep: int
-) -> Published:
-    version = classifier.add(bundle)
-    ensemble = classifier.name.replace(CLASSIFIER, CLASSIFY, 1)
-    precision = _encoder_parameter(repository, PRECISION)
+def _published(classifier: ClassifierVersions, before: int | None) -> Published:
+    version, kept = classifier.active(), tuple(classifier.served())
+    return Published(
+        model=classifier.name, version=version, before=before, kept=kept, **asdict(classifier.info(version))
+    )
+
+
+def _publish_version(classifier: ClassifierVersions, bundle: Bundle, control: Control, keep: int) -> Published:
+    before, version = classifier.active(), classifier.add(bundle)
     try:
         validate_graph(bundle, classifier.folder / str(version))
-        published = _switch(
-            repository,
-            classifier,
-            version,
-            control,
-            lambda: validate_vocabulary(control, classifier.name, ensemble, bundle, precision),
-            "publish",
-        )
+        _switch(classifier, version, control, _golden_check(classifier, bundle, control), "publish")
     except BaseException:
         if classifier.active() != version:
             classifier.remove([version])
         raise
-    kept = served_before(read_entries(repository), classifier)[:keep]
+    kept = classifier.served()[:keep]
     classifier.remove([old for old in classifier.versions() if old not in kept])
-    return published if len(published.kept) <= keep else _with_kept(published, kept)
+    return _published(classifier, before)
 
 
-def _with_kept(published: Published, kept: list[int]) -> Published:
-    from dataclasses import replace
-
-    return replace(published, kept=tuple(kept))
+def _golden_check(classifier: ClassifierVersions, bundle: Bundle, control: Control) -> Callable[[], None]:
+    precision = _encoder_parameter(classifier.folder.parent, PRECISION)
+    return partial(validate_vocabulary, control.answers, classifier.name, classifier.ensemble, bundle, precision)
 
 
 def _switch(
-    repository: Path,
-    classifier: ClassifierVersions,
-    version: int,
-    control: Control,
-    check: Callable[[], None],
-    action: Action,
-) -> Published:
-    """Name ``version``, load it, check it; on any failure name and load the one before."""
-    before, facts = classifier.active(), classifier.facts(version)
+    classifier: ClassifierVersions, version: int, control: Control, check: Callable[[], None], action: Action
+) -> None:
+    """Commit, load and check ``version``; on any failure commit and load the one before."""
+    before = classifier.active()
     classifier.commit(version)
     try:
         control.load(classifier.name)
-        _validate_current(control, classifier, facts)
+        _validate_current(control, classifier, version)
         check()
     except BaseException as error:
         classifier.commit(before)
-        _note(repository, classifier, version, "refused", str(error) or type(error).__name__)
+        classifier.record(version, "refused", str(error) or type(error).__name__)
+        now = _load_again(control, classifier)
         if isinstance(error, (CheckFailed, ServingError)):
-            now = _load_again(control, classifier)
             raise type(error)(f"{error}: version {before} is served as before{now}") from error
-        _load_again(control, classifier)
         raise
-    _note(repository, classifier, version, action)
-    kept = tuple(served_before(read_entries(repository), classifier))
-    return Published(model=classifier.name, version=version, before=before, kept=kept, **asdict(facts))
+    classifier.record(version, action)
 
 
 def _load_again(control: Control, classifier: ClassifierVersions) -> str:
-    """Have the server read what is on disk; what went wrong, as the end of a message."""
+    """Have the server load what is on disk; returns what failed, as the end of a message."""
     try:
         control.load(classifier.name)
     except ClipshipError as error:
@@ -240,60 +213,57 @@ def _load_again(control: Control, classifier: ClassifierVersions) -> str:
     return ""
 
 
-def _validate_current(control: Control, classifier: ClassifierVersions, facts: VersionFacts) -> None:
-    """The server must say that it serves what is on disk now."""
+def _validate_current(control: Control, classifier: ClassifierVersions, version: int) -> None:
+    """Validate that the server serves ``version``."""
     served = control.parameters(classifier.name).get(VOCABULARY_DIGEST)
-    if served != facts.vocabulary_digest:
+    if served != classifier.info(version).vocabulary_digest:
         raise CheckFailed(
-            f"the Triton at {control.url} did not take {classifier.folder}: it serves another folder, give that one"
+            f"the Triton at {control.url} did not load {classifier.folder}: it serves another folder, give that one"
         )
 
 
 def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary: str) -> Published:
-    """Add the vocabulary's models and load them; on any failure take them away again."""
-    first = classifier_in(repository, None)
-    _validate_class_count(bundle, first)
+    """Add the vocabulary's models and load them; on any failure remove them."""
     models = add_vocabulary(repository, bundle, vocabulary)
     classifier = classifier_in(repository, vocabulary)
+    version = classifier.active()
+    info = classifier.info(version)
     try:
-        validate_graph(bundle, classifier.folder / str(classifier.active()))
+        validate_graph(bundle, classifier.folder / str(version))
         for model in models:
             control.load(model)
-        precision = _encoder_parameter(repository, PRECISION)
-        validate_vocabulary(control, classifier.name, of_vocabulary(CLASSIFY, vocabulary), bundle, precision)
+        _golden_check(classifier, bundle, control)()
     except BaseException as error:
-        facts = facts_of(bundle)
         remove_vocabulary(repository, vocabulary)
-        add_entry(repository, _entry(classifier.name, 1, "refused", facts, str(error) or type(error).__name__))
+        classifier.record(version, "refused", str(error) or type(error).__name__, info)
         for model in reversed(models):
             _unload(control, model)
         raise
-    _note(repository, classifier, classifier.active(), "publish")
-    facts, version = facts_of(bundle), classifier.active()
-    return Published(model=classifier.name, version=version, before=None, kept=(version,), **asdict(facts))
+    classifier.record(version, "publish")
+    return _published(classifier, before=None)
 
 
 def _unload(control: Control, model: str) -> None:
-    """Drop a model that may never have been loaded."""
+    """Unload a model that may not be loaded."""
     try:
         control.unload(model)
     except ServingError:
-        return  # it was not loaded, or the server is gone and will not load it: its folder is gone
+        return  # it was not loaded, or the server has ended; its folder is deleted
 
 
-def _version_to_go_to(classifier: ClassifierVersions, versions: list[int], to: str | None) -> int:
-    """One of ``versions``, the served one first."""
-    active, *others = versions
+def _version_to_go_to(classifier: ClassifierVersions, to: str | None) -> int:
+    """The version that ``to`` names; None: the one served before."""
+    versions = classifier.served()
     if to is None:
-        if not others:
-            raise UsageError(f"{classifier.folder}: no version was served before {active}: publish another vocabulary")
-        return others[0]
+        if len(versions) < 2:
+            raise UsageError(f"{classifier.folder}: only {versions[0]} was ever served: publish another vocabulary")
+        return versions[1]
     for version in versions:
-        facts = classifier.facts(version)
-        digests = (facts.vocabulary_digest, facts.bundle_digest)
+        info = classifier.info(version)
+        digests = (info.vocabulary_digest, info.bundle_digest)
         if to == str(version) or (len(to) >= 6 and any(digest.startswith(to) for digest in digests)):
             return version
-    known = ", ".join(f"{version} ({classifier.facts(version).vocabulary_digest[:12]})" for version in versions)
+    known = ", ".join(f"{version} ({classifier.info(version).vocabulary_digest[:12]})" for version in versions)
     raise UsageError(f"no version {to!r} of {classifier.name}: give one of {known}")
 
 
@@ -304,12 +274,3 @@ def _warmup_pixels(repository: Path) -> NDArray[np.uint8]:
     data = (repository / ENCODER / "warmup" / image.name).read_bytes()
     size = int(np.prod(image.dims))
     return np.frombuffer(data[:size], dtype=np.uint8).reshape(1, *image.dims)
-
-
-def _note(repository: Path, classifier: ClassifierVersions, version: int, action: Action, reason: str = "") -> None:
-    add_entry(repository, _entry(classifier.name, version, action, classifier.facts(version), reason))
-
-
-def _entry(model: str, version: int, action: Action, facts: VersionFacts, reason: str = "") -> Entry:
-    at = datetime.now(UTC).isoformat(timespec="seconds")
-    return Entry(at=at, model=model, action=action, version=version, reason=reason, **asdict(facts))

@@ -1,4 +1,4 @@
-"""Whether a vocabulary answers right: its golden images through whoever answers, and through its graph in this process.
+"""Validates a vocabulary by its golden images: through a server, and through its graph in this process.
 
 Legend: N images, D embedding size, k classes reported an image, C classes.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from clipship.core.tensors import (
     scores_tensor,
 )
 from clipship.core.tolerances import RULE_ATOL, TOLERANCES, classes_problem, golden_problem, tolerance_of
-from clipship.serving.repository.config_pbtxt import MODEL_FILES
+from clipship.serving.repository.backends import ONNXRUNTIME
 from clipship.serving.repository.golden_samples import Truth, truth_from_bundle
 
 Answers = Mapping[str, NDArray[Any]]
@@ -32,19 +32,15 @@ Answers = Mapping[str, NDArray[Any]]
 Ask = Callable[[str, str, NDArray[Any], Sequence[str]], Answers]
 """``ask(model, input, rows, outputs)``: the model's outputs by name for any number of rows of its one input."""
 
-
-class Answering(Protocol):
-    """Whoever answers for a server's models: the control connection, or this process."""
-
-    url: str
-
-    def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Answers:
-        """The ``outputs`` of ``model`` for ``rows`` [N, ...] of its input ``name``."""
-
-
 _CLASSES = tuple(tensor(1).name for tensor in (scores_tensor, indices_tensor, labels_tensor))
 _EMBEDDING, _PASSED = embedding_tensor(1).name, passthrough_tensor(1).name
 _OUTPUTS = (*_CLASSES, _EMBEDDING)
+
+
+def in_batches(infer: Callable[[NDArray[Any]], Answers], rows: NDArray[Any], largest: int) -> Answers:
+    """Run ``infer`` on ``rows`` [N, ...] in batches of at most ``largest``."""
+    parts = [infer(rows[at : at + largest]) for at in range(0, len(rows), largest)]
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 
 
 def validate_graph(bundle: Bundle, version: Path) -> None:
@@ -55,14 +51,14 @@ def validate_graph(bundle: Bundle, version: Path) -> None:
         MissingExtraError: onnxruntime is not installed.
     """
     golden, truth = bundle.golden(), truth_from_bundle(bundle)
-    difference = _largest(_at(truth.scores, golden.indices) - golden.scores)
+    difference = _largest(np.take_along_axis(truth.scores, golden.indices, axis=1) - golden.scores)
     if not difference <= TOLERANCES["fp32"].max_score:
         raise CheckFailed(f"{bundle.path}: its golden scores differ from its classifier's by {difference:.2g}")
     validate_classifier_model(lambda model, name, rows, outputs: _graph_answers(version, rows), str(version), truth)
 
 
 def validate_classifier_model(ask: Ask, model: str, truth: Truth) -> None:
-    """``model`` must make of the golden embeddings what the classification rule makes, to 1e-4, and hand them on.
+    """``model`` must classify the golden embeddings as the classification rule does, to 1e-4, and return them.
 
     Raises:
         CheckFailed: it does not; says what differs.
@@ -72,7 +68,7 @@ def validate_classifier_model(ask: Ask, model: str, truth: Truth) -> None:
     scores, indices, labels = (answers[name] for name in _CLASSES)
     problem = classes_problem(truth.scores, truth.names, scores, indices, labels, RULE_ATOL)
     if not problem and not np.array_equal(answers[_PASSED], truth.embedding):
-        problem = "the embedding that it hands on is not the one that it got"
+        problem = "it returns another embedding than it received"
     if problem:
         raise CheckFailed(f"{model}: {problem}")
 
@@ -93,7 +89,7 @@ def validate_answers(
     """
     answers, count = ask(model, name, rows, _OUTPUTS), len(rows)
     scores, indices, labels, embedding = (answers[output] for output in _OUTPUTS)
-    same = np.array_equal(truth.embedding, expected)  # a vocabulary may come of a bundle that has other images
+    same = np.array_equal(truth.embedding, expected)  # a further vocabulary's bundle may have other images
     limit = tolerance_of(precision).max_score if same else math.inf
     problem = golden_problem(expected, embedding, precision) or classes_problem(
         truth.scores[:count], truth.names, scores, indices, labels, limit
@@ -102,38 +98,31 @@ def validate_answers(
         raise CheckFailed(f"{model}: {problem}")
 
 
-def validate_vocabulary(server: Answering, classifier: str, ensemble: str, bundle: Bundle, precision: str) -> None:
-    """The server's models of one vocabulary must answer the bundle's golden images as the bundle says.
+def validate_vocabulary(ask: Ask, classifier: str, ensemble: str, bundle: Bundle, precision: str) -> None:
+    """A server's models of one vocabulary must answer the bundle's golden images as the bundle says.
 
     Raises:
         CheckFailed: they do not; says what differs.
         ServingError: they do not answer.
     """
-    truth, golden, ask = truth_from_bundle(bundle), bundle.golden(), server.answers
-    try:
-        validate_classifier_model(ask, classifier, truth)
-        validate_answers(ask, ensemble, image_tensor(1).name, golden.pixels, golden.embedding, truth, precision)
-    except CheckFailed as error:
-        raise CheckFailed(f"{error}, at {server.url}") from error
+    truth, golden = truth_from_bundle(bundle), bundle.golden()
+    validate_classifier_model(ask, classifier, truth)
+    validate_answers(ask, ensemble, image_tensor(1).name, golden.pixels, golden.embedding, truth, precision)
 
 
-def validate_same_answers(server: Answering, model: str, version: Path, pixels: NDArray[np.uint8]) -> None:
-    """The server's ``model`` must answer what the graph in the folder ``version`` makes of the served embedding.
+def validate_same_answers(ask: Ask, model: str, version: Path, pixels: NDArray[np.uint8]) -> None:
+    """A server's ``model`` must answer what the graph in the folder ``version`` makes of the served embedding.
 
     Raises:
         CheckFailed: it does not.
         ServingError: it does not answer.
     """
-    answers = server.answers(model, image_tensor(1).name, pixels, _OUTPUTS)
+    answers = ask(model, image_tensor(1).name, pixels, _OUTPUTS)
     expected = _graph_answers(version, answers[_EMBEDDING])
     scores, labels = scores_tensor(1).name, labels_tensor(1).name
-    names = np.array([name.encode() for name in expected[labels].flat], dtype=np.object_).reshape(answers[labels].shape)
-    if not (names == answers[labels]).all() or _largest(expected[scores] - answers[scores]) > RULE_ATOL:
-        raise CheckFailed(f"{model} at {server.url} answers otherwise than {version}")
-
-
-def _at(probabilities_NC: NDArray[np.float32], indices_Nk: NDArray[np.int64]) -> NDArray[np.float32]:
-    return np.take_along_axis(probabilities_NC, indices_Nk, axis=1)
+    names = [name.encode() for name in expected[labels].flat]
+    if names != answers[labels].ravel().tolist() or _largest(expected[scores] - answers[scores]) > RULE_ATOL:
+        raise CheckFailed(f"{model} answers otherwise than {version}")
 
 
 def _largest(differences: NDArray[Any]) -> float:
@@ -141,11 +130,11 @@ def _largest(differences: NDArray[Any]) -> float:
 
 
 def _graph_answers(version: Path, embedding: NDArray[np.float32]) -> Answers:
-    """Scores, indices, labels and the embedding that the graph hands on."""
+    """Scores, indices, labels and the embedding that the graph passes through."""
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "serving") from error
-    session = onnxruntime.InferenceSession(version / MODEL_FILES["onnxruntime"], providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(version / ONNXRUNTIME.model_file, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, {embedding_tensor(1).name: embedding}), strict=True))

@@ -1,15 +1,15 @@
-"""The golden samples in a model repository: what its models, and ``clipship serve``, check themselves with.
+"""Golden samples in a model repository, which its models and ``clipship serve`` check themselves with.
 
 ::
 
     image_encoder/golden.npz      pixels uint8 [N, H, W, 3], embedding float32 [N, D] by PyTorch
-    preprocess/golden.npz         files uint8 (the bytes of n files, one behind the other), lengths int64 [n],
+    preprocess/golden.npz         files uint8 (the bytes of n files, concatenated), lengths int64 [n],
                                   pixels uint8 [n, H, W, 3]
     classifier/V/golden.npz       embedding float32 [N, D], scores float32 [N, C] of all classes
     classifier/V/labels.txt       the C class names, one a line
 
-Triton looks at none of them. A vocabulary's lie in its version's folder, and are published and taken back with it. The
-models read them with NumPy, which is all that Triton's own Python is sure to have.
+Triton ignores them. Those of a vocabulary are in its version's folder, so they are published and rolled back with it.
+The models read them with NumPy, the only package that Triton's Python always has.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from clipship.serving.model_names import ENCODER, PREPROCESS
 SAMPLES = "golden.npz"
 
 FILES = 2
-"""Of the golden images, how many are kept as files: photographs can be large, and all pass the same decoder."""
+"""Golden images kept as files: photographs can be large, and two are enough for a decoder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """What a vocabulary must answer for the N golden images."""
+    """The expected answers of a vocabulary for N golden images."""
 
     names: tuple[str, ...]
     """The C classes."""
     embedding: NDArray[np.float32]
     """[N, D] by PyTorch."""
     scores: NDArray[np.float32]
-    """[N, C], what the classification rule makes of them."""
+    """[N, C] by the classification rule."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GoldenSamples:
-    """What a repository's encoder and decoder must answer."""
+    """The expected answers of a repository's encoder and decoder."""
 
     pixels: NDArray[np.uint8]
     """[N, H, W, 3]"""
@@ -59,14 +59,14 @@ class GoldenSamples:
 
 
 def truth_from_bundle(bundle: Bundle) -> Truth:
-    """What ``bundle``'s vocabulary must answer."""
+    """The expected answers of ``bundle``'s vocabulary."""
     embedding = bundle.golden().embedding
     scores = bundle.vocabulary_features().probabilities(embedding)
     return Truth(names=bundle.vocabulary.names, embedding=embedding, scores=scores)
 
 
 def write_samples(folder: Path, bundle: Bundle) -> None:
-    """Those of the image encoder and of preprocess, into the repository that is being written in ``folder``."""
+    """Write the samples of the image encoder and of preprocess to the repository in ``folder``."""
     golden = bundle.golden()
     np.savez(folder / ENCODER / SAMPLES, pixels=golden.pixels, embedding=golden.embedding)
     files = [np.fromfile(bundle.path / GOLDEN / name, np.uint8) for name in golden.files[:FILES]]
@@ -75,13 +75,13 @@ def write_samples(folder: Path, bundle: Bundle) -> None:
 
 
 def write_truth(version: Path, truth: Truth) -> None:
-    """Into the folder of a classifier's version."""
+    """Write ``truth`` to the folder of a classifier's version."""
     np.savez(version / SAMPLES, embedding=truth.embedding, scores=truth.scores)
     (version / LABELS).write_text("".join(f"{name}\n" for name in truth.names), encoding="utf-8")
 
 
 def read_samples(repository: Path) -> GoldenSamples | None:
-    """What :func:`write_samples` wrote; None in a repository of before 0.6.
+    """What :func:`write_samples` wrote; None in repositories written before 0.6.
 
     Raises:
         RepositoryError: it is damaged.
@@ -95,7 +95,7 @@ def read_samples(repository: Path) -> GoldenSamples | None:
 
 
 def read_truth(version: Path) -> Truth | None:
-    """What :func:`write_truth` wrote; None in a version of before 0.6.
+    """What :func:`write_truth` wrote; None in versions written before 0.6.
 
     Raises:
         RepositoryError: it is damaged.
@@ -104,7 +104,7 @@ def read_truth(version: Path) -> Truth | None:
     if arrays is None:
         return None
     try:
-        names = (version / LABELS).read_bytes().decode().split("\n")[:-1]  # names may have other line ends
+        names = (version / LABELS).read_bytes().decode().split("\n")[:-1]  # names may contain other line separators
     except OSError as error:
         raise _damaged(version / LABELS, error) from error
     return Truth(names=tuple(names), embedding=arrays["embedding"], scores=arrays["scores"])

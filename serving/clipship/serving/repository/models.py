@@ -1,6 +1,6 @@
-"""What a repository's models are configured to be: facts of the bundles in, Triton's configurations out.
+"""The configurations of a repository's models: settings of the bundles in, Triton's messages out.
 
-``write.py`` draws the models and writes them.
+``write.py`` draws the models and writes them. Fields of the messages have the names of Triton's model_config.proto.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import UsageError
@@ -41,78 +41,64 @@ from clipship.serving.model_names import (
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import BACKENDS, PYTHON, TENSORRT, Backend
 from clipship.serving.repository.classifier_graph import classifier_outputs
-from clipship.serving.repository.config_pbtxt import (
-    MODEL_FILES,
-    Batching,
-    Ensemble,
-    Model,
-    Step,
-    Warmup,
-    config_from_ensemble,
-    config_from_model,
-)
+from clipship.serving.repository.config_pbtxt import config_from_fields, type_and_dims
 from clipship.serving.repository.tuning import DEFAULT_TUNING, ENGINE_CACHE, Tuning, graph_batches
 
-Backend = Literal["python", "onnxruntime", "tensorrt"]
-"""Who runs the image encoder: ONNX Runtime inside Triton's Python backend, Triton's own ONNX Runtime backend, or its
-TensorRT backend, beside which the ONNX Runtime backend runs the classifier (TensorRT has no strings)."""
-
-ONNX_BACKENDS: Mapping[Backend, str] = {"python": "python", "onnxruntime": "onnxruntime", "tensorrt": "onnxruntime"}
-"""Who runs ONNX files."""
+Fields = dict[str, Any]
+"""Fields of a message of model_config.proto."""
 
 _ENCODED_IMAGE = "encoded_image"
-"""The encoder's output inside the ensembles that classify; what they answer as the embedding is the classifier's."""
+"""The encoder's output inside the ensembles; their own ``embedding`` comes from the classifier."""
 
 _ADMITTED = "admitted"
-"""What a first step hands on, in the model and in the ensembles."""
+"""Output of the admission models."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VocabularyFacts:
-    """What the configurations say about one vocabulary."""
+class VocabularySettings:
+    """What the configurations of one vocabulary's models depend on."""
 
     name: str | None = None
-    """None: the repository's first."""
+    """None: the first vocabulary."""
     bundle_digest: str
     vocabulary_digest: str
     top_k: int
-    """Classes reported an image, at most as many as the vocabulary has."""
+    """Classes returned per image, at most the size of the vocabulary."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """What the configurations say about a bundle."""
+    """What the configurations of a repository's models depend on."""
 
-    bundle_digest: str
-    vocabulary_digest: str
+    vocabularies: tuple[VocabularySettings, ...]
+    """The bundle's own, which has no name, then the others."""
     image_spec: ImageSpec
     embed_dim: int
-    top_k: int
-    """Classes reported an image, at most as many as the vocabulary has."""
     max_batch_size: int = 64
     encoder: EncoderVariant = DEFAULT_ENCODER
-    """Which variant of the image encoder runs where there is no plan."""
+    """The variant of the image encoder that runs without plans."""
     encoder_digest: str = ""
-    """Of the ONNX file that runs, or that the plans were built from."""
+    """Digest of the ONNX file that runs, or that the plans were built from."""
     measured_with: tuple[str, ...] = ()
-    """Instruction sets of the processor that the encoder's speed was measured on; none where nobody knows."""
+    """Instruction sets of the processor that the encoder's speed was measured on; empty: unknown."""
     plans: tuple[PlanInfo, ...] = ()
     """The TensorRT plans of the image encoder, one for each kind of GPU."""
-    others: tuple[VocabularyFacts, ...] = ()
-    """Further vocabularies that share the encoder."""
     tuning: Tuning = field(default_factory=lambda: DEFAULT_TUNING)
 
     @property
-    def vocabularies(self) -> tuple[VocabularyFacts, ...]:
-        """The bundle's own, which has no name, then the others."""
-        first = VocabularyFacts(
-            bundle_digest=self.bundle_digest, vocabulary_digest=self.vocabulary_digest, top_k=self.top_k
-        )
-        return (first, *self.others)
+    def image(self) -> TensorSpec:
+        """The encoder's input."""
+        return image_tensor(self.image_spec.size_px)
+
+    @property
+    def embedding(self) -> TensorSpec:
+        """The encoder's output."""
+        return embedding_tensor(self.embed_dim)
 
 
-def facts_from_bundle(
+def model_settings_from_bundle(
     bundle: Bundle,
     *,
     max_batch_size: int,
@@ -122,10 +108,10 @@ def facts_from_bundle(
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> ModelSettings:
-    """The facts of ``bundle``, with ``top_k`` cut to the size of its vocabulary.
+    """The settings of ``bundle``, with ``top_k`` cut to the size of each vocabulary.
 
     Args:
-        others: bundles of the same encoder whose vocabularies are served too, by their names.
+        others: further bundles of the same encoder, by the names of their vocabularies.
 
     Raises:
         UsageError: ``max_batch_size`` or ``top_k`` is below 1.
@@ -133,203 +119,229 @@ def facts_from_bundle(
     for name, value in (("max_batch_size", max_batch_size), ("top_k", top_k)):
         if value < 1:
             raise UsageError(f"{name} is {value}: give 1 or more")
+    bundles: list[tuple[str | None, Bundle]] = [(None, bundle), *(others or {}).items()]
+    measured_on = bundle.manifest.measured_on
     return ModelSettings(
-        bundle_digest=bundle.digest,
-        vocabulary_digest=bundle.vocabulary.digest,
+        vocabularies=tuple(_vocabulary_settings(each, name, top_k) for name, each in bundles),
         image_spec=bundle.image_spec,
         embed_dim=bundle.manifest.embed_dim,
-        top_k=min(top_k, len(bundle.vocabulary)),
         max_batch_size=max_batch_size,
         encoder=encoder,
         encoder_digest=plans[0].info.onnx_digest if plans else variant_digest(bundle, encoder),
-        measured_with=bundle.manifest.measured_on.instruction_sets if bundle.manifest.measured_on else (),
+        measured_with=measured_on.instruction_sets if measured_on else (),
         plans=tuple(plan.info for plan in plans),
-        others=tuple(vocabulary_facts(other, name, top_k) for name, other in (others or {}).items()),
         tuning=tuning,
     )
 
 
-def vocabulary_facts(bundle: Bundle, name: str, top_k: int) -> VocabularyFacts:
-    """The facts of a further vocabulary, with ``top_k`` cut to its size."""
-    return VocabularyFacts(
-        name=name,
-        bundle_digest=bundle.digest,
-        vocabulary_digest=bundle.vocabulary.digest,
-        top_k=min(top_k, len(bundle.vocabulary)),
-    )
+def _vocabulary_settings(bundle: Bundle, name: str | None, top_k: int) -> VocabularySettings:
+    classes = len(bundle.vocabulary)
+    digests = {"bundle_digest": bundle.digest, "vocabulary_digest": bundle.vocabulary.digest}
+    return VocabularySettings(name=name, top_k=min(top_k, classes), **digests)
 
 
-def configs_from_facts(facts: ModelSettings, backend: Backend) -> dict[str, Any]:
+def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:
     """The ``inference.ModelConfig`` message of every model, by name."""
-    models = [_image_encoder(facts, backend), _preprocess(facts), _admission(facts, ADMISSION, PREPROCESS, ENCODED)]
-    if has_doors(backend):
-        models.append(_admission(facts, PIXELS_ADMISSION, ENCODER, image_tensor(facts.image_spec.size_px)))
-    ensembles = [_embed(facts, backend)]
-    for vocabulary in facts.vocabularies:
-        models.append(_classifier(facts, vocabulary, backend))
-        ensembles += [_classify(facts, vocabulary, backend), _classify_encoded(facts, vocabulary)]
-    return {
-        **{model.name: config_from_model(model) for model in models},
-        **{ensemble.name: config_from_ensemble(ensemble) for ensemble in ensembles},
-    }
-
-
-def has_doors(backend: Backend) -> bool:
-    """Whether the image encoder says when it can take more, so that what waits for it can wait before it."""
-    return backend == "python"
+    models = [_image_encoder(settings, backend), _preprocess(settings)]
+    models.append(_admission(settings, ADMISSION, PREPROCESS, ENCODED))
+    if backend.in_python:
+        models.append(_admission(settings, PIXELS_ADMISSION, ENCODER, settings.image))
+    models.append(_embed(settings, backend))
+    for vocabulary in settings.vocabularies:
+        models.append(_classifier(settings, vocabulary, backend))
+        models += [_classify(settings, vocabulary, backend), _classify_encoded(settings, vocabulary)]
+    return {fields["name"]: config_from_fields(fields) for fields in models}
 
 
 def plan_files(plans: Sequence[PlanInfo]) -> tuple[str, ...]:
     """The name of each plan's file in the encoder's version folder."""
     if len(plans) == 1:
-        return (MODEL_FILES["tensorrt"],)
+        return (TENSORRT.model_file,)
     return tuple(f"model_{'_'.join(plan.gpus)}.plan" for plan in plans)
 
 
-def _parameters(facts: ModelSettings) -> dict[str, str]:
-    """What a client needs to know; the vocabulary's facts stand at the classifier, which can be published anew."""
-    return {BUNDLE_DIGEST: facts.bundle_digest, IMAGE_SPEC: json.dumps(facts.image_spec.to_json())}
-
-
-def _batching(facts: ModelSettings) -> Batching:
-    tuning = facts.tuning
-    return Batching(
-        max_queue_delay_us=tuning.max_queue_delay_us,
-        max_queue_size=tuning.max_queue_size,
-        queue_timeout_us=round(tuning.queue_timeout_s * 1e6),
-    )
-
-
-def _warmups(facts: ModelSettings, tensor: str) -> tuple[Warmup, ...]:
-    """The golden sample at several batch sizes: Triton repeats it."""
-    sizes = facts.tuning.warmups(facts.max_batch_size)
-    return tuple(Warmup(name=f"golden_{size}", batch_size=size, files={tensor: tensor}) for size in sizes)
-
-
-def _image_encoder(facts: ModelSettings, backend: Backend) -> Model:
-    image = image_tensor(facts.image_spec.size_px)
-    special = _plan_settings(facts) if backend == "tensorrt" else _variant_settings(facts)
-    return Model(
-        name=ENCODER,
-        backend=backend,
-        **special,
-        inputs=(image,),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        instance_kind=_kind(facts.tuning, backend),
-        instances=facts.tuning.instances,
-        gpus=facts.tuning.gpus,
-        batching=replace(_batching(facts), preferred_sizes=facts.tuning.preferred_batch_sizes),
-        warmups=_warmups(facts, image.name),
-        response_cache=facts.tuning.response_cache,
-    )
-
-
-def _kind(tuning: Tuning, backend: Backend) -> str:
-    if backend == "python":
-        return "KIND_CPU"
-    if backend == "tensorrt" or tuning.gpus:
-        return "KIND_GPU"
-    return f"KIND_{tuning.device.upper()}"
-
-
-def _variant_settings(facts: ModelSettings) -> dict[str, Any]:
-    """The bundle's variant that runs, its threads, and its accelerator."""
-    variant = facts.encoder
-    runs = {RUNTIME: variant.runtime, PRECISION: variant.precision, OPSET: str(variant.opset)}
-    runs[ENCODER_DIGEST] = facts.encoder_digest
-    if variant.runtime != "onnx" and facts.measured_with:
-        runs[MEASURED_WITH] = " ".join(facts.measured_with)
-    threads = {} if facts.tuning.threads is None else {THREADS: str(facts.tuning.threads)}
-    accelerator = {} if facts.tuning.accelerator is None else _accelerator(facts)
-    return {"parameters": {**_parameters(facts), **runs, **threads}, "tensorrt_accelerator": accelerator}
-
-
-def _accelerator(facts: ModelSettings) -> dict[str, str]:
-    """One engine for all batches, kept on disk: without a stated profile each new batch size builds another."""
-    size_px = facts.image_spec.size_px
-    image = image_tensor(size_px).name
-    batches = {"min": 1, "opt": max(1, facts.max_batch_size // 2), "max": facts.max_batch_size}
-    shapes = {f"trt_profile_{kind}_shapes": f"{image}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()}
+def _model(
+    settings: ModelSettings,
+    name: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    parameters: Mapping[str, str],
+) -> Fields:
+    """The fields of every model, ensembles among them."""
     return {
-        "precision_mode": facts.encoder.precision.upper(),  # what the graph's own types need TensorRT to compute in
+        "name": name,
+        "max_batch_size": settings.max_batch_size,
+        "version_policy": {"latest": {"num_versions": 1}},
+        "input": [{"name": tensor.name, **type_and_dims(tensor)} for tensor in inputs],
+        "output": [{"name": tensor.name, **type_and_dims(tensor)} for tensor in outputs],
+        "parameters": {key: {"string_value": value} for key, value in parameters.items()},
+    }
+
+
+def _run_by(backend: Backend, *, kind: str = "KIND_CPU", count: int = 1, **instances: Any) -> Fields:
+    """The fields of a model that a backend runs."""
+    return {
+        "backend": backend.name,
+        "platform": backend.platform,
+        "default_model_filename": backend.model_file,
+        "instance_group": [{"kind": kind, "count": count, **instances}],
+    }
+
+
+def _batching(tuning: Tuning, **more: Any) -> Fields:
+    """The dynamic batcher. A queue limit disables Triton's prefetching of batches."""
+    policy: Fields = {"max_queue_size": tuning.max_queue_size} if tuning.max_queue_size else {}
+    if tuning.queue_timeout_s:
+        policy["default_timeout_microseconds"] = round(tuning.queue_timeout_s * 1e6)
+        policy |= {"timeout_action": "REJECT", "allow_timeout_override": True}
+    limits = {"default_queue_policy": policy} if policy else {}
+    return {"dynamic_batching": {"max_queue_delay_microseconds": tuning.max_queue_delay_us, **limits, **more}}
+
+
+def _warmups(settings: ModelSettings, tensor: TensorSpec) -> Fields:
+    """Warm-up runs with the golden sample in ``warmup/``, which Triton repeats to each batch size."""
+    inputs = {tensor.name: {**type_and_dims(tensor), "input_data_file": tensor.name}}
+    sizes = settings.tuning.warmups(settings.max_batch_size)
+    return {"model_warmup": [{"name": f"golden_{size}", "batch_size": size, "inputs": inputs} for size in sizes]}
+
+
+def _cached(tuning: Tuning) -> Fields:
+    return {"response_cache": {"enable": True}} if tuning.response_cache else {}
+
+
+def _parameters(settings: ModelSettings) -> dict[str, str]:
+    """What a client needs to know. The vocabulary's digest is in the classifier, which can be republished."""
+    return {
+        BUNDLE_DIGEST: settings.vocabularies[0].bundle_digest,
+        IMAGE_SPEC: json.dumps(settings.image_spec.to_json()),
+    }
+
+
+def _image_encoder(settings: ModelSettings, backend: Backend) -> Fields:
+    tuning = settings.tuning
+    device = "gpu" if tuning.gpus else tuning.device
+    kind = f"KIND_{(device if backend.device == 'auto' else backend.device).upper()}"
+    instances: Fields = {"kind": kind, "count": tuning.instances, "gpus": list(tuning.gpus)}
+    runs = _plan_parameters(settings) if backend.takes_plans else _variant_parameters(settings)
+    fields = {
+        **_model(settings, ENCODER, (settings.image,), (settings.embedding,), runs),
+        **_run_by(backend, **instances, profile=["0"] if backend.takes_plans else []),
+        **_batching(tuning, preferred_batch_size=list(tuning.preferred_batch_sizes)),
+        **_warmups(settings, settings.image),
+        **_cached(tuning),
+    }
+    return fields | (_plan_fields(settings) if backend.takes_plans else _accelerator(settings))
+
+
+def _variant_parameters(settings: ModelSettings) -> dict[str, str]:
+    """The encoder variant that runs, and its threads."""
+    variant, tuning = settings.encoder, settings.tuning
+    runs = {RUNTIME: variant.runtime, PRECISION: variant.precision, OPSET: str(variant.opset)}
+    runs[ENCODER_DIGEST] = settings.encoder_digest
+    if variant.runtime != "onnx" and settings.measured_with:
+        runs[MEASURED_WITH] = " ".join(settings.measured_with)
+    threads = {} if tuning.threads is None else {THREADS: str(tuning.threads)}
+    return {**_parameters(settings), **runs, **threads}
+
+
+def _accelerator(settings: ModelSettings) -> Fields:
+    """One cached engine for all batches; without a profile each new batch size would build another."""
+    if settings.tuning.accelerator is None:
+        return {}
+    size_px, largest = settings.image_spec.size_px, settings.max_batch_size
+    name, batches = settings.image.name, {"min": 1, "opt": max(1, largest // 2), "max": largest}
+    parameters = {
+        "precision_mode": settings.encoder.precision.upper(),  # the types of the graph itself
         "trt_engine_cache_enable": "true",
         "trt_engine_cache_path": ENGINE_CACHE,
         "trt_timing_cache_enable": "true",
         "trt_timing_cache_path": ENGINE_CACHE,
-        **shapes,
+        **{f"trt_profile_{kind}_shapes": f"{name}:{n}x{size_px}x{size_px}x3" for kind, n in batches.items()},
     }
+    accelerators = [{"name": settings.tuning.accelerator, "parameters": parameters}]
+    return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": accelerators}}}
 
 
-def _plan_settings(facts: ModelSettings) -> dict[str, Any]:
-    """Which plan is for which GPU; a plan for every GPU since Ampere is for those that have none of their own."""
-    files = dict(zip(plan_files(facts.plans), facts.plans, strict=True))
-    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
-    facts_of_plans = {
-        **_tensorrt_facts(facts.plans),
-        PRECISION: ", ".join(sorted({plan.precision for plan in facts.plans})),
-        ENCODER_DIGEST: facts.encoder_digest,
-    }
-    least = max(plan.profile.min for plan in facts.plans)
-    return {
-        "file": usual,
-        "file_by_capability": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
-        "parameters": {**_parameters(facts), **facts_of_plans},
-        "profiles": ("0",),
-        "cuda_graph_batches": graph_batches(least, facts.max_batch_size) if facts.tuning.cuda_graphs else (),
-    }
+def _plan_parameters(settings: ModelSettings) -> dict[str, str]:
+    """The plans' precisions and the TensorRT version that the server needs.
 
-
-def _tensorrt_facts(plans: Sequence[PlanInfo]) -> dict[str, str]:
-    """The version that the server must have: that of the plain plans, or at least the newest of all others."""
+    Plain plans need exactly their own version; version-compatible plans need at least the newest of theirs."""
+    plans = settings.plans
     plain = [plan.runtime_version for plan in plans if not plan.version_compatible]
     version = plain[0] if plain else max((plan.runtime_version for plan in plans), key=version_parts)
     compatible = {VERSION_COMPATIBLE: "some" if plain else "all"} if len(plain) < len(plans) else {}
-    return {TENSORRT_VERSION: version, **compatible}
+    return {
+        **_parameters(settings),
+        TENSORRT_VERSION: version,
+        **compatible,
+        PRECISION: ", ".join(sorted({plan.precision for plan in plans})),
+        ENCODER_DIGEST: settings.encoder_digest,
+    }
 
 
-def _classifier(facts: ModelSettings, vocabulary: VocabularyFacts, backend: Backend) -> Model:
-    """One thread: its products are too small to share, and the encoder's threads need the cores."""
+def _plan_fields(settings: ModelSettings) -> Fields:
+    """The plan of each GPU; the default is a hardware-compatible plan where there is one."""
+    files = dict(zip(plan_files(settings.plans), settings.plans, strict=True))
+    usual = next((name for name, plan in files.items() if plan.hardware_compatible), next(iter(files)))
+    fields: Fields = {
+        "default_model_filename": usual,
+        "cc_model_filenames": {capability_of(gpu): name for name, plan in files.items() for gpu in plan.gpus},
+    }
+    if settings.tuning.cuda_graphs:
+        batches = graph_batches(max(plan.profile.min for plan in settings.plans), settings.max_batch_size)
+        inputs = {settings.image.name: {"dim": type_and_dims(settings.image)["dims"]}}
+        specs = [{"batch_size": size, "input": inputs} for size in batches]
+        fields["optimization"] = {"cuda": {"graphs": True, "graph_spec": specs}}
+    return fields
+
+
+def _classifier(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
+    """Runs on one thread: its products are too small to split, and the encoder needs the cores."""
     digests = {BUNDLE_DIGEST: vocabulary.bundle_digest, VOCABULARY_DIGEST: vocabulary.vocabulary_digest}
-    return Model(
-        name=of_vocabulary(CLASSIFIER, vocabulary.name),
-        backend=ONNX_BACKENDS[backend],
-        inputs=(embedding_tensor(facts.embed_dim),),
-        outputs=(*classifier_outputs(vocabulary.top_k), passthrough_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        batching=_batching(facts),
-        parameters={**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"},
-        versions=(1,),
-    )
+    outputs = (*classifier_outputs(vocabulary.top_k), passthrough_tensor(settings.embed_dim))
+    parameters = {**digests, TOP_K: str(vocabulary.top_k), THREADS: "1"}
+    return {
+        **_model(settings, of_vocabulary(CLASSIFIER, vocabulary.name), (settings.embedding,), outputs, parameters),
+        **_run_by(BACKENDS[backend.classifier]),
+        **_batching(settings.tuning),
+        "version_policy": {"specific": {"versions": [1]}},
+    }
 
 
-def _preprocess(facts: ModelSettings) -> Model:
-    return Model(
-        name=PREPROCESS,
-        backend="python",
-        inputs=(ENCODED,),
-        outputs=(image_tensor(facts.image_spec.size_px), ERROR),
-        max_batch_size=facts.max_batch_size,
-        instances=facts.tuning.decoders,
-        batching=_batching(facts),
-        parameters=_parameters(facts),
-        warmups=_warmups(facts, ENCODED.name),
-        response_cache=facts.tuning.response_cache,
-    )
+def _preprocess(settings: ModelSettings) -> Fields:
+    outputs = (settings.image, ERROR)
+    return {
+        **_model(settings, PREPROCESS, (ENCODED,), outputs, _parameters(settings)),
+        **_run_by(PYTHON, count=settings.tuning.decoders),
+        **_batching(settings.tuning),
+        **_warmups(settings, ENCODED),
+        **_cached(settings.tuning),
+    }
 
 
-def _admission(facts: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Model:
-    """It has a batcher only for its queue's limits: requests leave one by one."""
-    batching = replace(_batching(facts), max_queue_delay_us=0)
-    return Model(
-        name=name,
-        backend="python",
-        inputs=(tensor,),
-        outputs=(replace(tensor, name=_ADMITTED),),
-        max_batch_size=facts.max_batch_size,
-        batching=batching if batching.limited else None,
-        parameters={**_parameters(facts), NEXT: to},
-    )
+def _admission(settings: ModelSettings, name: str, to: str, tensor: TensorSpec) -> Fields:
+    """Requests leave one by one; a batcher is only needed for queue limits."""
+    tuning = settings.tuning
+    batching = _batching(replace(tuning, max_queue_delay_us=0)) if tuning.limits_queue else {}
+    parameters = {**_parameters(settings), NEXT: to}
+    model = _model(settings, name, (tensor,), (replace(tensor, name=_ADMITTED),), parameters)
+    return {**model, **_run_by(PYTHON), **batching}
+
+
+def _ensemble(
+    settings: ModelSettings,
+    name: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    steps: Sequence[Fields],
+) -> Fields:
+    fields = _model(settings, name, inputs, outputs, _parameters(settings))
+    return {**fields, "platform": "ensemble", "ensemble_scheduling": {"step": list(steps)}}
+
+
+def _step(model: str, inputs: Mapping[str, str], outputs: Mapping[str, str]) -> Fields:
+    """The newest loaded version of ``model``: its tensors' names -> the ensemble's tensors' names."""
+    return {"model_name": model, "model_version": -1, "input_map": dict(inputs), "output_map": dict(outputs)}
 
 
 def _same(*names: str) -> dict[str, str]:
@@ -337,60 +349,48 @@ def _same(*names: str) -> dict[str, str]:
     return {name: name for name in names}
 
 
-def _encode_step(facts: ModelSettings, image: str, output: str) -> Step:
-    pixels, embedding = image_tensor(facts.image_spec.size_px), embedding_tensor(facts.embed_dim)
-    return Step(model=ENCODER, inputs={pixels.name: image}, outputs={embedding.name: output})
+def _encode_step(settings: ModelSettings, image: str, output: str) -> Fields:
+    return _step(ENCODER, {settings.image.name: image}, {settings.embedding.name: output})
 
 
-def _encode_steps(facts: ModelSettings, backend: Backend, output: str) -> tuple[Step, ...]:
+def _encode_steps(settings: ModelSettings, backend: Backend, output: str) -> list[Fields]:
     """From an ensemble's pixels to ``output``."""
-    image = image_tensor(facts.image_spec.size_px).name
-    if not has_doors(backend):
-        return (_encode_step(facts, image, output),)
-    admission = Step(model=PIXELS_ADMISSION, inputs=_same(image), outputs=_same(_ADMITTED))
-    return (admission, _encode_step(facts, _ADMITTED, output))
+    if not backend.in_python:
+        return [_encode_step(settings, settings.image.name, output)]
+    admission = _step(PIXELS_ADMISSION, _same(settings.image.name), _same(_ADMITTED))
+    return [admission, _encode_step(settings, _ADMITTED, output)]
 
 
-def _classify_step(facts: ModelSettings, vocabulary: VocabularyFacts) -> Step:
+def _classify_step(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
     """The embedding leaves the ensemble as the classifier hands it on, see :func:`passthrough_tensor`."""
-    embedding, passed = embedding_tensor(facts.embed_dim).name, passthrough_tensor(facts.embed_dim).name
+    embedding, passed = settings.embedding.name, passthrough_tensor(settings.embed_dim).name
     outputs = _same(*(tensor.name for tensor in classifier_outputs(vocabulary.top_k)))
-    model = of_vocabulary(CLASSIFIER, vocabulary.name)
-    return Step(model=model, inputs={embedding: _ENCODED_IMAGE}, outputs={**outputs, passed: embedding})
-
-
-def _classify(facts: ModelSettings, vocabulary: VocabularyFacts, backend: Backend) -> Ensemble:
-    return Ensemble(
-        name=of_vocabulary(CLASSIFY, vocabulary.name),
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=(*classifier_outputs(vocabulary.top_k), embedding_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        steps=(*_encode_steps(facts, backend, _ENCODED_IMAGE), _classify_step(facts, vocabulary)),
-        parameters=_parameters(facts),
+    return _step(
+        of_vocabulary(CLASSIFIER, vocabulary.name), {embedding: _ENCODED_IMAGE}, {**outputs, passed: embedding}
     )
 
 
-def _classify_encoded(facts: ModelSettings, vocabulary: VocabularyFacts) -> Ensemble:
-    image = image_tensor(facts.image_spec.size_px)
-    admission = Step(model=ADMISSION, inputs=_same(ENCODED.name), outputs=_same(_ADMITTED))
-    decode = Step(model=PREPROCESS, inputs={ENCODED.name: _ADMITTED}, outputs=_same(image.name, ERROR.name))
-    encode = _encode_step(facts, image.name, _ENCODED_IMAGE)
-    return Ensemble(
-        name=of_vocabulary(CLASSIFY_ENCODED, vocabulary.name),
-        inputs=(ENCODED,),
-        outputs=(*classifier_outputs(vocabulary.top_k), ERROR, embedding_tensor(facts.embed_dim)),
-        max_batch_size=facts.max_batch_size,
-        steps=(admission, decode, encode, _classify_step(facts, vocabulary)),
-        parameters=_parameters(facts),
+def _classify(settings: ModelSettings, vocabulary: VocabularySettings, backend: Backend) -> Fields:
+    name, outputs = (
+        of_vocabulary(CLASSIFY, vocabulary.name),
+        (*classifier_outputs(vocabulary.top_k), settings.embedding),
     )
+    steps = (*_encode_steps(settings, backend, _ENCODED_IMAGE), _classify_step(settings, vocabulary))
+    return _ensemble(settings, name, (settings.image,), outputs, steps)
 
 
-def _embed(facts: ModelSettings, backend: Backend) -> Ensemble:
-    return Ensemble(
-        name=EMBED,
-        inputs=(image_tensor(facts.image_spec.size_px),),
-        outputs=(embedding_tensor(facts.embed_dim),),
-        max_batch_size=facts.max_batch_size,
-        steps=_encode_steps(facts, backend, embedding_tensor(facts.embed_dim).name),
-        parameters=_parameters(facts),
+def _classify_encoded(settings: ModelSettings, vocabulary: VocabularySettings) -> Fields:
+    image = settings.image.name
+    outputs = (*classifier_outputs(vocabulary.top_k), ERROR, settings.embedding)
+    steps = (
+        _step(ADMISSION, _same(ENCODED.name), _same(_ADMITTED)),
+        _step(PREPROCESS, {ENCODED.name: _ADMITTED}, _same(image, ERROR.name)),
+        _encode_step(settings, image, _ENCODED_IMAGE),
+        _classify_step(settings, vocabulary),
     )
+    return _ensemble(settings, of_vocabulary(CLASSIFY_ENCODED, vocabulary.name), (ENCODED,), outputs, steps)
+
+
+def _embed(settings: ModelSettings, backend: Backend) -> Fields:
+    steps = _encode_steps(settings, backend, settings.embedding.name)
+    return _ensemble(settings, EMBED, (settings.image,), (settings.embedding,), steps)

@@ -1,61 +1,62 @@
-"""How a repository's models run: instances, devices, threads, queues, warm-up, CUDA graphs, accelerators, cache."""
+"""Serving options: instances, devices, threads, queues, warm-up, CUDA graphs, accelerator, response cache."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from clipship.core.errors import UsageError
+from clipship.serving.repository.backends import BACKENDS, Backend
 
 Device = Literal["auto", "cpu", "gpu"]
 
 ENGINE_CACHE = "/var/cache/clipship/engines"
-"""Where ONNX Runtime's TensorRT accelerator keeps the engines that it builds; a volume in a container."""
+"""Engine cache of ONNX Runtime's TensorRT accelerator; a volume in a container."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Tuning:
-    """Settings of a repository; the defaults suit one machine that serves one encoder.
+    """Serving options of a repository. The defaults suit one encoder on one machine.
 
     Raises:
         UsageError: a number is out of range.
     """
 
     instances: int = 1
-    """Copies of the image encoder, on each GPU where there are several. A second one hides copies and Python's work."""
+    """Instances of the image encoder, per GPU. A second one overlaps copies and Python work with compute."""
     decoders: int = 1
-    """Copies of ``preprocess``, each with a thread a core."""
+    """Instances of ``preprocess``, each with one thread per core."""
     device: Device = "auto"
-    """Of the image encoder; "auto": a GPU where there is one and the backend can use it."""
+    """Device of the image encoder; "auto": a GPU where the server has one and the backend supports it."""
     gpus: tuple[int, ...] = ()
-    """Which GPUs, by number; none: all."""
+    """GPU numbers; empty: all."""
     threads: int | None = None
-    """Cores that share one product of the encoder on the CPU; None: all."""
+    """Intra-op threads of the encoder on the CPU; None: one per core."""
     max_queue_delay_us: int = 1_000
-    """How long a request may wait for company, in microseconds."""
+    """Maximum batching delay in microseconds."""
     max_queue_size: int = 0
-    """Requests waiting; one more is answered with UNAVAILABLE. 0: no limit.
+    """Maximum number of queued requests; further ones get UNAVAILABLE. 0: no limit.
 
-    Any limit of the queue costs throughput in servers without Triton's core#509 (2.51 is one): batches now and then
-    start up to half a second late, with a time limit ever more often.
+    Queue limits cost throughput in servers without Triton's core#509, such as 2.51: some batches start up to half a
+    second late, and with a time limit more and more of them do.
     """
     queue_timeout_s: float = 0.0
-    """After so long in a queue a request is answered with UNAVAILABLE. 0: never.
+    """Maximum queueing time in seconds; then a request gets UNAVAILABLE. 0: no limit.
 
-    A request whose client has left is dropped without it, before the next model works on it; with the onnxruntime and
-    tensorrt backends not in the encoder's queue, see ``triton_models/python/doors.py``.
+    Requests of clients that have left are dropped without it, before the next model runs, except in the encoder's queue
+    of the onnxruntime and tensorrt backends; see ``triton_models/python/doors.py``.
     """
     preferred_batch_sizes: tuple[int, ...] = ()
-    """Batches that do not wait for more; worth it for sizes that a plan or a CUDA graph was made for."""
+    """Batches that are sent without further delay, e.g. the sizes that a plan or a CUDA graph was built for."""
     warmup_batch_sizes: tuple[int, ...] | None = None
-    """Batches that run while the model loads; None: one image and the largest batch."""
+    """Batch sizes of warm-up runs; None: 1 and the maximum."""
     cuda_graphs: bool = False
-    """Launch a plan's work as one, for batches of 1, 2, 4 ... images: less time between kernels of small batches."""
+    """Capture CUDA graphs of a plan for batches of 1, 2, 4 ... images."""
     accelerator: Literal["tensorrt"] | None = None
-    """What the ONNX Runtime backend hands the encoder to on a GPU."""
+    """Execution accelerator of the ONNX Runtime backend on a GPU."""
     response_cache: bool = False
-    """Answer pixels and files that came before from memory. Not what depends on the vocabulary: that may change."""
+    """Cache responses of the encoder and of ``preprocess``, which do not depend on the vocabulary."""
 
     def __post_init__(self) -> None:
         counts = {"instances": self.instances, "decoders": self.decoders}
@@ -70,18 +71,23 @@ class Tuning:
         if any(gpu < 0 for gpu in self.gpus) or len(set(self.gpus)) != len(self.gpus):
             raise UsageError(f"gpus {', '.join(map(str, self.gpus))}: give each number once, from 0")
         if self.gpus and self.device == "cpu":
-            raise UsageError("GPUs were named for the device cpu: leave them out, or take the device gpu")
+            raise UsageError("GPUs were named for the device cpu: leave them out, or give the device gpu")
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the image encoder runs on a GPU or not at all."""
+        """Whether the image encoder needs a GPU."""
         return self.device == "gpu" or bool(self.gpus)
 
-    def validate_backend(self, backend: str, max_batch_size: int) -> None:
-        """Nothing when ``backend`` can do all this.
+    @property
+    def limits_queue(self) -> bool:
+        """Whether queues have a limit, of size or of time."""
+        return bool(self.max_queue_size or self.queue_timeout_s)
+
+    def validate_backend(self, backend: Backend, max_batch_size: int) -> None:
+        """Validate that ``backend`` supports these settings.
 
         Raises:
-            UsageError: it cannot; says which can.
+            UsageError: it does not; says which backend does.
         """
         for message in self._contradictions(backend):
             raise UsageError(message)
@@ -96,21 +102,28 @@ class Tuning:
         given = (1, max_batch_size) if self.warmup_batch_sizes is None else self.warmup_batch_sizes
         return tuple(sorted(set(given)))
 
-    def _contradictions(self, backend: str) -> Iterator[str]:
-        if backend == "python" and (self.device == "gpu" or self.gpus):
-            yield "the python backend runs on the CPU: take --backend onnxruntime or tensorrt for a GPU"
-        if backend == "tensorrt" and self.device == "cpu":
-            yield "TensorRT runs on GPUs: take --backend onnxruntime or python for the CPU"
-        if backend == "tensorrt" and self.threads is not None:
-            yield "threads are for the encoder on the CPU: leave them out with --backend tensorrt"
-        if self.cuda_graphs and backend != "tensorrt":
-            yield "CUDA graphs are made of plans: take --backend tensorrt, or leave them out"
-        if self.accelerator is not None and (backend != "onnxruntime" or self.device == "cpu"):
-            yield "the TensorRT accelerator is of the onnxruntime backend on a GPU: take --backend onnxruntime"
+    def _contradictions(self, backend: Backend) -> Iterator[str]:
+        if backend.device == "cpu" and self.on_gpu:
+            able = _names(lambda each: each.device != "cpu")
+            yield f"the {backend.name} backend runs on the CPU: give --backend {able} for a GPU"
+        if backend.device == "gpu" and self.device == "cpu":
+            able = _names(lambda each: each.device != "gpu")
+            yield f"the {backend.name} backend runs on GPUs: give --backend {able} for the CPU"
+        if backend.device == "gpu" and self.threads is not None:
+            yield f"--threads is for an encoder on the CPU: leave it out with --backend {backend.name}"
+        if self.cuda_graphs and not backend.takes_plans:
+            yield f"CUDA graphs need plans: give --backend {_names(lambda each: each.takes_plans)}, or leave them out"
+        if self.accelerator is not None and (self.accelerator not in backend.accelerators or self.device == "cpu"):
+            able = _names(lambda each: self.accelerator in each.accelerators)
+            yield f"the {self.accelerator} accelerator needs --backend {able} and a GPU"
+
+
+def _names(suits: Callable[[Backend], bool]) -> str:
+    return " or ".join(backend.name for backend in BACKENDS.values() if suits(backend))
 
 
 def graph_batches(least: int, most: int) -> tuple[int, ...]:
-    """The batches that get a CUDA graph: powers of two from ``least`` to ``most``, and both."""
+    """Batch sizes of CUDA graphs: powers of two from ``least`` to ``most``, and both."""
     powers = (2**exponent for exponent in range(most.bit_length()))
     return tuple(sorted({least, most, *(size for size in powers if least <= size <= most)}))
 

@@ -1,38 +1,26 @@
-"""Whether Triton would load a model repository, found out without Triton.
+"""Validates a model repository by Triton's rules, without Triton.
 
-The rules are Triton's own (2.51), for a server run with ``--disable-auto-complete-config``; a slow test puts each of
-them to the real server. One is stricter: see :data:`STRICTER`.
+The rules are those of Triton 2.51 with ``--disable-auto-complete-config``; a slow test checks each against the real
+server. One is stricter: see :data:`STRICTER`.
 """
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
 
 from clipship.serving.errors import RepositoryError
-from clipship.serving.model_names import (
-    ADMISSION,
-    ENCODER,
-    OPSET,
-    PIXELS_ADMISSION,
-    PRECISION,
-    PREPROCESS,
-    RUNTIME,
-    TENSORRT_VERSION,
-    VERSION_COMPATIBLE,
-)
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, config_from_text
+from clipship.serving.repository.backends import BACKENDS
+from clipship.serving.repository.requirements import read_configs
 
 STRICTER = "dynamic_batching needs a max_batch_size above 0"
-"""The rule that is ours: Triton loads such a model, and batches nothing."""
+"""Our own rule: Triton would load such a model, and not batch."""
 
 _SHOWN = 5
-_TYPE_BYTES = {2: 1, 9: 8, 11: 4}
-"""Of TYPE_UINT8, TYPE_INT64 and TYPE_FP32, by their numbers in model_config.proto."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +35,13 @@ class Problem:
 
 
 def repository_problems(path: Path) -> list[Problem]:
-    """Every problem of the repository at ``path``; an empty list when Triton would load it.
+    """Every reason why Triton would not load the repository at ``path``.
 
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
-    configs, problems = _read_configs(path)
+    configs, unreadable = read_configs(path)
+    problems = [Problem(folder, message) for folder, message in unreadable.items()]
     for folder, config in configs.items():
         rules = _ENSEMBLE_RULES if config.platform == "ensemble" else _MODEL_RULES
         for rule in (*_COMMON_RULES, *rules):
@@ -61,7 +50,7 @@ def repository_problems(path: Path) -> list[Problem]:
 
 
 def validate_repository(path: Path) -> None:
-    """Nothing when Triton would load the repository at ``path``.
+    """Validate that Triton would load the repository at ``path``.
 
     Raises:
         RepositoryError: it would not; names the first few problems.
@@ -71,168 +60,6 @@ def validate_repository(path: Path) -> None:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
         listed = "; ".join(map(str, problems[:_SHOWN]))
         raise RepositoryError(f"Triton would not load {path}: {listed}{more}: write it again with clipship repository")
-
-
-def backends_of(path: Path) -> set[str]:
-    """The backends that the models of the repository at ``path`` need.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    return {config.backend for config in configs.values() if config.platform != "ensemble"}
-
-
-def tensorrt_version_of(path: Path) -> str | None:
-    """The TensorRT version that the repository's plans need; None where it has none.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return next(iter(_parameter_values(path, TENSORRT_VERSION)), None)
-
-
-def uses_cache(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` answers from the server's response cache.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    return any(config.response_cache.enable for config in configs.values())
-
-
-def version_compatible_plans_of(path: Path) -> str | None:
-    """ "all" or "some" where so many of the repository's plans run in later TensorRT versions, too; None where none do.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return next(iter(_parameter_values(path, VERSION_COMPATIBLE)), None)
-
-
-def opset_of(path: Path) -> tuple[int, str] | None:
-    """Opset and precision of the image encoder that the ONNX Runtime backend runs; None where another does, or where
-    they are not said.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    encoder = configs.get(ENCODER)
-    if encoder is None or encoder.backend != "onnxruntime" or OPSET not in encoder.parameters:
-        return None
-    return int(encoder.parameters[OPSET].string_value), encoder.parameters[PRECISION].string_value
-
-
-def accelerator_of(path: Path) -> dict[str, str]:
-    """The parameters of the TensorRT accelerator, which builds engines while a model loads; empty where none has it.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    optimizations = [config.optimization.execution_accelerators for config in configs.values()]
-    accelerators = (one for each in optimizations for one in each.gpu_execution_accelerator)
-    return next((dict(one.parameters) for one in accelerators), {})
-
-
-def engine_cache_of(path: Path) -> str | None:
-    """The folder where the TensorRT accelerator keeps its engines; None where there is none.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return accelerator_of(path).get("trt_engine_cache_path")
-
-
-def uses_gpu(path: Path) -> bool:
-    """Whether a model of the repository at ``path`` runs on a GPU where there is one.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return bool(_instance_kinds(path) & {"KIND_GPU", "KIND_AUTO"})
-
-
-def runs_without_gpu(path: Path) -> bool:
-    """Whether every model of the repository at ``path`` runs on a machine without a GPU.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return "KIND_GPU" not in _instance_kinds(path)
-
-
-def _instance_kinds(path: Path) -> set[str]:
-    configs, _ = _read_configs(path)
-    groups = [group for config in configs.values() for group in config.instance_group]
-    return {group.Kind.Name(group.kind) for group in groups}
-
-
-def largest_message_bytes(path: Path) -> int:
-    """Inputs and outputs of a full batch together, of the Python model that has most; strings are not counted.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    python = [config for config in configs.values() if config.backend == "python"]
-    return max((_message_bytes(config) for config in python), default=0)
-
-
-def _message_bytes(config: Any) -> int:
-    tensors = (*config.input, *config.output)
-    sizes = (_TYPE_BYTES.get(tensor.data_type, 0) * math.prod(map(abs, tensor.dims)) for tensor in tensors)
-    return int(max(1, config.max_batch_size) * sum(sizes))
-
-
-def _parameter_values(path: Path, name: str) -> set[str]:
-    configs, _ = _read_configs(path)
-    return {config.parameters[name].string_value for config in configs.values() if name in config.parameters}
-
-
-def packages_of(path: Path) -> tuple[str, ...]:
-    """The Python packages that the models of the repository at ``path`` need besides ONNX Runtime and Pillow.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    return ("openvino",) if "openvino" in _parameter_values(path, RUNTIME) else ()
-
-
-def modules_of(path: Path) -> tuple[str, ...]:
-    """What the models in Python of the repository at ``path`` import.
-
-    Raises:
-        RepositoryError: there is no repository at ``path``.
-    """
-    configs, _ = _read_configs(path)
-    bare = (PREPROCESS, ADMISSION, PIXELS_ADMISSION)
-    graphs = [name for name, config in configs.items() if config.backend == "python" and name not in bare]
-    return ("numpy", "PIL", *(["onnxruntime"] if graphs else []), *packages_of(path))
-
-
-def model_names(path: Path) -> list[str]:
-    """The models of the repository at ``path``, sorted."""
-    return sorted(file.parent.name for file in path.glob("*/config.pbtxt"))
-
-
-def _read_configs(path: Path) -> tuple[dict[str, Any], list[Problem]]:
-    """Every configuration that parses, by folder, and a problem for every other folder."""
-    folders = sorted(folder for folder in path.iterdir() if folder.is_dir()) if path.is_dir() else []
-    if not folders:
-        raise RepositoryError(f"{path}: no model repository there: write one with clipship repository")
-    configs: dict[str, Any] = {}
-    problems: list[Problem] = []
-    for folder in folders:
-        try:
-            configs[folder.name] = config_from_text((folder / "config.pbtxt").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            problems.append(Problem(folder.name, "config.pbtxt is missing"))
-        except ValueError as error:
-            problems.append(Problem(folder.name, f"config.pbtxt: {error}"))
-    return configs, problems
 
 
 Rule = Callable[[Any, Path, Mapping[str, Any]], Iterable[str]]
@@ -276,7 +103,7 @@ def _versions(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator
         yield "it has no version folder (1/)"
     elif not _served_folders(config, folder):
         named = ", ".join(map(str, config.version_policy.specific.versions))
-        yield f"none of the versions that its version_policy names is there ({named})"
+        yield f"its version_policy names versions that do not exist ({named})"
 
 
 def _version_folders(folder: Path) -> list[Path]:
@@ -286,7 +113,7 @@ def _version_folders(folder: Path) -> list[Path]:
 
 
 def _served_folders(config: Any, folder: Path) -> list[Path]:
-    """The versions that the version policy takes; what lies beside them is nothing to Triton."""
+    """The versions that the version policy selects; Triton ignores the others."""
     folders, policy = _version_folders(folder), config.version_policy
     if policy.HasField("specific"):
         return [each for each in folders if int(each.name) in policy.specific.versions]
@@ -300,10 +127,10 @@ def _batching(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator
 
 
 def _model_files(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
-    if config.backend not in MODEL_FILES:
-        yield f"backend {config.backend!r} is not one of {', '.join(MODEL_FILES)}"
+    if config.backend not in BACKENDS:
+        yield f"backend {config.backend!r} is not one of {', '.join(BACKENDS)}"
         return
-    usual = config.default_model_filename or MODEL_FILES[config.backend]
+    usual = config.default_model_filename or BACKENDS[config.backend].model_file
     for version in _served_folders(config, folder):
         for file_name in sorted({usual, *config.cc_model_filenames.values()}):
             if not (version / file_name).is_file():
@@ -356,7 +183,7 @@ def _steps(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[st
         where = f"step {position} ({step.model_name})"
         model = configs.get(step.model_name)
         if model is None:
-            yield f"{where}: there is no such model"
+            yield f"{where}: no such model"
             continue
         if config.max_batch_size > model.max_batch_size:
             yield f"{where}: max_batch_size {model.max_batch_size} is below the ensemble's {config.max_batch_size}"
@@ -366,66 +193,39 @@ def _steps(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[st
         yield from (f"{where}: it has no output {name!r}" for name in sorted(set(step.output_map) - outputs))
 
 
-@dataclass(frozen=True)
-class _Use:
-    """A tensor of an ensemble, as one producer or consumer declares it."""
-
-    name: str
-    where: str
-    declared: Any
-
-
-def _uses(config: Any, configs: Mapping[str, Any]) -> tuple[list[_Use], list[_Use]]:
-    """Producers (its inputs, steps' outputs) and consumers (steps' inputs, its outputs) of an ensemble's tensors."""
-    produced = [_Use(tensor.name, "the ensemble's input", tensor) for tensor in config.input]
-    consumed = [_Use(tensor.name, "the ensemble's output", tensor) for tensor in config.output]
-    for step in config.ensemble_scheduling.step:
-        model = configs.get(step.model_name)
-        if model is None:
-            continue
-        consumed += _step_uses(step.model_name, model.input, step.input_map)
-        produced += _step_uses(step.model_name, model.output, step.output_map)
-    return produced, consumed
-
-
-def _step_uses(model: str, tensors: Iterable[Any], mapping: Mapping[str, str]) -> list[_Use]:
-    return [
-        _Use(mapping[tensor.name], f"{model}'s {tensor.name}", tensor) for tensor in tensors if tensor.name in mapping
-    ]
-
-
 def _data_flow(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterator[str]:
     """Each tensor has one producer, and all who use it agree on its type and dims."""
-    produced, consumed = _uses(config, configs)
-    producers: dict[str, _Use] = {}
-    for use in produced:
-        if use.name in producers:
-            yield f"tensor {use.name!r} has two producers: {producers[use.name].where} and {use.where}"
-        producers.setdefault(use.name, use)
-    for use in consumed:
-        source = producers.get(use.name)
-        if source is None:
-            yield f"tensor {use.name!r}, which is {use.where}, has no producer"
-        elif not _agree(source.declared, use.declared):
-            yield f"tensor {use.name!r}: {source.where} and {use.where} differ in type or dims"
-
-
-def _agree(first: Any, second: Any) -> bool:
-    return first.data_type == second.data_type and _dims_fit(first.dims, second.dims)
+    produced = [(tensor.name, "the ensemble's input", tensor) for tensor in config.input]
+    consumed = [(tensor.name, "the ensemble's output", tensor) for tensor in config.output]
+    for step in config.ensemble_scheduling.step:
+        if (model := configs.get(step.model_name)) is not None:
+            for uses, tensors, names in (
+                (consumed, model.input, step.input_map),
+                (produced, model.output, step.output_map),
+            ):
+                mapped = [tensor for tensor in tensors if tensor.name in names]
+                uses += [(names[tensor.name], f"{step.model_name}'s {tensor.name}", tensor) for tensor in mapped]
+    producers: dict[str, tuple[str, Any]] = {}
+    for name, where, tensor in produced:
+        if name in producers:
+            yield f"tensor {name!r} has two producers: {producers[name][0]} and {where}"
+        producers.setdefault(name, (where, tensor))
+    for name, where, tensor in consumed:
+        if name not in producers:
+            yield f"tensor {name!r}, which is {where}, has no producer"
+            continue
+        source, declared = producers[name]
+        if declared.data_type != tensor.data_type or not _dims_fit(declared.dims, tensor.dims):
+            yield f"tensor {name!r}: {source} and {where} differ in type or dims"
 
 
 def _cycles(configs: Mapping[str, Any]) -> Iterator[Problem]:
-    """Ensembles that hold themselves, directly or through others."""
-    for name, config in configs.items():
-        seen: set[str] = set()
-        waiting = [step.model_name for step in config.ensemble_scheduling.step]
-        while waiting:
-            model = waiting.pop()
-            if model not in seen and model in configs:
-                seen.add(model)
-                waiting += [step.model_name for step in configs[model].ensemble_scheduling.step]
-        if name in seen:
-            yield Problem(name, "the ensemble holds itself")
+    """An ensemble that contains itself, directly or through others."""
+    steps = {name: {step.model_name for step in config.ensemble_scheduling.step} for name, config in configs.items()}
+    try:
+        TopologicalSorter(steps).prepare()
+    except CycleError as error:
+        yield Problem(error.args[1][0], "the ensemble holds itself")
 
 
 _COMMON_RULES: tuple[Rule, ...] = (_name, _tensors, _batch_size, _versions)

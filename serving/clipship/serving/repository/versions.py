@@ -1,17 +1,17 @@
-"""A classifier in a model repository: its versions, which of them is served, and the record of what was published.
+"""Versions of a classifier in a model repository, and the record of publications.
 
 ::
 
     REPOSITORY/
-      publications.json            what was published when, newest last
+      publications.json            what was published, newest last
       .publish.lock                held by the one publish that runs
       classifier/
         config.pbtxt               names the version that is served, and its vocabulary's digest
         1/  model.onnx  vocabulary.json  golden.npz  labels.txt
         2/  model.onnx  vocabulary.json  golden.npz  labels.txt
 
-A version's folder means nothing to Triton until ``config.pbtxt`` names it (``version_policy: specific``), and that file
-is replaced in one step. So whenever a publish is killed, the repository holds the old vocabulary or the new one.
+Triton ignores a version until ``config.pbtxt`` names it (``version_policy: specific``), and that file is replaced
+atomically. So a publish that is killed leaves the old vocabulary or the new one.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,23 +36,25 @@ from clipship.serving.errors import RepositoryError
 from clipship.serving.model_names import (
     BUNDLE_DIGEST,
     CLASSIFIER,
+    CLASSIFY,
     CLASSIFY_ENCODED,
     TOP_K,
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import ONNXRUNTIME
 from clipship.serving.repository.classifier_graph import classifier_graph
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.config_pbtxt import read_config, text_from_config
 from clipship.serving.repository.golden_samples import truth_from_bundle, write_truth
 
 RECORD = "publications.json"
 RECORD_FORMAT = "clipship-publications"
 RECORD_VERSION = 1
 MAX_ENTRIES = 10_000
-"""Older ones go."""
+"""Older entries are dropped."""
 
-FACTS = "vocabulary.json"
-"""In a version's folder: which vocabulary it is."""
+VOCABULARY_FILE = "vocabulary.json"
+"""Which vocabulary a version has."""
 
 _LOCK = ".publish.lock"
 _ADVICE = "write the repository again with clipship repository"
@@ -60,7 +63,7 @@ Action = Literal["publish", "rollback", "refused"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class VersionFacts:
+class VersionInfo:
     """Which vocabulary a version of a classifier is."""
 
     vocabulary_digest: str
@@ -69,24 +72,21 @@ class VersionFacts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
-    """A line of the record."""
+class Entry(VersionInfo):
+    """An entry of the record."""
 
     at: str
     """UTC, ISO 8601."""
     model: str
     action: Action
     version: int
-    """What was published, or gone back to."""
-    vocabulary_digest: str
-    bundle_digest: str
-    classes: int
+    """What was published, or rolled back to."""
     reason: str = ""
     """Why a version was refused, or recorded late."""
 
     @property
     def served(self) -> bool:
-        """Whether clients got answers of this version."""
+        """Whether clients were served this version."""
         return self.action != "refused"
 
 
@@ -101,6 +101,11 @@ class ClassifierVersions:
         """The model's name."""
         return self.folder.name
 
+    @property
+    def ensemble(self) -> str:
+        """The ensemble that classifies pixels with it."""
+        return self.name.replace(CLASSIFIER, CLASSIFY, 1)
+
     def config(self) -> Any:
         """The configuration on disk.
 
@@ -113,7 +118,7 @@ class ClassifierVersions:
         """The version that the configuration names.
 
         Raises:
-            RepositoryError: it names none.
+            RepositoryError: it does not name one.
         """
         versions = list(self.config().version_policy.specific.versions)
         if len(versions) != 1:
@@ -122,27 +127,27 @@ class ClassifierVersions:
 
     def versions(self) -> list[int]:
         """All versions on disk, ascending."""
-        names = [child.name for child in self.folder.iterdir() if (child / FACTS).is_file()]
+        names = [child.name for child in self.folder.iterdir() if (child / VOCABULARY_FILE).is_file()]
         return sorted(int(name) for name in names if name.isdecimal())
 
     def top_k(self) -> int:
         """Classes reported an image."""
         return int(self.config().parameters[TOP_K].string_value)
 
-    def facts(self, version: int) -> VersionFacts:
+    def info(self, version: int) -> VersionInfo:
         """Which vocabulary ``version`` is.
 
         Raises:
             RepositoryError: its folder does not say.
         """
-        path = self.folder / str(version) / FACTS
+        path = self.folder / str(version) / VOCABULARY_FILE
         try:
-            return VersionFacts(**json.loads(path.read_text(encoding="utf-8")))
+            return VersionInfo(**json.loads(path.read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
             raise RepositoryError(f"{path}: cannot be read ({error}): {_ADVICE}") from error
 
     def add(self, bundle: Bundle) -> int:
-        """Write the vocabulary of ``bundle`` as a further version, which is not served yet; its number."""
+        """Write the vocabulary of ``bundle`` as a new version, not served yet; returns its number."""
         version = max([0, *self.versions(), self.active()]) + 1
         with replace_folder(self.folder / str(version)) as folder:
             write_version(folder, bundle, self.top_k())
@@ -150,16 +155,16 @@ class ClassifierVersions:
         return version
 
     def commit(self, version: int) -> None:
-        """Make ``version`` the one that is served, in one step; a server learns of it by its next load.
+        """Make ``version`` the served one, atomically; a server takes it with its next load.
 
         Raises:
-            RepositoryError: the version is not there, or does not say what it is.
+            RepositoryError: the version does not exist, or is damaged.
         """
-        facts, config = self.facts(version), self.config()
+        info, config = self.info(version), self.config()
         config.ClearField("version_policy")
         config.version_policy.specific.versions.append(version)
-        config.parameters[VOCABULARY_DIGEST].string_value = facts.vocabulary_digest
-        config.parameters[BUNDLE_DIGEST].string_value = facts.bundle_digest
+        config.parameters[VOCABULARY_DIGEST].string_value = info.vocabulary_digest
+        config.parameters[BUNDLE_DIGEST].string_value = info.bundle_digest
         write_text_atomic(self.folder / "config.pbtxt", text_from_config(config))
 
     def remove_leftovers(self) -> None:
@@ -169,16 +174,35 @@ class ClassifierVersions:
                 shutil.rmtree(child)
 
     def remove(self, versions: Sequence[int]) -> None:
-        """Delete versions, each out of sight in one step."""
+        """Delete versions, each atomically."""
         for version in versions:
             remove_folder(self.folder / str(version))
+
+    def record(self, version: int, action: Action, reason: str = "", info: VersionInfo | None = None) -> None:
+        """Add an entry to the repository's record; ``info`` is of a version that is not on disk any more."""
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        what = asdict(info or self.info(version))
+        entry = Entry(at=at, model=self.name, action=action, version=version, reason=reason, **what)
+        entries = [*read_entries(self.folder.parent), entry][-MAX_ENTRIES:]
+        content = {"format": RECORD_FORMAT, "format_version": RECORD_VERSION, "entries": list(map(asdict, entries))}
+        write_json_atomic(self.folder.parent / RECORD, content)
+
+    def recorded(self) -> list[int]:
+        """The versions that were served according to the record, oldest first, after the repository's first one."""
+        entries = [each for each in read_entries(self.folder.parent) if each.model == self.name and each.served]
+        return [*self.versions()[:1], *(entry.version for entry in entries)]
+
+    def served(self) -> list[int]:
+        """The versions on disk that were served, newest first, each once."""
+        on_disk = self.versions()
+        return [version for version in dict.fromkeys([self.active(), *reversed(self.recorded())]) if version in on_disk]
 
 
 def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersions:
     """The classifier of ``vocabulary`` (None: the first one) in the repository.
 
     Raises:
-        RepositoryError: no repository of ours there, or none that can be published to.
+        RepositoryError: not a clipship repository, or not one that can be published to.
         UsageError: it has no such vocabulary; says which it has.
     """
     if not (repository / CLASSIFIER / "config.pbtxt").is_file():
@@ -188,7 +212,7 @@ def classifier_in(repository: Path, vocabulary: str | None) -> ClassifierVersion
             f"{repository} has no vocabulary {vocabulary!r}: {near(vocabulary, vocabularies_in(repository))}"
         )
     classifier = ClassifierVersions(repository / of_vocabulary(CLASSIFIER, vocabulary))
-    classifier.facts(classifier.active())
+    classifier.info(classifier.active())
     return classifier
 
 
@@ -198,9 +222,9 @@ def vocabularies_in(repository: Path) -> list[str]:
     return sorted(file.parent.name.removeprefix(prefix) for file in repository.glob(f"{prefix}*/config.pbtxt"))
 
 
-def facts_of(bundle: Bundle) -> VersionFacts:
-    """What a version of ``bundle``'s vocabulary says about itself."""
-    return VersionFacts(
+def version_info_of(bundle: Bundle) -> VersionInfo:
+    """The vocabulary of ``bundle``."""
+    return VersionInfo(
         vocabulary_digest=bundle.vocabulary.digest, bundle_digest=bundle.digest, classes=len(bundle.vocabulary)
     )
 
@@ -212,19 +236,19 @@ def write_version(folder: Path, bundle: Bundle, top_k: int) -> None:
         MissingExtraError: the ``onnx`` package is not installed.
     """
     graph = classifier_graph(bundle.vocabulary, bundle.vocabulary_features(), top_k)
-    (folder / MODEL_FILES["onnxruntime"]).write_bytes(graph)
-    write_json_atomic(folder / FACTS, asdict(facts_of(bundle)))
+    (folder / ONNXRUNTIME.model_file).write_bytes(graph)
+    write_json_atomic(folder / VOCABULARY_FILE, asdict(version_info_of(bundle)))
     write_truth(folder, truth_from_bundle(bundle))
 
 
 def copy_sources(version: Path, target: Path) -> None:
-    """The Python sources that ``version`` has beside its graph, where there are any, to another version's folder."""
+    """Copy the Python sources of ``version``, if any, to another version's folder."""
     for source in version.glob("*.py"):
         shutil.copyfile(source, target / source.name)
 
 
 def remove_folder(folder: Path, aside: Path | None = None) -> None:
-    """Delete ``folder``, out of sight in one step: into ``aside`` (None: the folder it is in), then for good."""
+    """Delete ``folder`` atomically: rename it into ``aside`` (None: its parent), then delete it."""
     # The name is that of core/files.py's left-overs, which it removes when it writes there again.
     hidden = (aside or folder.parent) / f".{folder.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}.part"
     folder.replace(hidden)
@@ -233,7 +257,7 @@ def remove_folder(folder: Path, aside: Path | None = None) -> None:
 
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
-    """One publish at a time; others wait. The kernel opens the lock of a killed one."""
+    """Run one publish at a time; others wait. The kernel releases the lock of a killed one."""
     with (repository / _LOCK).open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -260,23 +284,3 @@ def read_entries(repository: Path) -> list[Entry]:
         return [Entry(**entry) for entry in content["entries"]]
     except (KeyError, TypeError) as error:
         raise RepositoryError(f"{path}: malformed ({error}): {advice}") from error
-
-
-def add_entry(repository: Path, entry: Entry) -> None:
-    """Write the record with ``entry`` as its newest."""
-    entries = [*read_entries(repository), entry][-MAX_ENTRIES:]
-    content: Mapping[str, Any] = {
-        "format": RECORD_FORMAT,
-        "format_version": RECORD_VERSION,
-        "entries": [asdict(each) for each in entries],
-    }
-    write_json_atomic(repository / RECORD, content)
-
-
-def served_before(entries: Sequence[Entry], classifier: ClassifierVersions) -> list[int]:
-    """The versions that were served, newest first, each once, the first one of the repository included."""
-    active = classifier.active()
-    published = [entry.version for entry in reversed(entries) if entry.model == classifier.name and entry.served]
-    on_disk = classifier.versions()
-    first = on_disk[:1] if on_disk else []
-    return [version for version in dict.fromkeys([active, *published, *first]) if version in on_disk]

@@ -1,4 +1,4 @@
-"""The names of a repository's vocabularies, and which bundles may share its encoder."""
+"""Validates names of vocabularies, and that bundles have the same image encoder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9_.-]{0,62}")
 
 
 def validated_name(name: str) -> str:
-    """``name`` when it can be part of a model's name.
+    """``name``, validated as part of a model's name.
 
     Raises:
         UsageError: it cannot.
@@ -27,16 +27,16 @@ def validated_name(name: str) -> str:
 
 
 def validate_same_encoder(bundle: Bundle, others: Mapping[str, Bundle], variant: EncoderVariant) -> None:
-    """Nothing when all ``others`` have the image encoder that ``bundle`` is served with.
+    """Validate that all ``others`` have the image encoder that ``bundle`` is served with.
 
     Raises:
-        UsageError: one has another; says what to do.
+        UsageError: one has another encoder; says what to do.
     """
     served = variant_digest(bundle, variant)
     for name, other in others.items():
         validated_name(name)
         if served not in {variant_digest(other, each) for each in other.image_encoders}:
             raise UsageError(
-                f"vocabulary {name}: {other.path} has another image encoder than {bundle.path}: write a repository of "
-                "its own for it, or make its vocabulary of that bundle with clipship vocab add"
+                f"vocabulary {name}: {other.path} has another image encoder than {bundle.path}: write a separate "
+                "repository for it, or create its vocabulary from that bundle with clipship vocab add"
             )

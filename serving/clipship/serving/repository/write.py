@@ -4,15 +4,15 @@
 
     REPOSITORY/
       image_encoder/      uint8 [N, H, W, 3] -> unit float32 [N, D]              the bundle's ONNX file, or plans
-      classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see graphs.py
+      classifier/         float32 [N, D] -> scores, indices, labels [N, k]       see classifier_graph.py
       preprocess/         encoded bytes [N, 1] -> uint8 [N, H, W, 3] + error     runs a copy of core/images/decoding.py
-      admission/          encoded bytes, when preprocess can soon take them
-      admission_pixels/   uint8 [N, H, W, 3], when the encoder can (with --backend python)
+      admission/          encoded bytes, passed on when preprocess has capacity
+      admission_pixels/   uint8 [N, H, W, 3], passed on when the encoder has capacity (--backend python)
       classify/           ensemble: pixels -> scores, indices, labels, embedding
       classify_encoded/   ensemble: encoded bytes -> scores, indices, labels, embedding, error
       embed/              ensemble: pixels -> embedding
 
-The golden samples lie beside the models, see samples.py.
+Golden samples are stored with the models, see golden_samples.py.
 A further vocabulary is ``classifier-NAME/``, ``classify-NAME/`` and ``classify_encoded-NAME/``.
 
 Legend: N images, H = W = side of the input in pixels, D embedding size, k classes reported an image.
@@ -30,7 +30,7 @@ from types import ModuleType
 from typing import Any
 
 from clipship.core import precisions, tolerances
-from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant, Runtime
+from clipship.core.bundle import DEFAULT_ENCODER, Bundle, EncoderVariant
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder
 from clipship.core.images import decoding
@@ -47,21 +47,18 @@ from clipship.serving.model_names import (
     CLASSIFY,
     CLASSIFY_ENCODED,
     ENCODER,
-    PIXELS_ADMISSION,
     PREPROCESS,
     TOP_K,
     VOCABULARY_DIGEST,
     of_vocabulary,
 )
-from clipship.serving.repository.config_pbtxt import MODEL_FILES, read_config, text_from_config
+from clipship.serving.repository.backends import BACKENDS, ONNXRUNTIME, PYTHON, Backend, backend_named
+from clipship.serving.repository.config_pbtxt import read_config, text_from_config
 from clipship.serving.repository.golden_samples import write_samples
 from clipship.serving.repository.models import (
-    ONNX_BACKENDS,
-    Backend,
     ModelSettings,
-    configs_from_facts,
-    facts_from_bundle,
-    has_doors,
+    configs_from_settings,
+    model_settings_from_bundle,
     plan_files,
 )
 from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
@@ -69,43 +66,24 @@ from clipship.serving.repository.validate import validate_repository
 from clipship.serving.repository.versions import ClassifierVersions, copy_sources, remove_folder, write_version
 from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
 
-__all__ = [
-    "Backend",
-    "ModelSettings",
-    "add_vocabulary",
-    "configs_from_facts",
-    "facts_from_bundle",
-    "remove_vocabulary",
-    "repository_from_bundle",
-    "sources_folder",
-    "validate_verification",
-]
-
-IMAGES_COPY = "clipship_images.py"
-"""The name of the copy of ``clipship/core/images/decoding.py`` that lies beside the preprocess model."""
-
-ENCODER_COPIES: Mapping[str, ModuleType] = {"clipship_runtimes.py": runtimes, "clipship_processor.py": processor}
-"""By name, the copies of modules of ``clipship/core`` that lie beside the image encoder in Python."""
-
-MODEL_COPIES: Mapping[str, ModuleType] = {"clipship_precisions.py": precisions, "clipship_tolerances.py": tolerances}
-"""By name, the copies of modules of ``clipship/core`` that lie beside every model in Python."""
-
 DOORS_COPY = "clipship_doors.py"
-"""The name of the copy of ``triton_models/python/doors.py`` that lies beside the models of an admission."""
+"""Copy of ``triton_models/python/doors.py`` in the models that have doors."""
 
-_RUNTIMES: Mapping[Backend, tuple[Runtime, ...]] = {
-    "python": ("onnx", "openvino"),
-    "onnxruntime": ("onnx",),
-    "tensorrt": (),
+_TOLERANCES = {"clipship_precisions.py": precisions, "clipship_tolerances.py": tolerances}
+_MODULES: Mapping[str, Mapping[str, ModuleType]] = {
+    ADMISSION: {},
+    PREPROCESS: {**_TOLERANCES, "clipship_images.py": decoding},
+    ENCODER: {**_TOLERANCES, "clipship_runtimes.py": runtimes, "clipship_processor.py": processor},
+    CLASSIFIER: _TOLERANCES,
 }
-"""What runs the bundle's variants of the image encoder."""
+"""By source in ``triton_models/python``: copies of modules of ``clipship/core`` that it imports."""
 
 
 def repository_from_bundle(
     bundle: Bundle,
     out: Path,
     *,
-    backend: Backend,
+    backend: str,
     precision: Precision = "fp32",
     max_batch_size: int = 64,
     top_k: int = 5,
@@ -114,15 +92,15 @@ def repository_from_bundle(
     others: Mapping[str, Bundle] | None = None,
     tuning: Tuning = DEFAULT_TUNING,
 ) -> Path:
-    """Write the model repository of ``bundle`` to the folder ``out``, whole or not at all; returns ``out``.
+    """Write the model repository of ``bundle`` to the folder ``out``, atomically; returns ``out``.
 
     Args:
         precision: of the image encoder; of its variants the python backend takes the one that was fastest where the
             bundle was packed, the onnxruntime backend the portable one. Plans have their own.
         plans: for the tensorrt backend, one for each kind of GPU of the server.
         tensorrt_version: the server's; None: that of the first plan.
-        others: bundles with the same image encoder, whose vocabularies are served beside the first, by their names.
-        tuning: instances, devices, threads, queues, warm-up and the like.
+        others: further bundles with the same image encoder, by the names of their vocabularies.
+        tuning: serving options.
 
     Raises:
         CheckFailed: a bundle's verification did not pass.
@@ -130,23 +108,23 @@ def repository_from_bundle(
         UsageError: a number is out of range, the backend is unknown, or ``out`` is a folder of something else.
         OSError: the disk is full, or ``out`` cannot be written.
     """
-    if backend not in ONNX_BACKENDS:
-        raise UsageError(f"backend {backend!r} is not known: give {' or '.join(ONNX_BACKENDS)}")
+    chosen = backend_named(backend)
     others = others or {}
     for each in (bundle, *others.values()):
         validate_verification(each)
     _validate_folder(out)
-    tuning.validate_backend(backend, max_batch_size)
-    _validate_plans(bundle, plans, backend, max_batch_size, tensorrt_version)
-    encoder = DEFAULT_ENCODER if plans else _encoder_variant(bundle, backend, precision, tuning)
+    tuning.validate_backend(chosen, max_batch_size)
+    _validate_plans(bundle, plans, chosen, max_batch_size, tensorrt_version)
+    encoder = DEFAULT_ENCODER if plans else _encoder_variant(bundle, chosen, precision, tuning)
     validate_same_encoder(bundle, others, _variant_of_plans(plans, bundle) or encoder)
-    settings: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
-    facts = facts_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **settings)
+    numbers: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
+    settings = model_settings_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **numbers)
     with replace_folder(out) as folder:
-        _write_configs(folder, configs_from_facts(facts, backend))
-        _write_encoder(bundle, folder, facts, plans)
-        _write_classifiers(folder, facts, (bundle, *others.values()))
-        _write_sources(folder, backend)
+        configs = configs_from_settings(settings, chosen)
+        _write_configs(folder, configs)
+        _write_encoder(bundle, folder, settings, plans)
+        _write_classifiers(folder, settings, (bundle, *others.values()))
+        _write_sources(folder, configs)
         _write_warmup_files(bundle, folder)
         write_samples(folder, bundle)
         validate_repository(folder)
@@ -154,9 +132,9 @@ def repository_from_bundle(
 
 
 def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ...]:
-    """Write the models of a further vocabulary beside those of ``repository``; their names, in the order to load them.
+    """Add the models of a further vocabulary to ``repository``, configured as the first one's.
 
-    They are configured as the first vocabulary's. What a killed run has written is written again.
+    Leftovers of a killed run are replaced. Returns the models' names in the order to load them.
 
     Raises:
         UsageError: the name cannot be a model's.
@@ -183,7 +161,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
 
 
 def remove_vocabulary(repository: Path, name: str) -> None:
-    """Delete a further vocabulary's models, the ensembles first, so that what is left always loads."""
+    """Delete a further vocabulary's models, ensembles first, so that the rest always loads."""
     for model in (CLASSIFY_ENCODED, CLASSIFY, CLASSIFIER):
         folder = repository / of_vocabulary(model, name)
         if folder.is_dir():
@@ -216,10 +194,10 @@ def sources_folder() -> Path:
 
 
 def validate_verification(bundle: Bundle) -> None:
-    """Nothing when what ``clipship pack`` verified was good.
+    """Validate that the verification of ``clipship pack`` passed.
 
     Raises:
-        CheckFailed: it was not.
+        CheckFailed: it did not.
     """
     verification: Mapping[str, Any] = bundle.verification()
     if verification.get("passed") is not True:
@@ -230,21 +208,20 @@ def validate_verification(bundle: Bundle) -> None:
 
 
 def _validate_folder(out: Path) -> None:
-    """``out`` is replaced as a whole, so it must be new, empty, or a repository of ours."""
+    """``out`` is replaced, so it must be new, empty, or a clipship repository."""
     if out.exists() and not out.is_dir():
         raise UsageError(f"{out}: is a file: give a folder")
     if out.is_dir() and any(out.iterdir()) and not (out / CLASSIFY / "config.pbtxt").is_file():
-        raise UsageError(f"{out}: holds something that is not a clipship repository: give a new folder")
+        raise UsageError(f"{out}: is not a clipship repository: give a new folder")
 
 
 def _validate_plans(
     bundle: Bundle, plans: Sequence[TensorRtPlan], backend: Backend, max_batch_size: int, tensorrt_version: str | None
 ) -> None:
-    """Refuse plans that a server with this TensorRT could not load, or that would not take its batches."""
-    if (backend == "tensorrt") != bool(plans):
-        raise UsageError(
-            f"backend {backend} with {len(plans)} plans: give --plan with --backend tensorrt, and only then"
-        )
+    """Validate that a server with this TensorRT can load the plans, and that they accept its batches."""
+    if backend.takes_plans != bool(plans):
+        able = " or ".join(each.name for each in BACKENDS.values() if each.takes_plans)
+        raise UsageError(f"backend {backend.name} with {len(plans)} plans: give --plan with --backend {able} only")
     for plan in plans:
         version = tensorrt_version or plans[0].info.runtime_version
         validate_plan(plan, Target(runtime="tensorrt", version=version, platform="linux"), bundle)
@@ -256,18 +233,18 @@ def _validate_plans(
 
 
 def _encoder_variant(bundle: Bundle, backend: Backend, precision: Precision, tuning: Tuning) -> EncoderVariant:
-    """What runs where there is no plan. The server's processor is not known yet: the Python model looks at it."""
-    gpu = backend == "onnxruntime" and tuning.on_gpu
-    if backend == "onnxruntime" and not gpu and never_runs("onnx", precision):
+    """The variant that runs without plans. The Python model adapts it to the server's processor."""
+    gpu = tuning.on_gpu
+    if backend.triton_runs_onnx and not gpu and never_runs("onnx", precision):
         raise UsageError(
-            f"precision {precision} on the device {tuning.device} with the onnxruntime backend: a server without a GPU "
-            f"could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
+            f"precision {precision} on the device {tuning.device} with the {backend.name} backend: a server without a "
+            f"GPU could not load it, as ONNX Runtime has no {precision} kernels for processors: give --device gpu, "
             "--precision fp32, or --backend python where the bundle has it by OpenVINO"
         )
-    variant = bundle.fastest_encoder(precision, _RUNTIMES[backend], gpu=gpu)
+    variant = bundle.fastest_encoder(precision, backend.runtimes, gpu=gpu)
     here = "" if gpu else emulates(variant.runtime, variant.precision, this_processor())
     if here:
-        log(f"the server must have another processor than this machine, or it will not load the model: {here}")
+        log(f"this machine's processor could not load the model, make sure that the server's can: {here}")
     return variant
 
 
@@ -285,42 +262,35 @@ def _write_config(model: Path, config: Any) -> None:
     (model / "1").mkdir(exist_ok=True)
     (model / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
     if config.platform == "ensemble":
-        (model / "1" / ".keep").touch()  # Triton wants the folder; object stores drop empty ones
+        (model / "1" / ".keep").touch()  # Triton needs the folder; object stores drop empty ones
 
 
-def _write_encoder(bundle: Bundle, folder: Path, facts: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:
+def _write_encoder(bundle: Bundle, folder: Path, settings: ModelSettings, plans: Sequence[TensorRtPlan]) -> None:
     version = folder / ENCODER / "1"
-    for plan, name in zip(plans, plan_files(facts.plans), strict=True):
+    for plan, name in zip(plans, plan_files(settings.plans), strict=True):
         shutil.copyfile(plan.file, version / name)
     if not plans:
-        shutil.copyfile(bundle.path / facts.encoder.file, version / MODEL_FILES["onnxruntime"])
-        weights = f"{facts.encoder.file}.data"  # of a graph above 2 GB, which names this file
+        shutil.copyfile(bundle.path / settings.encoder.file, version / ONNXRUNTIME.model_file)
+        weights = f"{settings.encoder.file}.data"  # of a graph above 2 GB, which names this file
         if weights in bundle.files:
             shutil.copyfile(bundle.path / weights, version / weights)
 
 
-def _write_classifiers(folder: Path, facts: ModelSettings, bundles: Sequence[Bundle]) -> None:
-    for vocabulary, bundle in zip(facts.vocabularies, bundles, strict=True):
+def _write_classifiers(folder: Path, settings: ModelSettings, bundles: Sequence[Bundle]) -> None:
+    for vocabulary, bundle in zip(settings.vocabularies, bundles, strict=True):
         write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
 
 
-def _write_sources(folder: Path, backend: Backend) -> None:
-    """What runs inside the Python backend."""
+def _write_sources(folder: Path, configs: Mapping[str, Any]) -> None:
+    """Copy what runs inside the Python backend: each model's source, and the modules that it imports."""
     sources = sources_folder() / "python"
-    classifiers = [path.name for path in folder.glob(f"{CLASSIFIER}*")]
-    for name in (PREPROCESS, *((ENCODER, *classifiers) if backend == "python" else ())):
-        shutil.copyfile(sources / name.partition("-")[0] / "model.py", folder / name / "1" / MODEL_FILES["python"])
-        for copy, module in MODEL_COPIES.items():
-            _copy_source(module, folder / name / "1" / copy)
-    admissions = (ADMISSION, *((PIXELS_ADMISSION,) if has_doors(backend) else ()))
-    for name in admissions:
-        shutil.copyfile(sources / ADMISSION / "model.py", folder / name / "1" / MODEL_FILES["python"])
-    for name in (*admissions, PREPROCESS, *((ENCODER,) if has_doors(backend) else ())):
-        shutil.copyfile(sources / "doors.py", folder / name / "1" / DOORS_COPY)
-    _copy_source(decoding, folder / PREPROCESS / "1" / IMAGES_COPY)
-    if backend == "python":
-        for name, module in ENCODER_COPIES.items():
-            _copy_source(module, folder / ENCODER / "1" / name)
+    for name in (name for name, config in configs.items() if config.backend == PYTHON.name):
+        version, source = folder / name / "1", next(each for each in _MODULES if name.startswith(each))
+        shutil.copyfile(sources / source / "model.py", version / PYTHON.model_file)
+        if source != CLASSIFIER:
+            shutil.copyfile(sources / "doors.py", version / DOORS_COPY)
+        for copy, module in _MODULES[source].items():
+            _copy_source(module, version / copy)
 
 
 def _copy_source(module: ModuleType, target: Path) -> None:

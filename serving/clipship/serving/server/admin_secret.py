@@ -12,10 +12,10 @@ from clipship.core.machine.caches import cache_folder, cache_places
 _KEY = "clipship-admin"
 
 ADMIN_PROTOCOLS = ("model-repository", "trace", "logging")
-"""Triton's names of what clients need not do."""
+"""Triton's names of the protocols that clients do not need."""
 
 ADMIN_HEADER = f"triton-grpc-protocol-{_KEY}"
-"""The gRPC header that holds the secret; Triton gives the prefix (its option ``--grpc-restricted-protocol``)."""
+"""The gRPC header of the secret; the prefix is Triton's (option ``--grpc-restricted-protocol``)."""
 
 
 def restriction(secret: str) -> str:
@@ -24,7 +24,7 @@ def restriction(secret: str) -> str:
 
 
 def usual_secret_file(url: str) -> Path:
-    """Where the secret of the server at HOST:PORT on this machine goes: one a port, in the user's cache folder.
+    """The default secret file of the server at HOST:PORT on this machine: one per port, in the user's cache folder.
 
     Raises:
         UsageError: there is no cache folder.
@@ -32,16 +32,18 @@ def usual_secret_file(url: str) -> Path:
     folder = cache_folder()
     if folder is None:
         raise UsageError(
-            "there is no folder for the secret of the admin protocols: give --admin-secret FILE or --open-admin, or "
+            "no cache folder for the admin secret: give --admin-secret FILE or --open-admin, or "
             "set CLIPSHIP_CACHE to a folder that can be written"
         )
     return folder / _place(url)
 
 
 def found_secret_file(url: str) -> Path | None:
-    """The file that ``clipship serve`` on this machine wrote for the server at HOST:PORT, where there is one."""
+    """The file that ``clipship serve`` on this machine wrote for the server at HOST:PORT, or None."""
     files = [folder / _place(url) for folder in cache_places()]
-    return max(filter(os.path.isfile, files), key=os.path.getmtime, default=None)  # one may be of a dead server
+    return max(
+        filter(os.path.isfile, files), key=os.path.getmtime, default=None
+    )  # others may be left from dead servers
 
 
 def _place(url: str) -> Path:
@@ -49,7 +51,7 @@ def _place(url: str) -> Path:
 
 
 def write_secret(path: Path) -> str:
-    """A new secret, written to ``path``, which its owner alone may read from the first moment on."""
+    """Write a new secret to ``path``, readable by its owner only from the start."""
     secret = secrets.token_urlsafe(32)
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""NVIDIA's container with a repository in it: its image, the command, the compose file."""
+"""Serving a repository in NVIDIA's container: image, docker command, compose file."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clipship.serving.repository.validate import engine_cache_of, packages_of, runs_without_gpu, uses_cache, uses_gpu
-from clipship.serving.server.admin_secret import restriction
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.releases import IMAGE, container_needs_of, release_for, release_of_image, validate_release
-from clipship.serving.server.server_args import FLOAT32_IN_FULL, backend_options
+from clipship.serving.server.server_args import FLOAT32_IN_FULL, common_options
 
 SECRET_VARIABLE = "CLIPSHIP_ADMIN_SECRET"
 _ENGINES_VOLUME = "clipship-engines"
+_SECRET_ADVICE = "set it to a secret of your own"
 _WITHOUT_GPU = "on a machine without a GPU leave out"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ports:
-    """Of the container, on the host's loopback."""
+    """Ports of the container, published on the host's loopback."""
 
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
 
     def mapped(self) -> tuple[str, ...]:
-        """As docker writes them."""
+        """In docker's notation."""
         return tuple(f"127.0.0.1:{port}:{port}" for port in (self.http, self.grpc, self.metrics))
 
 
 def image_for(repository: Path, given: str | None = None) -> str:
-    """The image that can serve ``repository``: ``given``, or a release of NVIDIA's.
+    """The image that can serve ``repository``: ``given``, or a suitable NVIDIA release.
 
     Raises:
         UsageError: no known release can serve it, or the given one cannot; says what it lacks and what to do.
@@ -46,33 +46,35 @@ def image_for(repository: Path, given: str | None = None) -> str:
 
 
 def gpu_remark(repository: Path) -> str | None:
-    """What to tell who starts the command on a machine without a GPU; None where there is nothing to tell."""
-    return f"{_WITHOUT_GPU} --gpus=all" if uses_gpu(repository) and runs_without_gpu(repository) else None
+    """How to change the command for a machine without a GPU; None if it needs no change, or a GPU."""
+    required = Requirements(repository)
+    return f"{_WITHOUT_GPU} --gpus=all" if required.uses_gpu and not required.needs_gpu else None
 
 
 def container_command(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
-    """The shell command that serves ``repository`` in NVIDIA's container, on loopback.
+    """The docker command that serves ``repository`` on loopback.
 
-    The secret of the admin protocols is taken from the environment variable :data:`SECRET_VARIABLE`.
+    The admin secret is read from the environment variable :data:`SECRET_VARIABLE`.
 
     Raises:
         UsageError: as :func:`image_for`.
     """
-    # Tensors of the Python backend travel through /dev/shm, of which a container has 64 MB unless told otherwise.
-    options = ["--rm", *(["--gpus=all"] if uses_gpu(repository) else []), "--shm-size=2g", "--stop-timeout=30"]
+    required = Requirements(repository)
+    # The Python backend passes tensors through /dev/shm, which is only 64 MB by default in a container.
+    options = ["--rm", *(["--gpus=all"] if required.uses_gpu else []), "--shm-size=2g", "--stop-timeout=30"]
     for port in ports.mapped():
         options += ["-p", port]
     for name, value in FLOAT32_IN_FULL.items():
         options += ["-e", f"{name}={value}"]
     options += ["-e", SECRET_VARIABLE, "-v", f"{repository.resolve()}:/models:ro"]
-    if (engines := engine_cache_of(repository)) is not None:
-        options += ["-v", f"{_ENGINES_VOLUME}:{engines}"]
+    if required.engine_cache is not None:
+        options += ["-v", f"{_ENGINES_VOLUME}:{required.engine_cache}"]
     start = _start(repository, ports, cache_mb)
     return shlex.join(["docker", "run", *options, image_for(repository, image), "sh", "-c", start])
 
 
 def compose_file(repository: Path, ports: Ports, *, image: str | None = None, cache_mb: int = 256) -> str:
-    """The same as a compose file (the Compose Specification), with a health check.
+    """The same as a Docker Compose file, with a health check.
 
     Raises:
         UsageError: as :func:`image_for`.
@@ -84,62 +86,47 @@ def compose_file(repository: Path, ports: Ports, *, image: str | None = None, ca
 _COMPOSE_HEADER = f"""\
 # Written by `clipship serve --container --compose`. Start it with
 #   {SECRET_VARIABLE}=$(openssl rand -hex 32) docker compose up --detach
-# The secret is for those who load models and change tracing and logging; clients need none."""
+# The secret is for the admin protocols (load models, change tracing and logging); clients need none."""
 
 
 def _compose_lines(repository: Path, ports: Ports, image: str, cache_mb: int) -> Iterator[str]:
-    # JSON strings are YAML strings; compose takes $ for its own variables unless it is doubled.
-    command = json.dumps(_start(repository, ports, cache_mb).replace("$", "$$"))
-    engines = engine_cache_of(repository)
+    required = Requirements(repository)
+    engines = [] if required.engine_cache is None else [f"{_ENGINES_VOLUME}:{required.engine_cache}"]
+    health = f"http://localhost:{ports.http}/v2/health/ready"
+    # Compose expands $ unless it is doubled.
+    service = {
+        "image": image,
+        "command": ["sh", "-c", _start(repository, ports, cache_mb).replace("$", "$$")],
+        "environment": {SECRET_VARIABLE: f"${{{SECRET_VARIABLE}:?{_SECRET_ADVICE}}}", **FLOAT32_IN_FULL},
+        "ports": ports.mapped(),
+        "volumes": [f"{repository.resolve()}:/models:ro".replace("$", "$$"), *engines],
+        "shm_size": "2gb",
+        "stop_grace_period": "30s",
+        "restart": "unless-stopped",
+        "healthcheck": {
+            "test": ["CMD", "curl", "--fail", "--silent", health],
+            "interval": "10s",
+            "start_period": "300s",
+        },
+    }
     yield "services:"
     yield "  triton:"
-    yield f"    image: {json.dumps(image)}"
-    yield f'    command: ["sh", "-c", {command}]'
-    yield "    environment:"
-    yield f"      {SECRET_VARIABLE}: ${{{SECRET_VARIABLE}:?set it to a secret of your own}}"
-    yield from (f"      {name}: {json.dumps(value)}" for name, value in FLOAT32_IN_FULL.items())
-    yield "    ports:"
-    yield from (f"      - {json.dumps(port)}" for port in ports.mapped())
-    yield "    volumes:"
-    yield f"      - {json.dumps(f'{repository.resolve()}:/models:ro'.replace('$', '$$'))}"
-    if engines is not None:
-        yield f"      - {json.dumps(f'{_ENGINES_VOLUME}:{engines}')}"
-    yield "    shm_size: 2gb"
-    yield "    stop_grace_period: 30s"
-    yield "    restart: unless-stopped"
-    yield "    healthcheck:"
-    yield f'      test: ["CMD", "curl", "--fail", "--silent", "http://localhost:{ports.http}/v2/health/ready"]'
-    yield "      interval: 10s"
-    yield "      start_period: 300s"
-    if uses_gpu(repository):
-        yield f"    deploy:{f'  # {_WITHOUT_GPU} this part' if runs_without_gpu(repository) else ''}"
-        yield "      resources:"
-        yield "        reservations:"
-        yield "          devices:"
-        yield "            - {driver: nvidia, count: all, capabilities: [gpu]}"
-    if engines is not None:
-        yield "volumes:"
-        yield f"  {_ENGINES_VOLUME}: {{}}"
+    yield from (f"    {key}: {json.dumps(value)}" for key, value in service.items())  # JSON is YAML
+    if required.uses_gpu:
+        yield f"    deploy:{'' if required.needs_gpu else f'  # {_WITHOUT_GPU} this part'}"
+        yield "      resources: {reservations: {devices: [{driver: nvidia, count: all, capabilities: [gpu]}]}}"
+    if engines:
+        yield f"volumes: {{{_ENGINES_VOLUME}: {{}}}}"
 
 
 def _start(repository: Path, ports: Ports, cache_mb: int) -> str:
-    """What runs in the container. Its Python lacks what the models in Python need: that is installed first."""
+    """The command in the container. It first installs the Python packages that the image lacks."""
+    required = Requirements(repository)
     pillow = importlib.metadata.version("pillow")
-    packages = " ".join(("onnxruntime", f"pillow=={pillow}", *packages_of(repository)))
-    options = [
-        "--model-repository=/models",
-        "--model-control-mode=explicit",
-        "'--load-model=*'",
-        "--disable-auto-complete-config",
-        f"--http-port={ports.http}",
-        f"--grpc-port={ports.grpc}",
-        f"--metrics-port={ports.metrics}",
-        "--metrics-config=summary_latencies=true",
-        f'"--grpc-restricted-protocol={restriction(f"${SECRET_VARIABLE}")}"',
-        f'"--http-restricted-api={restriction(f"${SECRET_VARIABLE}")}"',
-    ]
-    options += backend_options(repository)
-    if uses_cache(repository):
-        options.append(f"--cache-config=local,size={cache_mb * 2**20}")
-    needs_secret = f': "${{{SECRET_VARIABLE}:?set it to a secret of your own}}"'
-    return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(options)}"
+    packages = " ".join(("onnxruntime", f"pillow=={pillow}", *required.packages))
+    options = ["--model-repository=/models", f"--http-port={ports.http}", f"--grpc-port={ports.grpc}"]
+    options += [f"--metrics-port={ports.metrics}", *common_options(repository, f"${SECRET_VARIABLE}", cache_mb)]
+    # For the shell: the secret's variable is expanded, and nothing else.
+    quoted = [f'"{option}"' if "$" in option else shlex.quote(option) for option in options]
+    needs_secret = f': "${{{SECRET_VARIABLE}:?{_SECRET_ADVICE}}}"'
+    return f"{needs_secret} && pip install {packages} && exec tritonserver {' '.join(quoted)}"

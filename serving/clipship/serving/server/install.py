@@ -1,13 +1,13 @@
-"""Where a Triton comes from: ``tritonserver`` on the PATH, or the embedded one, which is installed on first use.
+"""Finds ``tritonserver`` on the PATH, or installs the embedded Triton on first use.
 
-The embedded server is the binary that the ``nvidia-pytriton`` wheel carries. It has the Python backend only. Its
-packages live in a virtual environment of their own, because the models run in Triton's processes, not in this one:
+The embedded server is the binary in the ``nvidia-pytriton`` wheel, with the Python backend only. Its packages are in a
+separate virtual environment, because the models run in Triton's processes, not in this one:
 
-- The backend's stub embeds Python in isolated mode: it reads no ``PYTHON*`` variable, but takes the environment whose
-  ``bin`` comes first on the ``PATH``.
-- NumPy must be below 2: with NumPy 2 this Triton's Python backend returns empty outputs and says nothing.
-- Pillow is of this process's version, so that client and server decode alike, bit for bit; so is ONNX Runtime where
-  this process has it.
+- The backend's stub embeds Python in isolated mode: it ignores ``PYTHON*`` variables and uses the environment whose
+  ``bin`` is first on the ``PATH``.
+- NumPy must be below 2: with NumPy 2 this Triton's Python backend silently returns empty outputs.
+- Pillow has this process's version, so that client and server decode identically; so has ONNX Runtime if this process
+  has it.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from clipship.core.files import replace_folder, sha256_of_text
 from clipship.core.machine.caches import cache_folder, cache_places
 from clipship.core.progress import Report, log, progress
 from clipship.serving.errors import ServingError
+from clipship.serving.repository.backends import PYTHON
 
 PYTRITON_VERSION = "0.7.0"
 _ONNXRUNTIME = "onnxruntime>=1.20"
@@ -41,24 +42,24 @@ _COMPLETE = "complete"
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """A Triton that can be started: the binary, and what it must be told to find its parts."""
+    """A Triton that can be started: the binary and its settings."""
 
     tritonserver: Path
     backends: Path
-    """The folder with one folder a backend."""
+    """Has one folder per backend."""
     caches: Path
-    """The folder with one folder a response cache."""
+    """Has one folder per response cache."""
     variables: Mapping[str, str]
-    """Environment variables on top of this process's own."""
+    """Additional environment variables."""
     embedded: bool = False
-    """Whether its packages are ours; those of a server on the PATH are what its Python finds."""
+    """Whether it is the embedded server, with packages installed by us."""
 
 
 def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Environment:
-    """A Triton with all of ``backends``: the one on the PATH if it has them, else the embedded one.
+    """The Triton on the PATH if it has all of ``backends``, else the embedded one.
 
     Args:
-        packages: what the models in Python need besides ONNX Runtime and Pillow; the embedded server gets them.
+        packages: what Python models need besides ONNX Runtime and Pillow; installed for the embedded server.
 
     Raises:
         UsageError: neither has them, or the embedded one cannot run on this machine; says what to do.
@@ -69,28 +70,28 @@ def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Envi
     if on_path is not None and not missing:
         return on_path
     found = "no tritonserver is on the PATH" if on_path is None else _without(on_path, missing)
-    if backends - {"python"}:
+    if backends - {PYTHON.name}:
         raise UsageError(
-            f"{found}, the embedded server has only the python one, and the repository needs "
+            f"{found}, the embedded server has only the {PYTHON.name} one, and the repository needs "
             f"{' and '.join(sorted(backends))}: {f'put what is missing into {on_path.backends}, ' if on_path else ''}"
-            "write it with clipship repository --backend python, or run it in NVIDIA's container (clipship serve "
-            "--container prints the command)"
+            f"write it with clipship repository --backend {PYTHON.name}, or run it in NVIDIA's container "
+            "(clipship serve --container prints the command)"
         )
     if on_path is not None:
-        log(f"{found}: the embedded server is taken instead")
+        log(f"{found}: the embedded server is used instead")
     return embedded_environment(packages)
 
 
 def _without(environment: Environment, missing: set[str]) -> str:
-    """What a Triton has and has not."""
+    """That a Triton lacks ``missing``."""
     backends = environment.backends
     has = sorted(folder.name for folder in backends.iterdir() if folder.is_dir()) if backends.is_dir() else []
-    told = f"in {backends} is {', '.join(has)}" if has else f"there is none in {backends}"
-    return f"{environment.tritonserver} has no {' and no '.join(sorted(missing))} backend ({told})"
+    found = f"{backends} has {', '.join(has)}" if has else f"there is none in {backends}"
+    return f"{environment.tritonserver} has no {' and no '.join(sorted(missing))} backend ({found})"
 
 
 def embedded_environment(packages: Sequence[str] = ()) -> Environment:
-    """The embedded Triton with ``packages``, installed into the cache folder if it is not there yet.
+    """The embedded Triton with ``packages``, installed into the cache folder if needed.
 
     Raises:
         UsageError: no Python library for the backend on this machine; says what to install.
@@ -135,11 +136,7 @@ def _site_packages(folder: Path) -> Path:
 
 
 def _python_library_folder() -> Path | None:
-    """The folder of this Python's shared library, which the stub links; None where the loader finds it itself.
-
-    Raises:
-        UsageError: there is none on this machine.
-    """
+    """The folder of this Python's shared library, which the stub links; None if the loader finds it."""
     name = f"libpython{_python_version()}.so.1.0"
     folder = Path(sysconfig.get_config_var("LIBDIR") or sys.base_prefix)
     if (folder / name).is_file():
@@ -154,12 +151,12 @@ def _python_library_folder() -> Path | None:
 
 
 def _requirements(packages: Sequence[str]) -> list[str]:
-    """What goes into the embedded server's folder, each at the version this process has where that matters."""
+    """Packages of the embedded server, at this process's versions where that matters."""
     return ["numpy<2", *map(_as_here, ("onnxruntime", "pillow", *packages))]
 
 
 def _as_here(package: str) -> str:
-    """``package`` at this process's version; the one that ONNX Runtime must at least have where it has none."""
+    """``package`` at this process's version; without one, any version that works."""
     try:
         return f"{package}=={importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:
@@ -167,11 +164,7 @@ def _as_here(package: str) -> str:
 
 
 def _installed_folder(packages: Sequence[str]) -> Path:
-    """The embedded server's folder, made by one process while others wait; a cache that is read-only may have it.
-
-    Raises:
-        UsageError: it is nowhere, and cannot be written anywhere.
-    """
+    """The embedded server's folder, installed by one process while others wait. A read-only cache may have it."""
     requirements = _requirements(packages)
     digest = sha256_of_text(" ".join(requirements))[:8]
     name = f"triton-{PYTRITON_VERSION}-py{_python_version()}-{digest}"
@@ -204,33 +197,24 @@ def _install(folder: Path, requirements: Sequence[str]) -> None:
         site = _site_packages(temporary)
         _pip_install(["--no-deps", f"nvidia-pytriton=={PYTRITON_VERSION}"], site, report)
         _pip_install(requirements, site, report)
-        _gather_backend(site / "pytriton" / "tritonserver", temporary / "backends" / "python")
+        _gather_backend(site / "pytriton" / "tritonserver", temporary / "backends" / PYTHON.name)
         (temporary / _COMPLETE).touch()
 
 
 def _gather_backend(tritonserver: Path, backend: Path) -> None:
-    """The Python backend's files in one folder, with the stub of this Python's version.
-
-    Raises:
-        UsageError: the wheel has no stub for this version.
-    """
+    """The Python backend's files in one folder, with the stub of this Python's version."""
     stub = tritonserver / "python_backend_stubs" / _python_version() / STUB
     if not stub.is_file():
         raise UsageError(
             f"the embedded Triton has no Python backend for Python {_python_version()}: use Python 3.11 or 3.12, or "
             "NVIDIA's container (clipship serve --container prints the command)"
         )
-    shutil.copytree(tritonserver / "backends" / "python", backend)
+    shutil.copytree(tritonserver / "backends" / PYTHON.name, backend)
     shutil.copy2(stub, backend / STUB)
 
 
 def _pip_install(arguments: Sequence[str], target: Path, report: Report) -> None:
-    """Run pip into ``target``, its lines beside the progress bar.
-
-    Raises:
-        UsageError: this Python has no pip.
-        ServingError: pip failed; says its last error.
-    """
+    """Run pip into ``target``, showing its output in the progress bar."""
     if importlib.util.find_spec("pip") is None:
         raise UsageError("pip is needed to install the embedded Triton: run python -m ensurepip")
     command = [sys.executable, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]

@@ -1,9 +1,9 @@
-"""What must be right on this machine before a Triton is started on a repository, so that it is said in one line.
+"""Validates this machine before Triton is started on a repository, for errors of one line.
 
-The embedded server has packages of its own, made for it. Of a ``tritonserver`` on the PATH nothing is known but what is
-looked up here: its release, and the Python that its Python backend will embed, which is not this one. The backend's
-stub is linked to one version of Python and takes the packages of the ``python3`` that comes first on the PATH: those of
-its virtual environment, or of its prefix where it is of the same version.
+The embedded server has its own packages. For a ``tritonserver`` on the PATH, this looks up its release and the Python
+that its Python backend will embed, which is not this one. The backend's stub is linked to one version of Python. It
+uses the packages of the first ``python3`` on the PATH: those of its virtual environment, or of its prefix if the
+versions agree.
 """
 
 from __future__ import annotations
@@ -21,12 +21,13 @@ from pathlib import Path
 from clipship.core.errors import UsageError
 from clipship.core.progress import log
 from clipship.core.tensorrt_plan import version_parts
-from clipship.serving.repository.validate import backends_of, engine_cache_of, modules_of, packages_of
+from clipship.serving.repository.backends import PYTHON
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.install import STUB, Environment, triton_environment
 from clipship.serving.server.releases import needs_of, release_of_triton, validate_release
 
 _PACKAGES = {"PIL": "pillow"}
-"""What to install for a module, where the name differs."""
+"""Packages of modules with another name."""
 
 _PROBE = """
 import importlib.metadata, importlib.util, json, sys
@@ -36,56 +37,58 @@ def version(package):
     except importlib.metadata.PackageNotFoundError:
         return None
 missing = [name for name in sys.argv[1:] if importlib.util.find_spec(name) is None]
-print(json.dumps([sys.version_info[:2], sys.prefix, missing, version("numpy"), version("pillow")]))
+found = {"version": "%d.%d" % sys.version_info[:2], "prefix": sys.prefix, "missing": missing}
+print(json.dumps({**found, "numpy": version("numpy"), "pillow": version("pillow")}))
 """
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stub:
-    """What the stub of a Python backend was built with."""
+    """How the stub of a Python backend was built."""
 
     python: str
-    """The version that it embeds: "3.12"."""
+    """The version that it embeds, e.g. "3.12"."""
     takes_numpy_2: bool
-    """Else arrays of NumPy 2 come out empty, or crash it: so it is in Triton up to 2.51."""
+    """If not, NumPy 2 crashes it or empties arrays, as in Triton up to 2.51."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StubPython:
-    """The Python whose packages the stub takes."""
+    """The Python whose packages the stub uses."""
 
     executable: str
     version: str
     prefix: str
-    missing: tuple[str, ...]
-    """Modules that the models import and that are not there."""
+    missing: Sequence[str]
+    """Modules that the models import and it lacks."""
     numpy: str | None
     pillow: str | None
 
 
 def prepared_environment(repository: Path) -> Environment:
-    """A Triton that can run ``repository`` on this machine, with the folder that its TensorRT engines go to.
+    """A Triton that can run ``repository`` on this machine; creates the folder of its TensorRT engine cache.
 
     Raises:
-        UsageError: there is none, or something is missing; says what to do.
+        UsageError: there is none, or it lacks something; says what to do.
         ServingError: the embedded server could not be installed.
     """
-    backends = backends_of(repository)
-    environment = triton_environment(backends, packages_of(repository))
+    required = Requirements(repository)
+    environment = triton_environment(required.backends, required.packages)
     if not environment.embedded:
         release = release_of_triton(environment.tritonserver.parent.parent)
         validate_release(release, str(environment.tritonserver), needs_of(repository))
-        if "python" in backends:
-            validate_python(environment, modules_of(repository))
-    _make_engine_cache(repository)
+        if PYTHON.name in required.backends:
+            validate_python(environment, required.modules)
+    if required.engine_cache is not None:
+        _make_engine_cache(required.engine_cache)
     return environment
 
 
 def validate_python(environment: Environment, modules: Sequence[str]) -> None:
-    """Nothing when the models in Python can run in what ``environment`` embeds, or when that cannot be found out.
+    """Validate that Python models can run in what ``environment`` embeds, as far as that can be found out.
 
     Raises:
-        UsageError: a module is missing, or its NumPy is one that the Python backend cannot take.
+        UsageError: a module is missing, or the Python backend does not support its NumPy.
     """
     stub = stub_of(environment)
     python = None if stub is None else python_of(stub, modules)
@@ -94,7 +97,7 @@ def validate_python(environment: Environment, modules: Sequence[str]) -> None:
     for fault in _faults(stub, python, modules):
         who = f"the models in Python of {environment.tritonserver}"
         raise UsageError(f"{who} would run with the packages of {python.prefix}, {fault}")
-    _tell_other_pillow(python)
+    _warn_of_other_pillow(python)
 
 
 def _faults(stub: Stub, python: StubPython, modules: Sequence[str]) -> Iterator[str]:
@@ -117,7 +120,7 @@ def _faults(stub: Stub, python: StubPython, modules: Sequence[str]) -> Iterator[
         )
 
 
-def _tell_other_pillow(python: StubPython) -> None:
+def _warn_of_other_pillow(python: StubPython) -> None:
     here = importlib.metadata.version("pillow")
     if python.pillow != here:
         log(f"the server decodes with Pillow {python.pillow}, this machine with {here}: the pixels may differ a little")
@@ -134,44 +137,36 @@ def _requirements(stub: Stub, modules: Sequence[str]) -> Iterator[str]:
 
 
 def stub_of(environment: Environment) -> Stub | None:
-    """What the Python backend's stub says of itself; None where there is none, or it does not say."""
+    """How the Python backend's stub was built; None if that cannot be found out."""
     try:
-        code = (environment.backends / "python" / STUB).read_bytes()
+        code = (environment.backends / PYTHON.name / STUB).read_bytes()
     except OSError:
         return None
     library = re.search(rb"libpython(\d+\.\d+)", code)
-    # NumPy 2 calls its core so, and pybind11 looks it up by that name since it knows NumPy 2.
+    # pybind11 looks up NumPy's core by this name since it supports NumPy 2.
     return library and Stub(python=library[1].decode(), takes_numpy_2=b"numpy._core" in code)
 
 
 def python_of(stub: Stub, modules: Sequence[str]) -> StubPython | None:
-    """The Python whose packages ``stub`` will take; None where the ``python3`` on the PATH does not tell."""
+    """The Python whose packages ``stub`` will use; None if ``python3`` on the PATH gives no answer."""
     first = shutil.which("python3")
     if first is None or not (_is_venv(first) or _is_program(first)):
         return None
     python = _asked(first, stub, modules)
-    # A virtual environment of another version is used all the same, and no package is found in it.
+    # The stub also uses a virtual environment of another version, and finds no package in it.
     return python if python is not None and (python.version == stub.python or _is_venv(first)) else None
 
 
 def _asked(executable: str, stub: Stub, modules: Sequence[str]) -> StubPython | None:
-    """What ``executable`` says of itself and of ``modules``."""
-    # The same pybind11 that does not know NumPy 2 starts Python 3.11 and later without PYTHON* variables.
+    """Version, prefix and packages of ``executable``."""
+    # A pybind11 without NumPy 2 support starts Python 3.11 and later without PYTHON* variables.
     isolated = ["-I"] if not stub.takes_numpy_2 and version_parts(stub.python) >= (3, 11) else []
     command = [executable, *isolated, "-c", _PROBE, *modules]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
-        version, prefix, missing, numpy, pillow = json.loads(done.stdout)
-    except (OSError, subprocess.SubprocessError, ValueError):
+        return StubPython(executable=executable, **json.loads(done.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError, TypeError):
         return None
-    return StubPython(
-        executable=executable,
-        version=".".join(map(str, version)),
-        prefix=prefix,
-        missing=tuple(missing),
-        numpy=numpy,
-        pillow=pillow,
-    )
 
 
 def _is_venv(executable: str) -> bool:
@@ -180,24 +175,17 @@ def _is_venv(executable: str) -> bool:
 
 
 def _is_program(executable: str) -> bool:
-    """Not a script that starts another Python, as pyenv has them: the stub does not run it, it looks beside it."""
+    """Not a script such as pyenv's shims: the stub does not run it, but looks beside it."""
     with Path(executable).open("rb") as file:
         return file.read(4) == b"\x7fELF"
 
 
-def _make_engine_cache(repository: Path) -> None:
-    """The folder of the engines, whole: the accelerator itself makes one level of it only.
-
-    Raises:
-        UsageError: it cannot be made, or not written to.
-    """
-    engines = engine_cache_of(repository)
-    if engines is None:
-        return
+def _make_engine_cache(engines: str) -> None:
+    """Create the engines' folder with its parents, which the accelerator would not."""
     try:
         Path(engines).mkdir(parents=True, exist_ok=True)
         if not os.access(engines, os.W_OK | os.X_OK):
-            raise PermissionError("it is not this user's to write")
+            raise PermissionError("this user cannot write it")
     except OSError as error:
         raise UsageError(
             f"{engines}, where the TensorRT accelerator keeps the engines it builds, cannot be written "

@@ -1,4 +1,4 @@
-"""A real Triton on this machine, as a context manager that leaves no process behind."""
+"""A Triton on this machine, as a context manager that leaves no process behind."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import IO
 
 from clipship.core.errors import UsageError
 from clipship.core.progress import progress
 from clipship.serving.errors import ServerFailed
-from clipship.serving.repository.validate import model_names, validate_repository
+from clipship.serving.repository.requirements import model_names
+from clipship.serving.repository.validate import validate_repository
 from clipship.serving.server import supervisor
 from clipship.serving.server.admin_secret import usual_secret_file, write_secret
 from clipship.serving.server.install import Environment
@@ -32,10 +33,10 @@ from clipship.serving.server.server_args import DEFAULT_OPTIONS, FLOAT32_IN_FULL
 
 _POLL_S = 0.05
 _DRAIN_S = 10
-"""How long running requests may take to finish when the server is stopped."""
+"""Time for running requests to finish when the server is stopped."""
 _LOG_LINES = 3
 _ERROR_LINE = re.compile(r"(?:[EF]\d{4} [^\]]*\] |[Ee]rror: )(?P<text>.*)")
-_HARMLESS = re.compile("NVML|DCGM|CUDA driver|CudaDriver")  # what every Triton without a GPU says
+_HARMLESS = re.compile("NVML|DCGM|CUDA driver|CudaDriver")  # logged by every Triton without a GPU
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,11 +48,11 @@ class Endpoints:
     http_port: int
     metrics_port: int
     http_host: str = "127.0.0.1"
-    """Of HTTP, which Triton cannot encrypt: loopback where gRPC is encrypted."""
+    """HTTP's host; loopback if gRPC is encrypted, because Triton cannot encrypt HTTP."""
 
     @property
     def url(self) -> str:
-        """HOST:PORT of gRPC, what a client is given."""
+        """HOST:PORT of gRPC, for clients."""
         return f"{self.host}:{self.grpc_port}"
 
 
@@ -65,23 +66,21 @@ class Server:
         self._log = log
         self.endpoints = endpoints
         self.secret_file = secret_file
-        """Holds the secret of the admin protocols while the server runs; None: they are open."""
+        """Holds the admin secret while the server runs; None: the admin protocols are open."""
 
     def __enter__(self) -> Server:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.stop()
 
     @property
     def running(self) -> bool:
-        """Whether the server's process lives."""
+        """Whether the server's process runs."""
         return self._process.poll() is None
 
     def stop(self) -> int:
-        """End the server in order: running requests finish, then it goes. Its exit code."""
+        """Shut the server down after its running requests; returns its exit code."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         code = self._process.wait()
@@ -91,17 +90,17 @@ class Server:
         return code
 
     def wait(self) -> int:
-        """Return the server's exit code when it ends by itself."""
+        """Wait until the server ends by itself; returns its exit code."""
         return self._process.wait()
 
     def log(self) -> str:
         """What Triton has logged so far."""
         descriptor = self._log.fileno()
         size = os.fstat(descriptor).st_size
-        return os.pread(descriptor, size, 0).decode("utf-8", "replace")  # leaves alone the offset Triton writes at
+        return os.pread(descriptor, size, 0).decode("utf-8", "replace")  # keeps the offset at which Triton writes
 
     def failure(self) -> ServerFailed:
-        """Why the server died: the last lines of its log that say something."""
+        """Why the server ended, from the errors in its log."""
         return ServerFailed(f"Triton ended with code {self._process.poll()}: {last_words(self.log())}")
 
 
@@ -117,15 +116,15 @@ def start_server(
     environment: Environment | None = None,
     options: ServerOptions = DEFAULT_OPTIONS,
 ) -> Server:
-    """Start Triton on ``repository`` and return when every model is ready and answers right. Port 0 takes a free one.
+    """Start Triton on ``repository`` and return when every model is ready and correct. Port 0 picks a free one.
 
-    Models are loaded by explicit control only, and by those who have the secret in ``Server.secret_file``.
+    Model control is explicit, and needs the secret in ``Server.secret_file``.
 
     Raises:
         RepositoryError: Triton would not load the repository.
         UsageError: a port is in use, or no Triton here can run the repository; says what to do.
         ServerFailed: Triton ended, or was not ready after ``timeout_s`` seconds; with the last lines of its log.
-        CheckFailed: what it answers for the golden samples is out of tolerance; see ``selfcheck.py``.
+        CheckFailed: its answers to the golden samples are out of tolerance; see ``selfcheck.py``.
     """
     validate_repository(repository)
     chosen = environment or prepared_environment(repository)
@@ -146,7 +145,7 @@ def start_server(
 
 
 def _validate_answers(server: Server, repository: Path, timeout_s: float) -> None:
-    """As :func:`validate_server`; a server that dies meanwhile has the last word."""
+    """As :func:`validate_server`; if the server ends meanwhile, its log says why."""
     try:
         validate_server(repository, server.endpoints.http_host, server.endpoints.http_port, timeout_s=timeout_s)
     except ServerFailed as error:
@@ -156,22 +155,18 @@ def _validate_answers(server: Server, repository: Path, timeout_s: float) -> Non
 
 
 def _opened_log(log_file: Path | None) -> IO[bytes]:
-    """``log_file``, or a file without a name that goes with the process.
-
-    Raises:
-        UsageError: no folder for temporary files can be written.
-    """
+    """``log_file``, or an unnamed temporary file."""
     if log_file is not None:
         return log_file.open("w+b")
     try:
         return tempfile.TemporaryFile()
     except OSError as error:
-        raise UsageError(f"Triton's log has no place ({error}): give --log-file FILE, or set TMPDIR") from error
+        raise UsageError(f"Triton's log cannot be written ({error}): give --log-file FILE, or set TMPDIR") from error
 
 
 @contextmanager
 def signals_as_interrupt() -> Iterator[None]:
-    """In the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both end it in order."""
+    """In the block SIGTERM raises KeyboardInterrupt, as Ctrl-C does, so that both shut down cleanly."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -185,20 +180,16 @@ def signals_as_interrupt() -> Iterator[None]:
 
 
 def last_words(log: str) -> str:
-    """What a Triton log says went wrong: the models' errors, else any error, else its last lines."""
+    """The cause in a Triton log: the models' errors, else any error, else its last lines."""
     lines = log.splitlines()
     errors = [match["text"] for line in lines if (match := _ERROR_LINE.match(line)) and not _HARMLESS.search(line)]
     failures = [text for text in errors if "failed to load '" in text]
-    told = failures[:_LOG_LINES] or errors[-_LOG_LINES:] or [line for line in lines if line.strip()][-_LOG_LINES:]
-    return " / ".join(text.partition("\\n")[0].strip(' "') for text in told) or "its log is empty"
+    chosen = failures[:_LOG_LINES] or errors[-_LOG_LINES:] or [line for line in lines if line.strip()][-_LOG_LINES:]
+    return " / ".join(text.partition("\\n")[0].strip(' "') for text in chosen) or "its log is empty"
 
 
 def _endpoints(host: str, http_host: str, *, grpc_port: int, http_port: int, metrics_port: int) -> Endpoints:
-    """The ports that are given, free ones for zeros.
-
-    Raises:
-        UsageError: a given port is in use, or the host is none of this machine.
-    """
+    """The given ports, free ones for zeros."""
     wanted = {"grpc": (host, grpc_port), "http": (http_host, http_port), "metrics": (host, metrics_port)}
     with ExitStack() as held:
         ports = {f"{name}_port": _held_port(held, *address, name) for name, address in wanted.items()}
@@ -224,7 +215,7 @@ def _held_port(held: ExitStack, host: str, port: int, name: str) -> int:
 def _launch(
     repository: Path, environment: Environment, endpoints: Endpoints, log: IO[bytes], more: Iterable[str]
 ) -> subprocess.Popen[bytes]:
-    """Start Triton under the supervisor, in a session of its own so that Ctrl-C on the terminal reaches only us."""
+    """Start Triton under the supervisor, in a new session so that Ctrl-C on the terminal reaches only this process."""
     shm_prefix = f"clipship_{os.getpid()}_{uuid.uuid4().hex[:8]}_"
     command = [sys.executable, "-I", str(supervisor.__file__), str(_DRAIN_S + 5), shm_prefix]
     command += [*_triton_command(repository, environment, endpoints, shm_prefix), *more]
@@ -244,8 +235,6 @@ def _triton_command(repository: Path, environment: Environment, endpoints: Endpo
         "backend-directory": environment.backends,
         "cache-directory": environment.caches,
         "backend-config": f"python,shm-region-prefix-name={shm_prefix}",
-        "model-control-mode": "explicit",
-        "load-model": "*",
         "http-address": endpoints.http_host,
         "http-port": endpoints.http_port,
         "grpc-address": endpoints.host,
@@ -257,15 +246,11 @@ def _triton_command(repository: Path, environment: Environment, endpoints: Endpo
         "exit-timeout-secs": _DRAIN_S,
     }
     given = [f"--{name}={value}" for name, value in options.items()]
-    return [str(environment.tritonserver), "--disable-auto-complete-config", *given]
+    return [str(environment.tritonserver), *given]
 
 
 def _wait_until_ready(server: Server, models: list[str], timeout_s: float) -> None:
-    """Poll until the server and all models are ready.
-
-    Raises:
-        ServerFailed: it ended, or it took longer than ``timeout_s`` seconds.
-    """
+    """Poll until the server and all models are ready."""
     deadline = time.monotonic() + timeout_s
     with progress("loading models", len(models)) as report:
         while not _is_ready(server.endpoints, "/v2/health/ready"):

@@ -1,6 +1,6 @@
 """NVIDIA's releases of the Triton container (the py3 images), and which of them can serve a repository.
 
-What a repository asks of a release is a list of :class:`Need`; the table below says what each release has. Triton and
+A repository's requirements are a list of :class:`Need`; the table below lists what each release has. Triton and
 ONNX Runtime: ``docs/introduction/compatibility.md`` of triton-inference-server/server; TensorRT: NVIDIA's Frameworks
 Support Matrix, https://docs.nvidia.com/deeplearning/frameworks/support-matrix/. The newest opset of each ONNX Runtime
 was found by loading graphs of every opset.
@@ -13,35 +13,31 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from clipship.core.errors import UsageError
 from clipship.core.precisions import PRECISIONS
 from clipship.core.tensorrt_plan import version_parts
-from clipship.serving.repository.validate import (
-    accelerator_of,
-    opset_of,
-    tensorrt_version_of,
-    version_compatible_plans_of,
-)
+from clipship.serving.repository.requirements import Requirements
 
 IMAGE = "nvcr.io/nvidia/tritonserver"
 USUAL_RELEASE = "25.08"
-"""For repositories that it can serve."""
+"""The default."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Release:
-    """What one release has that a repository may need."""
+    """What a release has that a repository may need."""
 
     name: str
-    """As in the image's tag: "25.08"."""
+    """As in the image's tag, e.g. "25.08"."""
     triton: str
     tensorrt: str
     onnxruntime: str
     opset: int
-    """The newest that its ONNX Runtime takes; a later one is refused when the model loads."""
+    """The newest opset that its ONNX Runtime loads."""
     python: tuple[int, int]
-    """Of the models in Python."""
+    """Version of the Python backend."""
     accelerates_bf16: bool
     """Whether the TensorRT accelerator of its ONNX Runtime backend knows precision_mode BF16."""
 
@@ -71,49 +67,42 @@ _TABLE = (
     ("26.06", "2.70.0", "11.0.0", "1.24.4", 25, (3, 12)),
     ("26.07", "2.71.0", "11.1.0", "1.27.0", 26, (3, 12)),
 )
-"""Release, Triton, TensorRT, ONNX Runtime, its newest opset, Python; ascending."""
+"""Of the columns below; ascending."""
 
-RELEASES = tuple(
-    Release(
-        name=name,
-        triton=triton,
-        tensorrt=tensorrt,
-        onnxruntime=onnxruntime,
-        opset=opset,
-        python=python,
-        accelerates_bf16=name >= "26.02",  # onnxruntime_backend#328
-    )
-    for name, triton, tensorrt, onnxruntime, opset, python in _TABLE
-)
+_COLUMNS = ("name", "triton", "tensorrt", "onnxruntime", "opset", "python")
+_BF16_SINCE = "26.02"  # onnxruntime_backend#328
+_ROWS: list[dict[str, Any]] = [dict(zip(_COLUMNS, row, strict=True)) for row in _TABLE]
+RELEASES = tuple(Release(**row, accelerates_bf16=row["name"] >= _BF16_SINCE) for row in _ROWS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Need:
-    """One thing that a repository asks of a release."""
+    """One requirement of a repository."""
 
     what: str
     advice: str
-    """How to ask for less."""
+    """How to avoid it."""
     met_by: Callable[[Release], bool]
 
     def __str__(self) -> str:
         names = [release.name for release in RELEASES if self.met_by(release)]
         open_ended = names and names == [release.name for release in RELEASES][-len(names) :]
-        told = f"{names[0]} or later" if open_ended else ", ".join(names)
-        return f"{self.what} ({f'release {told}' if told else 'no known release'})"
+        known = f"{names[0]} or later" if open_ended else ", ".join(names)
+        return f"{self.what} ({f'release {known}' if known else 'no known release'})"
 
 
 def needs_of(repository: Path) -> tuple[Need, ...]:
-    """What ``repository`` asks of a release's TensorRT and ONNX Runtime.
+    """Requirements of ``repository`` on TensorRT and ONNX Runtime.
 
     Raises:
         RepositoryError: there is no repository.
     """
-    return (*_plan_need(repository), *_opset_need(repository), *_bf16_need(repository))
+    required = Requirements(repository)
+    return (*_plan_need(required), *_opset_need(required), *_bf16_need(required))
 
 
 def container_needs_of(repository: Path) -> tuple[Need, ...]:
-    """Those, and what the packages need that the container installs when it starts.
+    """Those, and the requirements of the packages that the container installs when it starts.
 
     Raises:
         RepositoryError: there is no repository.
@@ -122,12 +111,12 @@ def container_needs_of(repository: Path) -> tuple[Need, ...]:
 
 
 def release_for(repository: Path) -> Release:
-    """The release for ``repository``: the usual one if it has all that is needed, else the nearest that has.
+    """The release for ``repository``: the default if it is suitable, else the nearest, later ones first.
 
-    Later ones come before earlier ones; of those with the same TensorRT the newest is taken.
+    Of those with the same TensorRT, the newest is used.
 
     Raises:
-        UsageError: none that is known has it all; says which have what, and what to do.
+        UsageError: no known release is suitable; says which have what, and what to do.
         RepositoryError: there is no repository.
     """
     needs = container_needs_of(repository)
@@ -143,10 +132,10 @@ def release_for(repository: Path) -> Release:
 
 
 def validate_release(release: Release | None, who: str, needs: Sequence[Need]) -> None:
-    """Nothing when ``release``, which ``who`` is, has all of ``needs``; or when it is not known (None).
+    """Validate that ``release``, which ``who`` is, has all of ``needs``; None, an unknown one, passes.
 
     Raises:
-        UsageError: it has not; says which have, and what to do.
+        UsageError: it does not; says which do, and what to do.
     """
     missed = [] if release is None else [need for need in needs if not need.met_by(release)]
     if release is not None and missed:
@@ -158,13 +147,13 @@ def validate_release(release: Release | None, who: str, needs: Sequence[Need]) -
 
 
 def release_of_image(image: str) -> Release | None:
-    """The release that ``image`` names; None for an image of somebody else's, or a release that is not known."""
+    """The release of ``image``; None for an unknown one or another image."""
     match = re.fullmatch(rf"{re.escape(IMAGE)}:(?P<name>\d\d\.\d\d)-py3", image)
     return next((release for release in RELEASES if match and release.name == match["name"]), None)
 
 
 def release_of_triton(home: Path) -> Release | None:
-    """The release of the Triton installed in ``home`` (/opt/tritonserver); None when it does not say a known one."""
+    """The release of the Triton installed in ``home`` (/opt/tritonserver); None if unknown."""
     try:
         version = (home / "TRITON_VERSION").read_text(encoding="utf-8").strip()
     except OSError:
@@ -176,13 +165,13 @@ def _advice(needs: Sequence[Need]) -> str:
     return ", or ".join(need.advice for need in needs)
 
 
-def _plan_need(repository: Path) -> Iterator[Need]:
-    """A plan loads in its own TensorRT only; a version-compatible one in later ones, too."""
-    version = tensorrt_version_of(repository)
+def _plan_need(required: Requirements) -> Iterator[Need]:
+    """A plan loads only in its own TensorRT version; a version-compatible one also in later ones."""
+    version = required.tensorrt_version
     if version is None:
         return
     own = version_parts(version)[:3]
-    later = version_compatible_plans_of(repository) == "all"
+    later = required.version_compatible_plans == "all"
     advice = "build the plans with the TensorRT of another release"
     yield Need(
         what=f"TensorRT {version}{' or later' if later else ''} for its plans",
@@ -191,9 +180,9 @@ def _plan_need(repository: Path) -> Iterator[Need]:
     )
 
 
-def _opset_need(repository: Path) -> Iterator[Need]:
-    """ONNX Runtime 1.23 takes opset 23, and has no QuantizeLinear of it: docs/precision.md, which versions run what."""
-    found = opset_of(repository)
+def _opset_need(required: Requirements) -> Iterator[Need]:
+    """ONNX Runtime 1.23 loads opset 23, but lacks its QuantizeLinear; see docs/precision.md."""
+    found = required.opset
     if found is not None:
         opset, precision = found
         quantized = PRECISIONS[precision].quantized and opset == 23
@@ -204,8 +193,8 @@ def _opset_need(repository: Path) -> Iterator[Need]:
         )
 
 
-def _bf16_need(repository: Path) -> Iterator[Need]:
-    if accelerator_of(repository).get("precision_mode") == "BF16":
+def _bf16_need(required: Requirements) -> Iterator[Need]:
+    if required.accelerator.get("precision_mode") == "BF16":
         yield Need(
             what="bfloat16 in the TensorRT accelerator",
             advice="write the repository with --precision fp16",
@@ -214,14 +203,14 @@ def _bf16_need(repository: Path) -> Iterator[Need]:
 
 
 def _pillow_need() -> Iterator[Need]:
-    """The container gets the Pillow of this machine, so its Python must be one that it can be installed in."""
+    """The container installs this machine's Pillow, so its Python must support that."""
     least = re.search(r">=\s*(\d+)\.(\d+)", importlib.metadata.metadata("pillow")["Requires-Python"] or "")
     if least is not None:
         major, minor = (int(part) for part in least.groups())
         version = importlib.metadata.version("pillow")
         yield Need(
-            what=f"Python {major}.{minor} for Pillow {version}, which decodes on this machine",
-            advice=f"pip install 'pillow<{version.partition('.')[0]}' here (client and server must have the same "
-            "Pillow, to decode alike bit for bit)",
+            what=f"Python {major}.{minor} for Pillow {version}, the version on this machine",
+            advice=f"pip install 'pillow<{version.partition('.')[0]}' here (client and server need the same "
+            "Pillow to decode identically)",
             met_by=lambda release: release.python >= (major, minor),
         )

@@ -1,7 +1,7 @@
-"""A Triton that was just started, held to its repository's golden samples before anybody hears that it is ready.
+"""Validates a Triton that was just started against the golden samples of its repository.
 
-They pass the very models that will answer, whatever their backend. They are sent over HTTP on this machine: gRPC may
-ask for a certificate that only clients have.
+The samples go through the models that will serve, whatever their backend, over HTTP on this machine: gRPC may need a
+certificate that only clients have.
 """
 
 from __future__ import annotations
@@ -33,26 +33,27 @@ from clipship.serving.model_names import (
     RUNTIME,
     of_vocabulary,
 )
+from clipship.serving.repository.backends import BACKENDS
 from clipship.serving.repository.config_pbtxt import read_config
-from clipship.serving.repository.golden_check import Answers, validate_answers, validate_classifier_model
+from clipship.serving.repository.golden_check import Answers, in_batches, validate_answers, validate_classifier_model
 from clipship.serving.repository.golden_samples import GoldenSamples, read_samples, read_truth
 from clipship.serving.repository.versions import ClassifierVersions, vocabularies_in
 
 _BUILD_AGAIN = "build the plan again on this machine with clipship engine, or from a variant of a higher precision"
 REQUEST_ID = "self-check"
-"""Of its requests, in Triton's logs and traces."""
+"""The id of its requests, in Triton's logs and traces."""
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 
 
 class HttpModels:
-    """The models of a Triton, asked over HTTP by the KServe protocol (version 2) with Triton's binary tensors."""
+    """Inference over HTTP by the KServe protocol, version 2, with Triton's binary tensors."""
 
     def __init__(self, host: str, port: int, timeout_s: float) -> None:
         self._host, self._port, self._timeout_s = host, port, timeout_s
 
     def version(self) -> str:
-        """Triton's own."""
+        """Triton's version."""
         return str(json.loads(self._call("GET", "/v2")[1])["version"])
 
     def answers(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Answers:
@@ -61,9 +62,8 @@ class HttpModels:
         Raises:
             ServerFailed: it did not answer, or with an error.
         """
-        most = int(json.loads(self._call("GET", f"/v2/models/{model}/config")[1])["max_batch_size"])
-        parts = [self._infer(model, name, rows[at : at + most], outputs) for at in range(0, len(rows), most)]
-        return {output: np.concatenate([part[output] for part in parts]) for output in outputs}
+        largest = int(json.loads(self._call("GET", f"/v2/models/{model}/config")[1])["max_batch_size"])
+        return in_batches(lambda batch: self._infer(model, name, batch, outputs), rows, largest)
 
     def _infer(self, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Answers:
         from tritonclient.utils import np_to_triton_dtype, serialize_byte_tensor
@@ -84,7 +84,7 @@ class HttpModels:
     def _call(
         self, method: str, path: str, body: bytes | None = None, headers: dict[str, Any] | None = None
     ) -> tuple[int | None, bytes]:
-        """The length of the answer's JSON where binary tensors follow it, and the answer."""
+        """The length of the response's JSON part, if binary tensors follow, and the response."""
         connection = http.client.HTTPConnection(self._host, self._port, timeout=self._timeout_s)
         try:
             connection.request(method, path, body, headers or {})
@@ -110,14 +110,15 @@ def _array(tensor: dict[str, Any], data: bytes) -> NDArray[Any]:
 
 
 def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: float) -> None:
-    """Nothing when the Triton that serves ``repository`` at ``host`` answers its golden samples within tolerance.
+    """Validate that the Triton that serves ``repository`` answers its golden samples within tolerance.
 
-    ``timeout_s`` is that of each request.
+    A repository written before 0.6 has none; then a line is logged.
 
-    A repository of before 0.6 has none: one line in the log says so.
+    Args:
+        timeout_s: of each request.
 
     Raises:
-        CheckFailed: it answers otherwise; names the variant, its precision, runtime and processor, and what to do.
+        CheckFailed: it does not; names the model, precision, runtime and processor, and says what to do.
         ServerFailed: it does not answer.
     """
     samples = read_samples(repository)
@@ -125,12 +126,14 @@ def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: f
         log(f"{repository} has no golden samples, so its answers were not checked: write it with clipship repository")
         return
     models = HttpModels(host, http_port, timeout_s)
-    with _told(f"{repository / PREPROCESS} by Pillow in Triton's Python", "install the Pillow that packed the bundle"):
+    with _explained(
+        f"{repository / PREPROCESS} by Pillow in Triton's Python", "install the Pillow that packed the bundle"
+    ):
         decoded = _validate_decoder(models, samples)
     config = read_config(repository / ENCODER)
     precision = config.parameters[PRECISION].string_value
     about = f"{repository / ENCODER} ({precision}) by {_who(config, models.version())}"
-    with _told(about, _BUILD_AGAIN if config.backend == "tensorrt" else advice(precision)):
+    with _explained(about, _BUILD_AGAIN if BACKENDS[config.backend].takes_plans else advice(precision)):
         _validate_encoder(models, samples, precision)
         of_files = _features_of_files(models, samples, decoded)
         for vocabulary in (None, *vocabularies_in(repository)):
@@ -138,22 +141,22 @@ def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: f
 
 
 @contextmanager
-def _told(who: str, what_to_do: str) -> Iterator[None]:
-    """In the block what a check says becomes a whole message; one that is whole already stays as it is."""
+def _explained(who: str, what_to_do: str) -> Iterator[None]:
+    """In the block, failed checks get a subject and advice, unless they have them already."""
     try:
         yield
-    except _Told:
+    except _Explained:
         raise
     except CheckFailed as error:
-        raise _Told(f"{who} answers wrongly: {error}: {what_to_do}") from error
+        raise _Explained(f"{who} answers wrongly: {error}: {what_to_do}") from error
 
 
-class _Told(CheckFailed):
-    """Says who and what to do."""
+class _Explained(CheckFailed):
+    """A failed check with its subject and advice."""
 
 
 def _validate_encoder(models: HttpModels, samples: GoldenSamples, precision: str) -> None:
-    """All golden images together; one alone passes each vocabulary's ensemble."""
+    """All golden images at once; a single one goes through each vocabulary's ensemble."""
     image, embedding = image_tensor(1).name, embedding_tensor(1).name
     given = models.answers(EMBED, image, samples.pixels, [embedding])[embedding]
     problem = golden_problem(samples.embedding, given, precision)
@@ -162,8 +165,9 @@ def _validate_encoder(models: HttpModels, samples: GoldenSamples, precision: str
 
 
 def _features_of_files(models: HttpModels, samples: GoldenSamples, decoded: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What the golden files must give: the golden features, or the encoder's of pixels that a decoder rounds otherwise,
-    which float32's tolerance would see."""
+    """The expected features of the golden files.
+
+    If the decoder rounds pixels differently, they are the encoder's own: float32's tolerance is tighter than that."""
     if np.array_equal(decoded, samples.pixels[: len(decoded)]):
         return samples.embedding
     expected, embedding = samples.embedding.copy(), embedding_tensor(1).name
@@ -172,7 +176,7 @@ def _features_of_files(models: HttpModels, samples: GoldenSamples, decoded: NDAr
 
 
 def _validate_decoder(models: HttpModels, samples: GoldenSamples) -> NDArray[np.uint8]:
-    """The pixels that it gives for the golden files."""
+    """The decoded golden files."""
     image = image_tensor(1).name
     answers = models.answers(PREPROCESS, ENCODED.name, samples.files, [image, ERROR.name])
     errors = [error.decode() for error in answers[ERROR.name].ravel() if error]
@@ -191,13 +195,15 @@ def _validate_vocabulary(
     of_files: NDArray[np.float32],
     precision: str,
 ) -> None:
-    """The classifier by itself, one image alone as pixels, and the files."""
+    """The classifier alone, then its ensembles: one image as pixels, and the files."""
     classifier = ClassifierVersions(repository / of_vocabulary(CLASSIFIER, vocabulary))
     truth = read_truth(classifier.folder / str(classifier.active()))
     if truth is None:
         log(f"{classifier.folder} has no golden samples, so its answers were not checked: publish its vocabulary again")
         return
-    with _told(f"{classifier.folder} by the {classifier.config().backend} backend", "publish its vocabulary again"):
+    with _explained(
+        f"{classifier.folder} by the {classifier.config().backend} backend", "publish its vocabulary again"
+    ):
         validate_classifier_model(models.answers, classifier.name, truth)
     for ensemble, name, rows, expected in (
         (CLASSIFY, image_tensor(1).name, samples.pixels[:1], samples.embedding),
@@ -209,7 +215,7 @@ def _validate_vocabulary(
 
 def _who(config: Any, version: str) -> str:
     """The runtime and the processor of the image encoder."""
-    own = f" ({config.parameters[RUNTIME].string_value})" if config.backend == "python" else ""
+    own = f" ({config.parameters[RUNTIME].string_value})" if BACKENDS[config.backend].in_python else ""
     return f"the {config.backend} backend{own} of Triton {version} on {_processor(config)}"
 
 

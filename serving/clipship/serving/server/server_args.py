@@ -1,4 +1,4 @@
-"""What ``clipship serve`` tells Triton beyond its repository and its ports, as Triton's own options."""
+"""Triton's command-line options for security, tracing and memory."""
 
 from __future__ import annotations
 
@@ -8,21 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
-from clipship.serving.repository.validate import (
-    largest_message_bytes,
-    uses_cache,
-    uses_gpu,
-    version_compatible_plans_of,
-)
+from clipship.serving.repository.requirements import Requirements
 from clipship.serving.server.admin_secret import restriction
 
 FLOAT32_IN_FULL = {"NVIDIA_TF32_OVERRIDE": "0"}
-"""Environment of a server: on a GPU float32 products are float32, not TF32, whose 10 bits are out of its tolerance."""
+"""Environment of a server: disables TF32, whose 10 bits are out of float32's tolerance."""
 
 _MIB = 2**20
 _SHARED_MEMORY = "/dev/shm"
 _LEAST_REGIONS = 32
-"""So many regions must fit into the free shared memory."""
+"""This many regions must fit into the free shared memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,42 +25,42 @@ class ServerOptions:
     """Security, tracing and memory of a server.
 
     Raises:
-        UsageError: files that are missing or do not go together, or a number out of range.
+        UsageError: files are missing or do not match, or a number is out of range.
     """
 
     open_admin: bool = False
-    """Let everybody load models and change tracing and logging."""
+    """Leave the admin protocols (load, trace, log) unrestricted."""
     admin_secret: Path | None = None
-    """Where the admin protocols' new secret is written; None: a file of the port's in the user's cache folder."""
+    """File for the new admin secret; None: one per port in the user's cache folder."""
     tls_cert: Path | None = None
-    """The server's certificate chain (PEM): gRPC is encrypted. HTTP, which Triton cannot encrypt, stays on loopback."""
+    """Server certificate chain (PEM); encrypts gRPC. HTTP, which Triton cannot encrypt, stays on loopback."""
     tls_key: Path | None = None
-    """Its private key (PEM)."""
+    """Private key of the certificate (PEM)."""
     tls_ca: Path | None = None
-    """The authorities (PEM) of the clients' certificates: only clients that have one are answered (mTLS)."""
+    """CA of client certificates (PEM): only clients that have one are served (mTLS)."""
     trace_file: Path | None = None
-    """Timestamps of traced requests, Triton's JSON, written when the server ends."""
+    """File for timestamps of traced requests, in Triton's JSON, written at exit."""
     trace_url: str | None = None
-    """An OpenTelemetry collector (OTLP over HTTP) that gets the traces instead, e.g. http://localhost:4318/v1/traces."""
+    """An OpenTelemetry collector (OTLP over HTTP) for the traces instead, e.g. http://localhost:4318/v1/traces."""
     trace_rate: int = 1000
-    """One request in so many is traced."""
+    """Trace one request in this many."""
     cache_mb: int = 256
-    """The response cache, for repositories that use it, in MiB."""
+    """Response cache in MiB, for repositories that use it."""
     pinned_memory_mb: int = 256
-    """Page-locked memory for copies to GPUs, in MiB."""
+    """Pinned memory pool in MiB."""
     cuda_memory_mb: int = 64
-    """GPU memory for tensors between models, in MiB; the backends' own is not among it."""
+    """CUDA memory pool per GPU in MiB, for tensors between models."""
 
     def __post_init__(self) -> None:
         if (self.tls_cert is None) != (self.tls_key is None):
-            raise UsageError("the certificate and its key go together: give --tls-cert and --tls-key, or neither")
+            raise UsageError("give both --tls-cert and --tls-key, or neither")
         if self.tls_ca is not None and self.tls_cert is None:
-            raise UsageError("--tls-ca asks clients for certificates: give --tls-cert and --tls-key, too")
+            raise UsageError("--tls-ca needs --tls-cert and --tls-key")
         for file in (self.tls_cert, self.tls_key, self.tls_ca):
             if file is not None and not file.is_file():
                 raise UsageError(f"{file}: no such file: give a PEM file")
         if self.trace_file is not None and self.trace_url is not None:
-            raise UsageError("traces go to a file or to a collector: give --trace-file or --trace-url")
+            raise UsageError("give --trace-file or --trace-url, not both")
         if self.trace_rate < 1 or min(self.cache_mb, self.pinned_memory_mb, self.cuda_memory_mb) < 0:
             raise UsageError("give a --trace-rate of 1 or more, and memory of 0 MiB or more")
 
@@ -79,38 +74,43 @@ DEFAULT_OPTIONS = ServerOptions()
 
 
 def triton_options(options: ServerOptions, repository: Path, secret: str | None) -> Iterator[str]:
-    """Triton's command line for ``options``; ``secret``: the admin protocols', None leaves them open."""
-    yield "--metrics-config=summary_latencies=true"
-    if secret is not None:
-        yield f"--grpc-restricted-protocol={restriction(secret)}"
-        yield f"--http-restricted-api={restriction(secret)}"
+    """Triton's command line for ``options``; ``secret``: the admin secret, None: no restriction."""
+    yield from common_options(repository, secret, options.cache_mb)
     yield from _tls(options)
     yield from _tracing(options)
-    yield from backend_options(repository)
-    if uses_cache(repository):
-        yield f"--cache-config=local,size={options.cache_mb * _MIB}"
-    if uses_gpu(repository):
+    required = Requirements(repository)
+    if required.uses_gpu:
         yield f"--pinned-memory-pool-byte-size={options.pinned_memory_mb * _MIB}"
         yield f"--cuda-memory-pool-byte-size=0:{options.cuda_memory_mb * _MIB}"
-    region_bytes = _region_bytes(repository)
+    region_bytes = _region_bytes(required.largest_message_bytes)
     yield f"--backend-config=python,shm-default-byte-size={region_bytes}"
     yield f"--backend-config=python,shm-growth-byte-size={region_bytes}"
 
 
-def backend_options(repository: Path) -> Iterator[str]:
-    """What the backends must be told to load the models of ``repository`` at all, wherever they run."""
-    if version_compatible_plans_of(repository) is not None:  # they bring code of their own, which must be allowed
+def common_options(repository: Path, secret: str | None, cache_mb: int) -> Iterator[str]:
+    """Options that any server of ``repository`` needs, here or in a container."""
+    required = Requirements(repository)
+    yield "--model-control-mode=explicit"
+    yield "--load-model=*"
+    yield "--disable-auto-complete-config"
+    yield "--metrics-config=summary_latencies=true"
+    if secret is not None:
+        yield f"--grpc-restricted-protocol={restriction(secret)}"
+        yield f"--http-restricted-api={restriction(secret)}"
+    if required.version_compatible_plans is not None:  # these plans contain code, which must be allowed
         yield "--backend-config=tensorrt,version-compatible=true"
+    if required.response_cache:
+        yield f"--cache-config=local,size={cache_mb * _MIB}"
 
 
-def _region_bytes(repository: Path) -> int:
-    """What each Python model's tensors travel through: room for a full batch, at most a small share of what is free.
+def _region_bytes(message_bytes: int) -> int:
+    """Size of a Python model's shared-memory region: a full batch, within a small share of the free memory.
 
-    By itself such a region starts at 1 MiB, and grows in steps as small while the first large batches wait.
+    Triton's default starts at 1 MiB and grows in steps of 1 MiB, which delays the first large batches.
     """
     memory = os.statvfs(_SHARED_MEMORY)
     share = memory.f_bavail * memory.f_frsize // _LEAST_REGIONS
-    return max(_MIB, min(share, largest_message_bytes(repository)))
+    return max(_MIB, min(share, message_bytes))
 
 
 def _tls(options: ServerOptions) -> Iterator[str]:

@@ -1,8 +1,8 @@
-"""Runs a command for as long as its starter lives, and takes it down with everything it started.
+"""Runs a command until its parent ends, then ends it with all its descendants.
 
 Run as a file, with the standard library only: ``python supervisor.py GRACE_S SHM_PREFIX COMMAND...``. Standard input
-is a pipe that the starter holds open. When it closes, also because the starter was killed, the command gets SIGTERM,
-after ``GRACE_S`` seconds SIGKILL, and what it left in ``/dev/shm`` under the prefix is deleted.
+is a pipe that the parent holds open. When it closes, also because the parent was killed, the command gets SIGTERM,
+after ``GRACE_S`` seconds SIGKILL, and its files in ``/dev/shm`` with the prefix are deleted.
 The exit code is the command's, or 128 + the number of the signal that ended it. When the supervisor itself is
 killed, the kernel kills the command.
 """
@@ -24,11 +24,11 @@ _POLL_S = 0.1
 
 
 def main(arguments: list[str]) -> int:
-    """Start the command, wait for its end or the starter's, clean up."""
+    """Start the command, wait for its end or the parent's, clean up."""
     grace_s, shm_prefix, command = float(arguments[0]), arguments[1], arguments[2:]
     starter = os.getppid()
     libc = ctypes.CDLL(None)
-    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become ours, so that none outlives us
+    libc.prctl(_PR_SET_CHILD_SUBREAPER, 1)  # orphans of the command become our children
     for ignored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, preexec_fn=lambda: _prepare_child(libc))
@@ -42,14 +42,14 @@ def main(arguments: list[str]) -> int:
 
 
 def _prepare_child(libc: ctypes.CDLL) -> None:
-    """In the child, before the command runs: die with the supervisor, and take signals again."""
+    """In the child, before the command runs: die with the supervisor, and handle signals again."""
     libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     for restored in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(restored, signal.SIG_DFL)
 
 
 def _wait_for_either(process: subprocess.Popen[bytes], starter: int) -> None:
-    """Return when the command has ended, the pipe is closed, or the starter is gone (a fork may hold the pipe)."""
+    """Return when the command has ended, the pipe is closed, or the parent has ended (a fork may hold the pipe)."""
     while process.poll() is None and os.getppid() == starter:
         readable, _, _ = select.select([0], [], [], _POLL_S)
         if readable and not os.read(0, 1):
@@ -68,7 +68,7 @@ def stop(process: subprocess.Popen[bytes], grace_s: float) -> int:
 
 
 def _kill_orphans() -> None:
-    """Kill and collect every descendant that is left: as their reaper we have them all as children."""
+    """Kill and reap all remaining descendants, which are children of this subreaper."""
     children = Path(f"/proc/self/task/{os.getpid()}/children")
     while pids := children.read_text().split():
         for pid in map(int, pids):
