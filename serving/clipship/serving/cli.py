@@ -11,6 +11,7 @@ import click
 
 from clipship.core.cli.main import emit, existing_folder, json_option, option_group
 from clipship.core.errors import UsageError
+from clipship.core.precisions import PRECISIONS, Precision
 from clipship.core.progress import log
 from clipship.serving.repository.backends import ACCELERATORS, BACKENDS, PYTHON
 
@@ -19,7 +20,7 @@ _FILE = click.Path(path_type=Path)
 
 _option = partial(click.option, show_default=True)
 _sizes: dict[str, Any] = {"type": int, "multiple": True}
-_precisions = click.Choice(["fp32", "fp16", "bf16", "int8"])
+_precisions = click.Choice(list(PRECISIONS))
 
 _tuning_options = option_group(
     _option("--instances", default=1, help="Model instances of the image encoder, on each GPU."),
@@ -61,7 +62,7 @@ def repository(
     out: Path,
     vocabularies: tuple[str, ...],
     backend: str,
-    precision: Any,
+    precision: Precision,
     plans: tuple[Path, ...],
     tensorrt_version: str | None,
     max_batch_size: int | None,
