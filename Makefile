@@ -8,11 +8,7 @@ export PYTHONDONTWRITEBYTECODE := 1
 MARKS := -m "not slow and not chaos"
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-<<<<<<< HEAD
-.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest wheels check format benchmarks clean
-=======
-.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest check docs format benchmarks clean
->>>>>>> wt-g
+.PHONY: install demo test test-all chaos test-training test-export test-serving test-runtimes test-lowest wheels check docs format benchmarks clean
 
 install: $(VENV)/.installed  ## everything the project needs, system packages included
 

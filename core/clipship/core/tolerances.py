@@ -6,8 +6,8 @@ of the expected features is subtracted from both sides (from both the same, so t
 needs two different images; where there are none it is not measured, and the plain gates stand alone.
 
 **Golden samples.** ``pack`` and ``verify`` compare many images; a process, a model inside Triton or a server compares
-the few golden ones before its first answer, see ``docs/verify.md``. Problems are texts here, because this file needs
-only NumPy and ``precisions.py``: copies of both lie beside the models that run inside Triton.
+the few golden ones before its first answer, see ``docs/guides/verify.md``. Problems are texts here, because this file
+needs only NumPy and ``precisions.py``: copies of both lie beside the models that run inside Triton.
 
 Shape legend: N inputs, C classes, D features, k best classes.
 """

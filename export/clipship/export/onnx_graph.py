@@ -1,7 +1,7 @@
 """PyTorch modules to ONNX files with dynamic axes, and the checks that these are dynamic.
 
-Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 attention; docs/precision.md says which
-versions run them. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights in
+Three opset profiles: 18 for the oldest runtimes, 20 has GELU as one node, 23 attention; docs/guides/precision.md says
+which versions run them. A graph of 2 GB or more, which one protobuf message cannot hold, keeps its weights in
 ``<name>.onnx.data``.
 """
 

@@ -181,7 +181,7 @@ def _plan_need(required: Requirements) -> Iterator[Need]:
 
 
 def _opset_need(required: Requirements) -> Iterator[Need]:
-    """ONNX Runtime 1.23 loads opset 23, but lacks its QuantizeLinear; see docs/precision.md."""
+    """ONNX Runtime 1.23 loads opset 23, but lacks its QuantizeLinear; see docs/guides/precision.md."""
     found = required.opset
     if found is not None:
         opset, precision = found
