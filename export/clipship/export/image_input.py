@@ -27,15 +27,6 @@ class Picture:
     """The file as it came."""
 
 
-def pictures_from_folder(folder: Path, count: int = VERIFY_COUNT) -> list[Picture]:
-    """``count`` image files spread evenly over ``folder`` and its subfolders (all of them when there are fewer).
-
-    Raises:
-        DataError: no such folder, or no image file in it.
-    """
-    return [Picture(name=path.name, data=path.read_bytes()) for path in some_image_files(folder, count)]
-
-
 def pictures_from_world(count: int = VERIFY_COUNT) -> list[Picture]:
     """``count`` scenes of the built-in world as PNG files."""
     from clipship.world.drawing.render import render_scene
@@ -51,5 +42,11 @@ def pictures_from_world(count: int = VERIFY_COUNT) -> list[Picture]:
 
 
 def pictures_for(folder: Path | None) -> list[Picture]:
-    """Those of ``folder``, or the built-in world's when it is None."""
-    return pictures_from_folder(folder) if folder else pictures_from_world()
+    """Up to 128 image files spread evenly over ``folder`` and its subfolders; the built-in world's without a folder.
+
+    Raises:
+        DataError: no such folder, or no image file in it.
+    """
+    if folder is None:
+        return pictures_from_world()
+    return [Picture(name=path.name, data=path.read_bytes()) for path in some_image_files(folder, VERIFY_COUNT)]

@@ -62,7 +62,6 @@ def verify_encoder(
     *,
     references: NDArray[np.float32] | VocabularyFeatures,
     tolerance: Tolerance,
-    provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[Comparison, ...]:
     """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
@@ -72,11 +71,11 @@ def verify_encoder(
         references: the classifier, or unit features [C, D] whose nearest one is an input's best class.
 
     Raises:
-        NotRunnable: the provider is not here, or has no kernel for a node.
-        CheckFailed: the file cannot be loaded, or ran on another provider.
+        NotRunnable: ONNX Runtime has no CPU kernel for a node.
+        CheckFailed: the file cannot be loaded.
     """
     return verify_runner(
-        Runner(name=provider, run=onnx_function(path, provider, rows[:1])),
+        Runner(name=CPU_PROVIDER, run=onnx_function(path, CPU_PROVIDER, rows[:1])),
         what,
         rows,
         expected,
