@@ -6,7 +6,7 @@
 
 pip installs each version with NumPy and nothing else into an environment of its own, which is deleted afterwards. There
 every graph runs in a process of its own, by the code that serves it: the image encoder in each opset and precision, the
-full-frame variant, the text encoder and the classifier, of ``clipship-tiny``. What is in no version's range has its
+text encoder and the classifier, of ``clipship-tiny``. What is in no version's range has its
 reason in a note. Exit code 1: a version that docs/precision.md promises fails.
 """
 
@@ -37,11 +37,11 @@ from clipship.core.precisions import PRECISIONS, REDUCED
 from clipship.core.tables import Table, write_table
 from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
-from clipship.export.image_input import pictures_from_world, pixels_of_sources, sources_of
+from clipship.export.image_input import pictures_from_world
 from clipship.export.onnx_graph import OPSET, OPSETS
 from clipship.export.pack import bundle_from_method
 from clipship.export.precision.encoder_variants import Profile
-from clipship.export.reference import Picture, image_features
+from clipship.export.reference import Picture
 from clipship.serving.repository.classifier_graph import classifier_graph
 from clipship.training.methods.base import Method
 from clipship.training.model.clip import load_clip
@@ -55,7 +55,6 @@ PROMISED = {
 NAMES = {"onnxruntime": "ONNX Runtime", "openvino": "OpenVINO"}
 
 _ROOT = Path(__file__).resolve().parents[1]
-_SOURCE_SIZE = (96, 54)
 _LAST_WITH_NUMPY_1 = (1, 18)
 _TIMEOUT_S = 300
 
@@ -90,32 +89,28 @@ class Outcome:
 def graphs_of(method: Method, vocabulary: Vocabulary, pictures: Sequence[Picture], folder: Path) -> Iterator[Graph]:
     """Every graph that ``method`` is packed and served with, in every opset; bundles are written into ``folder``."""
     for opset in OPSETS:
-        profile = Profile(opset=opset, precisions=REDUCED, source_sizes=(_SOURCE_SIZE,))
+        profile = Profile(opset=opset, precisions=REDUCED)
         out = folder / f"opset-{opset}"
         bundle = bundle_from_method(method, vocabulary, pictures, out, provenance={}, profile=profile)
         for variant in bundle.image_encoders:
             if variant.runtime == "onnx":
-                yield image_graph(bundle, variant, method, pictures)
+                yield image_graph(bundle, variant)
         yield text_graph(bundle, method, opset)
     yield from _classifier_graphs(bundle, folder)
 
 
-def image_graph(bundle: Bundle, variant: EncoderVariant, method: Method, pictures: Sequence[Picture]) -> Graph:
-    """A variant of the image encoder on the golden samples, one for whole images on ``pictures``."""
+def image_graph(bundle: Bundle, variant: EncoderVariant) -> Graph:
+    """A variant of the image encoder on the golden samples."""
     golden, classifier = bundle.golden(), bundle.vocabulary_features()
-    rows, expected, whole = golden.pixels, golden.embedding, variant.source_size is not None
-    if variant.source_size is not None:
-        rows = sources_of(pictures, variant.source_size)
-        expected = image_features(method, pixels_of_sources(rows, bundle.image_spec))
     return Graph(
-        name="image encoder, whole images" if whole else f"image encoder, {variant.precision}",
+        name=f"image encoder, {variant.precision}",
         opset=variant.opset,
         precision=variant.precision,
         path=bundle.path / variant.file,
-        rows=rows,
-        verdict=_features_verdict(expected, classifier, variant.precision),
+        rows=golden.pixels,
+        verdict=_features_verdict(golden.embedding, classifier, variant.precision),
         runtimes=("onnxruntime",)
-        if whole or PRECISIONS[variant.precision].openvino_reads != variant.precision
+        if PRECISIONS[variant.precision].openvino_reads != variant.precision
         else ("onnxruntime", "openvino"),
     )
 

@@ -205,22 +205,15 @@ def test_a_bundle_whose_parts_are_not_those_of_its_manifest_is_refused(
         read_bundle(folder).vocabulary_features()
 
 
-def test_pack_takes_the_classes_a_linear_probe_has_learned(
-    clip: Clip, pictures: list[Picture], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """From the command line, with a variant for whole images, which the last lines name."""
+def test_pack_takes_the_classes_a_linear_probe_has_learned(clip: Clip, pictures: list[Picture], tmp_path: Path) -> None:
+    """From the command line."""
     method = trained(clip, "linear-probe", pictures)
     run, images, out = tmp_path / "run", tmp_path / "images", tmp_path / "bundle"
     images.mkdir()
     for picture in pictures[:8]:
         (images / picture.name).write_bytes(picture.data)
     write_checkpoint(run, method)
-    given = ["pack", str(run), "--images", str(images), "--out", str(out), "--source-size", "60x40"]
-    assert main([*given, "--source-size", "60by40"]) == 2
-    assert "source size '60by40': give WIDTHxHEIGHT in pixels" in capsys.readouterr().err
+    given = ["pack", str(run), "--images", str(images), "--out", str(out)]
     assert main(given) == 0
-    assert "image_encoder_60x40.onnx: fp32; takes whole images of 60 x 40" in capsys.readouterr().out
     bundle = read_bundle(out)
     assert bundle.vocabulary.names == TASK.base_names
-    sizes = [variant.source_size for variant in bundle.image_encoders if variant.runtime == "onnx"]
-    assert sizes == [None, (60, 40)]

@@ -65,7 +65,7 @@ def test_a_graph_is_judged_in_a_process_of_its_own(bundle: Bundle, clip: Clip, t
     """Here with the Python of the tests instead of a new environment's."""
     here = Path(sys.executable)
     text = text_graph(bundle, method_of(clip, "coop"), 18)
-    image = image_graph(bundle, bundle.image_encoders[0], method_of(clip, "coop"), [])
+    image = image_graph(bundle, bundle.image_encoders[0])
     assert [problem_in(here, "onnxruntime", one) for one in (text, image)] == ["", ""]
     assert "max_abs" in problem_in(here, "onnxruntime", replace(image, rows=255 - image.rows))
     (tmp_path / "broken.onnx").write_bytes(b"no model")

@@ -63,15 +63,10 @@ class EncoderVariant:
     """Nodes that would have been of ``precision``, but whose values on real images do not fit into it."""
     speed: Mapping[str, float] = field(default_factory=dict)
     """By batch size: images a second on the machine that packed, divided by those of ``image_encoder.onnx`` there."""
-    source_size: tuple[int, int] | None = None
-    """(width, height) of whole images, uint8 [N, height, width, 3], that the graph resizes itself; None: it takes
-    preprocessed pixels [N, H, W, 3], as all other variants do."""
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field; a source size of None is left out, as readers of 0.2 do not know the key."""
-        content = {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
-        size = content.pop("source_size")
-        return content if size is None else {**content, "source_size": list(size)}
+        """A JSON object with every field."""
+        return {**asdict(self), "kept_fp32": list(self.kept_fp32), "speed": dict(self.speed)}
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> EncoderVariant:
@@ -84,11 +79,7 @@ class EncoderVariant:
         for name, known in (("precision", PRECISIONS), ("runtime", get_args(Runtime))):
             if content[name] not in known:
                 raise ValueError(f"{name} {content[name]!r} is not one of {', '.join(known)}")
-        given = {**content, "kept_fp32": tuple(content["kept_fp32"])}
-        if "source_size" in content:
-            width, height = content["source_size"]
-            given["source_size"] = (int(width), int(height))
-        return cls(**given)
+        return cls(**{**content, "kept_fp32": tuple(content["kept_fp32"])})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,7 +178,8 @@ class Manifest:
                 vocabulary=Vocabulary.from_json(content["vocabulary"]),
                 provenance=content["provenance"],
                 classifier_parts=_parts(content),
-                image_encoders=tuple(map(EncoderVariant.from_json, encoders)),
+                # Up to 0.5, pack could add variants that resize whole images of one size, which no server runs.
+                image_encoders=tuple(EncoderVariant.from_json(one) for one in encoders if "source_size" not in one),
                 measured_on=Processor.from_json(measured_on) if measured_on else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -270,7 +262,7 @@ class Bundle:
         Raises:
             UsageError: no variant of that precision exists, or none can run there; says why, and what else there is.
         """
-        variants = [one for one in self.image_encoders if one.source_size is None and one.runtime in runtimes]
+        variants = [one for one in self.image_encoders if one.runtime in runtimes]
         judged = [(one, "" if gpu else self._problem_of(one, processor)) for one in variants]
         fitting = [(variant, problem) for variant, problem in judged if variant.precision == precision]
         running = [variant for variant, problem in fitting if not problem]

@@ -143,14 +143,14 @@ def prompt_of(name: str, template: str) -> str:
     return template.replace("{}", name.replace("_", " "))
 
 
-def vocabulary_from_file(path: Path, templates: Sequence[str] = DEFAULT_TEMPLATES) -> Vocabulary:
+def vocabulary_from_file(path: Path) -> Vocabulary:
     """Read class names from a text file (one a line; blank lines and # comments are skipped) or a ``.json`` vocabulary.
 
     Raises:
         DataError: the file is missing, not UTF-8, not JSON where its name says so, or as :class:`Vocabulary`.
     """
     if path.suffix != ".json":
-        return Vocabulary(names=lines_from_file(path), templates=tuple(templates))
+        return Vocabulary(names=lines_from_file(path))
     try:
         return Vocabulary.from_json(json.loads(_text_of(path)))
     except json.JSONDecodeError as error:

@@ -44,13 +44,6 @@ _PACKAGES = ("torch", "onnx", "onnxruntime")
     show_default=True,
     help="ONNX opset: 18 also suits old runtimes; 20 has GELU as one node, 23 attention.",
 )
-@click.option(
-    "--source-size",
-    "source_sizes",
-    metavar="WIDTHxHEIGHT",
-    multiple=True,
-    help="Keep a variant that resizes whole images of this size in the graph; may be repeated.",
-)
 @click.option("--allow-random-weights", is_flag=True, help="Pack a model with untrained weights.")
 @json_option
 def pack(
@@ -60,7 +53,6 @@ def pack(
     out: Path,
     precisions: tuple[Precision, ...],
     opset: str,
-    source_sizes: tuple[str, ...],
     allow_random_weights: bool,
     as_json: bool,
 ) -> None:
@@ -75,12 +67,10 @@ def pack(
     from clipship.export.image_input import pictures_for
     from clipship.export.pack import bundle_from_method, validate_folder, validate_weights
     from clipship.export.precision.encoder_variants import Profile, speed_line
-    from clipship.export.resize_graph import source_size_from_text
     from clipship.training.checkpoint import load_checkpoint, method_from_checkpoint
     from clipship.training.evaluation.inference import distinguishable_names
 
     validate_folder(out)
-    sizes = tuple(dict.fromkeys(map(source_size_from_text, source_sizes)))
     saved = load_checkpoint(checkpoint)
     if not allow_random_weights:
         validate_weights(saved.config.base_model)
@@ -96,7 +86,7 @@ def pack(
         out,
         provenance=_provenance(checkpoint, saved),
         temperature=saved.temperature,
-        profile=Profile(opset=int(opset), precisions=tuple(dict.fromkeys(precisions)), source_sizes=sizes),
+        profile=Profile(opset=int(opset), precisions=tuple(dict.fromkeys(precisions))),
     )
     result = {"bundle": str(out), "digest": bundle.digest, "classes": len(words), **bundle.verification()}
     result["image_encoders"] = [variant.to_json() for variant in bundle.image_encoders]

@@ -12,7 +12,7 @@ import io
 import logging
 import math
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -171,15 +171,13 @@ def _first_opsets() -> Mapping[str, int]:
     return found
 
 
-def validate_operators(
-    model: onnx.ModelProto, target: str, *, opset: int, domains: Collection[str] = _ONNX_DOMAINS
-) -> None:
-    """Validate that ``target``, which has ONNX's operators up to ``opset`` and those of ``domains``, can run ``model``.
+def validate_operators(model: onnx.ModelProto, target: str, *, opset: int) -> None:
+    """Validate that ``target``, which has ONNX's operators up to ``opset``, can run ``model``.
 
     Raises:
         CheckFailed: the graph has other operators; names each, and the opset that has it.
     """
-    foreign = {(one.domain, one.op_type) for one in model.graph.node if one.domain not in domains}
+    foreign = {(one.domain, one.op_type) for one in model.graph.node if one.domain not in _ONNX_DOMAINS}
     own = {one.op_type: since_opset(one.op_type) for one in model.graph.node if one.domain in _ONNX_DOMAINS}
     unknown = [f"{name} of {domain}, which is no ONNX operator" for domain, name in sorted(foreign)]
     unknown += [f"{name}, which is in no opset" for name, since in sorted(own.items()) if since is None]

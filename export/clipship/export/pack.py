@@ -22,7 +22,7 @@ from clipship.core import bundle as layout
 from clipship.core import tensors
 from clipship.core.bundle import Bundle, EncoderVariant, Manifest, VocabularyFeatures, read_bundle, write_manifest
 from clipship.core.bundle import validate_folder as validate_folder
-from clipship.core.comparison import Verification, VerificationSamples
+from clipship.core.comparison import VerificationSamples
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.files import replace_folder, write_json_atomic
 from clipship.core.machine.processor import this_processor
@@ -41,7 +41,6 @@ from clipship.export.reference import (
     pixels_of,
     validate_classifier,
 )
-from clipship.export.resize_graph import write_source_variant
 from clipship.export.tokenizer import tokenizer_from_open_clip
 from clipship.training.model.prompts import is_causal
 
@@ -84,7 +83,7 @@ def bundle_from_method(
         raise UsageError(f"{method.name} cannot be packed: {method.not_exportable}")
     if method.closed_vocabulary:  # fails now, not after minutes of export, on names that it does not know
         method.exported_classifier(vocabulary.words).merged(vocabulary.word_rows)
-    total = 5 + len(profile.precisions) + len(profile.source_sizes)
+    total = 5 + len(profile.precisions)
     with progress("pack", total) as report, replace_folder(out) as folder, torch.inference_mode():
         _export(method, vocabulary, profile, folder, report)
         _write_tokenizer(method, vocabulary, folder)
@@ -104,14 +103,6 @@ def bundle_from_method(
         )
         variants, verified = encoder_variants(folder, profile, samples, features, report, 5)
         verification += verified
-        for done, size in enumerate(profile.source_sizes, start=5 + len(profile.precisions)):
-            report(done, "{} x {} images".format(*size))
-            told = _metadata(method, vocabulary)
-            variant, comparisons = write_source_variant(
-                method, size, folder, pictures, classifier=features, metadata=told, profile=profile
-            )
-            variants.append(variant)
-            verification += Verification(comparisons)
         write_json_atomic(folder / layout.VERIFICATION, verification.to_json())
         write_manifest(folder, _manifest(method, vocabulary, features, variants, provenance))
     return read_bundle(out)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from clipship.core.bundle import Bundle, EncoderVariant, Runtime, read_bundle, write_manifest
+from clipship.core.bundle import Bundle, EncoderVariant, Runtime, read_bundle, write_manifest, write_manifest_content
 from clipship.core.errors import UsageError
 from clipship.core.images.decoding import pixels_from_bytes
 from clipship.core.machine import processor
@@ -173,9 +173,17 @@ def test_a_precision_that_the_bundle_lacks(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_a_variant_for_whole_images_is_never_taken(tmp_path: Path) -> None:
-    whole = replace(FAST, file="image_encoder_640x480.onnx", speed={"1": 9.0}, source_size=(640, 480))
-    assert _served(_bundle(tmp_path / "bundle", whole), tmp_path / "out", backend="python")[0] == "onnx"
+def test_a_variant_for_whole_images_of_an_older_bundle_is_ignored(tmp_path: Path) -> None:
+    """Up to 0.5, ``pack --source-size`` wrote them."""
+    content = _bundle(tmp_path / "bundle", INT8).manifest.to_json()
+    whole = {**FAST.to_json(), "file": "image_encoder_640x480.onnx", "speed": {"1": 9.0}, "source_size": [640, 480]}
+    (tmp_path / "bundle" / "image_encoder_640x480.onnx").write_bytes(b"a graph")
+    content["image_encoders"].insert(1, whole)
+    write_manifest_content(tmp_path / "bundle", content)
+    bundle = read_bundle(tmp_path / "bundle")
+    assert "image_encoder_640x480.onnx" in bundle.files
+    assert bundle.image_encoders == (PORTABLE, INT8)
+    assert _served(bundle, tmp_path / "out", backend="python")[0] == "onnx"
 
 
 @pytest.mark.parametrize("variants", [(FAST,), (INT8, INT8_FAST)])

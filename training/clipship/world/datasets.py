@@ -43,6 +43,7 @@ WORLD_FORMAT = "clipship-world"
 SPLITS: tuple[str, ...] = ("train", "val", "test")
 JPEG_QUALITY = 92
 _SIDE_RANGE_PX = (72, 128)
+_PROCESSES = 2  # that draw
 
 _LATER_FIELDS = {"halves": "shared", "class_seed": None}
 """Fields added later; the default is not recorded, so that data sets of earlier releases stay valid."""
@@ -278,13 +279,12 @@ def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Ima
     return Image.open(buffer)
 
 
-def write_world(out: Path, *, names: Sequence[str] | None = None, processes: int = 2) -> list[Path]:
+def write_world(out: Path, *, names: Sequence[str] | None = None) -> list[Path]:
     """Write data sets into `out/<name>/`; existing ones are kept.
 
     Args:
         out: folder for the data sets.
         names: of data sets or variants; None: all of `WORLD_DATASETS`.
-        processes: processes that draw.
 
     Returns:
         The folders of the data sets, in the order of `names`.
@@ -295,7 +295,7 @@ def write_world(out: Path, *, names: Sequence[str] | None = None, processes: int
     datasets = list(WORLD_DATASETS) if names is None else [dataset_named(name) for name in dict.fromkeys(names)]
     missing = [dataset for dataset in datasets if not _is_written(out / dataset.name, dataset)]
     if missing:
-        _write_datasets(out, missing, processes)
+        _write_datasets(out, missing)
     return [out / dataset.name for dataset in datasets]
 
 
@@ -331,9 +331,9 @@ def _record_of(dataset: WorldDataset) -> dict[str, Any]:
     return dict(json.loads(json.dumps(record)))  # lists for tuples, as in the file
 
 
-def _write_datasets(out: Path, datasets: Sequence[WorldDataset], processes: int) -> None:
+def _write_datasets(out: Path, datasets: Sequence[WorldDataset]) -> None:
     done, total = 0, sum(dataset.classes * dataset.per_class(split) for dataset in datasets for split in SPLITS)
-    with progress("drawing", total) as report, worker_pool(processes) as pool:
+    with progress("drawing", total) as report, worker_pool(_PROCESSES) as pool:
         for dataset in datasets:
             with replace_folder(out / dataset.name) as folder:
                 for written in _write_pictures(folder, dataset, pool):

@@ -39,6 +39,7 @@ SWATCH_NOUNS: tuple[str, ...] = ("fabric", "cloth", "pattern", "texture", "surfa
 _ARTICLES = ("a", "an", "the")
 _SEEDS_PER_SET = 1_000_000
 _STREAM = 5_005
+_SCORED_TOGETHER = 64  # pictures
 
 
 def request_from(class_name: str) -> SceneRequest:
@@ -119,7 +120,7 @@ def write_world_synthetic_set(
     return SyntheticSet.load(out)
 
 
-def clip_scorer(clip: "Clip", *, batch_size: int = 64) -> Scorer:
+def clip_scorer(clip: "Clip") -> Scorer:
     """Return a scorer made of a CLIP model, which sees the pictures as at test time."""
     import torch
 
@@ -129,8 +130,8 @@ def clip_scorer(clip: "Clip", *, batch_size: int = 64) -> Scorer:
     def score(images: Sequence[Image.Image], prompt: str) -> NDArray[np.float32]:
         text_D = class_feature(clip, [prompt])
         scores = []
-        for start in range(0, len(images), batch_size):
-            pixels = torch.stack([clip.preprocess(image) for image in images[start : start + batch_size]])
+        for start in range(0, len(images), _SCORED_TOGETHER):
+            pixels = torch.stack([clip.preprocess(image) for image in images[start : start + _SCORED_TOGETHER]])
             scores.append(frozen_features(clip, pixels.to(clip.device)).cpu() @ text_D)
         return np.asarray(torch.cat(scores).numpy(), np.float32)
 

@@ -59,9 +59,7 @@ Resample = Literal["exact", "fast"]
 "fast" does not recompute the sums near a half. About 1 in 30,000 of a photograph's values is off, by 1.
 """
 
-WEIGHT_BITS = 22
-"""Fractional bits that Pillow rounds the weights of its resizing to."""
-
+_WEIGHT_BITS = 22  # fractional bits that Pillow rounds the weights of its resizing to
 _MAX_PRODUCT = 2**18  # multiplications of one product; OpenBLAS starts threads for more than 2^19
 _TILES = {1: (4, 40), 3: (8, 240)}  # by lanes: what OpenBLAS computes at a time, and what a block costs, in products
 _OVERHEAD = 36  # what a value of the result costs besides its products, in products
@@ -407,7 +405,7 @@ class _Axis:
     taps: NDArray[np.int64]
     """[slots, taps] Places of the source, counted from ``read.start``."""
     fixed: NDArray[np.int64]
-    """[slots, taps] Their weights times 2^:data:`WEIGHT_BITS`, the whole numbers that Pillow uses."""
+    """[slots, taps] Their weights times 2^:data:`_WEIGHT_BITS`, the whole numbers that Pillow uses."""
     bound: float
     """By how much a float32 sum may differ from the true one."""
 
@@ -415,7 +413,7 @@ class _Axis:
 @functools.lru_cache(maxsize=256)
 def _axis(size: int, resized: int, first: int, count: int, *, lanes: int) -> _Axis:
     """Rows ``first`` to ``first + count`` of ``size`` rows resized to ``resized``; ``lanes`` values of each row."""
-    row_taps, row_fixed = resampling_taps(size, resized, first, count)
+    row_taps, row_fixed = _resampling_taps(size, resized, first, count)
     read = slice(int(row_taps[0, 0]), int(np.max(row_taps, where=row_fixed != 0, initial=0)) + 1)
     row_taps = np.minimum(row_taps, read.stop - 1) - read.start
     length = row_taps.shape[1]
@@ -433,7 +431,7 @@ def _axis(size: int, resized: int, first: int, count: int, *, lanes: int) -> _Ax
     weights = _weights(row_fixed, columns, (blocks, inside), (total, slots))
     # Higham, Accuracy and Stability of Numerical Algorithms, section 3.1: n terms in any order are off by no more than
     # n u / (1 - n u) times the sum of their magnitudes, u = 2^-24. Twice that, for what happens to be rounded besides.
-    largest = 255 * float(np.abs(row_fixed).sum(axis=1).max()) / (1 << WEIGHT_BITS)
+    largest = 255 * float(np.abs(row_fixed).sum(axis=1).max()) / (1 << _WEIGHT_BITS)
     return _Axis(
         read=read,
         before=before,
@@ -458,7 +456,7 @@ def _weights(
     length = int(np.max(columns, where=fixed != 0, initial=0)) + 1
     weights = np.zeros((*shape, length + 1), np.float32)
     behind = np.where(fixed != 0, columns, length)  # a tap that is out of range lands behind what is read
-    weights[places[0][:, None], places[1][:, None], behind] = fixed / float(1 << WEIGHT_BITS)
+    weights[places[0][:, None], places[1][:, None], behind] = fixed / float(1 << _WEIGHT_BITS)
     return weights[:, :, :length]
 
 
@@ -536,7 +534,7 @@ def _whole_sums(
 ) -> NDArray[np.int64]:
     """Pillow's own sums for ``slots`` of the result, rounded: 64-bit integers."""
     sums = np.einsum("ut,ut->u", axis.fixed[slots], source_at(axis.taps[slots]).astype(np.int64))
-    rounded: NDArray[np.int64] = np.clip((sums + (1 << (WEIGHT_BITS - 1))) >> WEIGHT_BITS, 0, 255)
+    rounded: NDArray[np.int64] = np.clip((sums + (1 << (_WEIGHT_BITS - 1))) >> _WEIGHT_BITS, 0, 255)
     return rounded
 
 
@@ -562,10 +560,10 @@ def _settle(
         flat[some] = exact(some)
 
 
-def resampling_taps(size: int, resized: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def _resampling_taps(size: int, resized: int, first: int, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Which of ``size`` rows make the rows ``first`` to ``first + count`` of ``resized`` ones, and their weights.
 
-    Pillow's: bicubic (a = -0.5), widened when shrinking, rounded to :data:`WEIGHT_BITS` fractional bits. Both int64
+    Pillow's: bicubic (a = -0.5), widened when shrinking, rounded to :data:`_WEIGHT_BITS` fractional bits. Both int64
     [count, taps]; the weight of a tap that is out of range is 0.
     """
     step = size / resized
@@ -576,7 +574,7 @@ def resampling_taps(size: int, resized: int, first: int, count: int) -> tuple[ND
     taps = begins[:, None] + np.arange((ends - begins).max())
     weights = _bicubic((taps + 0.5 - centres[:, None]) / widening) * (taps < ends[:, None])
     weights /= weights.sum(axis=1, keepdims=True)
-    return taps, np.trunc(weights * (1 << WEIGHT_BITS) + np.copysign(0.5, weights)).astype(np.int64)
+    return taps, np.trunc(weights * (1 << _WEIGHT_BITS) + np.copysign(0.5, weights)).astype(np.int64)
 
 
 def _bicubic(distance: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -52,8 +52,6 @@ class Profile:
     """Variants of the image encoder beside the float32 one, of :data:`REDUCED`, each once."""
     external_bytes: int = EXTERNAL_BYTES
     """Weights above this size go into a file of their own."""
-    source_sizes: tuple[tuple[int, int], ...] = ()
-    """(width, height) of whole images, each with a float32 variant that resizes them: see ``resize_graph.py``."""
 
     def __post_init__(self) -> None:
         if self.opset not in OPSETS:
@@ -61,8 +59,6 @@ class Profile:
         for one in self.precisions:
             if one not in REDUCED or self.precisions.count(one) > 1:
                 raise UsageError(f"precisions {', '.join(self.precisions)}: give some of {', '.join(REDUCED)}, once")
-        if len(set(self.source_sizes)) < len(self.source_sizes):
-            raise UsageError(f"source sizes {self.source_sizes}: give each once")
 
 
 def encoder_variants(
@@ -141,7 +137,7 @@ def openvino_variants(
     offered, total = [], Verification(())
     for variant in variants:
         precision, read = variant.precision, PRECISIONS[variant.precision].openvino_reads
-        if variant.source_size is not None or read is None:
+        if read is None:
             continue
         path = folder / file_of(read)
         try:
@@ -235,10 +231,6 @@ def speed_ratio(slow: Run, fast: Run, pixels: NDArray[np.uint8]) -> float:
 
 def speed_line(variant: EncoderVariant) -> str:
     """How fast ``variant`` is here, for people."""
-    if variant.source_size is not None:
-        width, height = variant.source_size
-        takes = f"takes whole images of {width} x {height} and resizes them in the graph"
-        return f"{variant.file}: {variant.precision}; {takes}"
     kept = f", {len(variant.kept_fp32)} nodes kept in float32" if variant.kept_fp32 else ""
     by = " by OpenVINO" if variant.runtime == "openvino" else ""
     about = f"{variant.file}: {variant.precision}{by}{kept}"

@@ -122,7 +122,7 @@ def variant_for(bundle: Bundle, precision: Precision) -> EncoderVariant:
     Raises:
         UsageError: the bundle has none; lists those it has.
     """
-    portable = [one for one in bundle.image_encoders if one.runtime == "onnx" and one.source_size is None]
+    portable = [one for one in bundle.image_encoders if one.runtime == "onnx"]
     for variant in portable:
         if variant.precision == precision:
             return variant

@@ -19,7 +19,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import (
-    IMAGE_ENCODER,
     LABELS,
     VOCABULARY_TENSORS,
     Bundle,
@@ -35,16 +34,13 @@ from clipship.core.comparison import (
     VerificationSamples,
     compare_answers,
     golden_samples,
-    run_in_batches,
     verify_runner,
     verify_samples,
 )
 from clipship.core.errors import CheckFailed, MissingExtraError
-from clipship.core.images.decoding import ImageSpec
 from clipship.core.precisions import PRECISIONS, Tolerance
 from clipship.core.progress import progress
 from clipship.core.tolerances import TOLERANCES
-from clipship.export.image_input import Picture, pixels_of_sources, sources_of
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verification.runners import (
     CPU_PROVIDER,
@@ -52,13 +48,8 @@ from clipship.export.verification.runners import (
     Run,
     local_providers,
     onnx_function,
-    onnx_session,
     openvino_function,
-    session_function,
 )
-
-_MOST_SOURCES = 7
-"""The largest batch of whole images."""
 
 _EMULATED = 8  # images that NumPy, which is slow, computes
 
@@ -71,7 +62,6 @@ def verify_encoder(
     *,
     references: NDArray[np.float32] | VocabularyFeatures,
     tolerance: Tolerance,
-    provider: str = CPU_PROVIDER,
     batch_sizes: Sequence[int] = BATCH_SIZES,
 ) -> tuple[Comparison, ...]:
     """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
@@ -81,11 +71,11 @@ def verify_encoder(
         references: the classifier, or unit features [C, D] whose nearest one is an input's best class.
 
     Raises:
-        NotRunnable: the provider is not here, or has no kernel for a node.
-        CheckFailed: the file cannot be loaded, or ran on another provider.
+        NotRunnable: ONNX Runtime has no CPU kernel for a node.
+        CheckFailed: the file cannot be loaded.
     """
     return verify_runner(
-        Runner(name=provider, run=onnx_function(path, provider, rows[:1])),
+        Runner(name=CPU_PROVIDER, run=onnx_function(path, CPU_PROVIDER, rows[:1])),
         what,
         rows,
         expected,
@@ -131,10 +121,6 @@ def _verify_variant(
     batch_sizes: Sequence[int],
     providers: Sequence[str] | None,
 ) -> Verification:
-    if variant.source_size is not None:
-        portable = session_function(onnx_session(bundle.image_encoder))
-        samples = [_source_samples(one, variant.source_size, bundle.image_spec, portable) for one in samples]
-        batch_sizes = [size for size in batch_sizes if size <= _MOST_SOURCES] or [1]
     path, classifier, total = bundle.path / variant.file, bundle.vocabulary_features(), Verification(())
     compared = partial(verify_samples, classifier=classifier, precision=variant.precision)
     for name, load in _loaders(path, variant, samples[0].pixels[:1], providers):
@@ -172,26 +158,10 @@ def _not_offered(bundle: Bundle) -> tuple[str, ...]:
     """The variants that ``pack`` left out, with its reasons, which bundles of 0.5 do not have."""
     reasons = tuple(bundle.verification().get("skipped", ()))
     offered = {variant.precision for variant in bundle.image_encoders if variant.runtime == "openvino"}
-    plain = [variant for variant in bundle.image_encoders if variant.runtime == "onnx" and variant.source_size is None]
+    plain = [variant for variant in bundle.image_encoders if variant.runtime == "onnx"]
     read_by_openvino = [one for one in plain if PRECISIONS[one.precision].openvino_reads == one.precision]
     unknown = [one for one in read_by_openvino if one.precision not in offered]
     return reasons or tuple(f"{one.file}: the bundle does not offer {one.precision} by OpenVINO" for one in unknown)
-
-
-def _source_samples(
-    samples: VerificationSamples, source_size: tuple[int, int], spec: ImageSpec, portable: Run
-) -> VerificationSamples:
-    """``samples`` resized to ``source_size``; expected are the portable variant's features of Pillow's pixels."""
-    pictures = [Picture(name=name, data=data) for name, data in zip(samples.names, samples.files, strict=True)]
-    sources = sources_of(pictures, source_size)
-    pixels = pixels_of_sources(sources, spec)
-    return replace(
-        samples,
-        what=f"{samples.what}, {source_size[0]} x {source_size[1]}",
-        pixels=sources,
-        expected=run_in_batches(portable, pixels, 1),
-        reference=f"Pillow and {IMAGE_ENCODER}",
-    )
 
 
 def _loaders(

@@ -105,9 +105,7 @@ def remove_classes(path: Path, names: Sequence[str], out: Path | None = None) ->
         return _written(bundle, kept, classifier.merged(rows), {"verb": "remove", "classes": len(gone)}, final)
 
 
-def rename_classes(
-    path: Path, new_names: Mapping[str, str], out: Path | None = None, *, batch_size: int = BATCH_SIZE
-) -> Change:
+def rename_classes(path: Path, new_names: Mapping[str, str], out: Path | None = None) -> Change:
     """Rename classes of the bundle at ``path`` (``new_names``: old name -> new name) at their places.
 
     A class without synonyms gets the features of its new name, and keeps its keys in a cache. One with synonyms, or
@@ -126,7 +124,7 @@ def rename_classes(
         record: dict[str, Any] = {"verb": "rename", "classes": len(new_names)}
         same: Pairs = ()
         if by_name:
-            encoder = WordEncoder(bundle=bundle, batch_size=batch_size)
+            encoder = WordEncoder(bundle=bundle)
             encoded = {new_names[name]: words[name] for name in by_name}
             features, record["check"], same = _encoded(encoder, encoded, classifier, final, among=others)
             place = {name: row for row, name in enumerate(old)}

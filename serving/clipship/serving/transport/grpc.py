@@ -62,7 +62,6 @@ class TritonTransport:
         self._stub = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         parse = service_pb2.ModelInferResponse.FromString
         self._infer = self._channel.unary_unary(_MODEL_INFER, response_deserializer=parse)  # requests are bytes
-        self._infer_bytes = self._channel.unary_unary(_MODEL_INFER)  # responses are bytes too
         self._slots = SharedSlots(self) if self._connection.shared_memory and self.on_this_machine else None
 
     def infer(
@@ -122,14 +121,6 @@ class TritonTransport:
                 raise
             raise serving_error(error, self.url) from error
 
-    def send(self, request: bytes, *, timeout_s: float) -> Any:
-        """A gRPC call that sends a message of :func:`request_bytes`; its result is the response's bytes.
-
-        Raises:
-            UsageError: the token's file cannot be read.
-        """
-        return self._infer_bytes.future(request, timeout=timeout_s, metadata=self._metadata({}))
-
     def _metadata(self, headers: Mapping[str, str]) -> list[tuple[str, str]]:
         token = self._token()
         secret = [("authorization", f"Bearer {token}")] if token else []
@@ -157,7 +148,7 @@ class TritonTransport:
             if slot is not None:
                 slots.append(slot)
                 regions[name] = slot.name
-        return request_bytes(model, inputs, outputs, request_id=request_id, regions=regions)
+        return _request_bytes(model, inputs, outputs, request_id, regions)
 
     def _complete(self, call: Any, answer: Future[Tensors], outputs: Sequence[str], slots: list[Slot]) -> None:
         """Settle ``answer``. Runs in gRPC's thread, which would swallow an exception and leave the client waiting."""
@@ -182,15 +173,10 @@ class TritonTransport:
             self._slots.give_back(slots)
 
 
-def request_bytes(
-    model: str,
-    inputs: Tensors,
-    outputs: Sequence[str],
-    *,
-    request_id: str = "",
-    regions: Mapping[str, str] | None = None,
+def _request_bytes(
+    model: str, inputs: Tensors, outputs: Sequence[str], request_id: str, regions: Mapping[str, str]
 ) -> bytes:
-    """A serialised ModelInferRequest, for :meth:`TritonTransport.send`.
+    """A serialised ModelInferRequest.
 
     The arrays' bytes are appended to the serialised message as fields of their own, as protobuf's encoding allows:
     protobuf itself would copy them three times.
@@ -205,8 +191,8 @@ def request_bytes(
     contents: list[bytes | memoryview] = []
     for name, array in inputs.items():
         tensor = request.inputs.add(name=name, shape=array.shape, datatype=np_to_triton_dtype(array.dtype))
-        if name in (regions or {}):
-            tensor.parameters["shared_memory_region"].string_param = (regions or {})[name]
+        if name in regions:
+            tensor.parameters["shared_memory_region"].string_param = regions[name]
             tensor.parameters["shared_memory_byte_size"].int64_param = array.nbytes
         elif array.dtype == np.object_:
             contents.append(serialize_byte_tensor(array).item() if array.size else b"")

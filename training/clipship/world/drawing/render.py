@@ -47,20 +47,19 @@ class Spot:
     side: float
 
 
-def render_scene(scene: Scene, rng: np.random.Generator, size_px: int = PICTURE_PX) -> Bytes:
+def render_scene(scene: Scene, rng: np.random.Generator) -> Bytes:
     """Draw a scene as pre-training sees it.
 
     Args:
         scene: what to draw.
         rng: places, colours, lighting and noise are drawn from it.
-        size_px: side of the picture in pixels.
 
     Returns:
-        uint8 [size_px, size_px, 3].
+        uint8 [64, 64, 3].
     """
     if scene.kind == "swatch":
-        return photographed(swatch(scene.things[0], rng, size_px), rng)
-    canvas = backdrop(scene.background, rng, size_px)
+        return photographed(swatch(scene.things[0], rng), rng)
+    canvas = backdrop(scene.background, rng, PICTURE_PX)
     for thing, spot in zip(scene.things, spots_of(scene, rng), strict=True):
         paste(canvas, thing, spot, rng)
     return photographed(canvas, rng)
@@ -97,9 +96,9 @@ def backdrop(background: str, rng: np.random.Generator, size_px: int) -> Floats:
     return np.array(view, np.float32) + rng.uniform(-12, 12, 3).astype(np.float32)
 
 
-def swatch(thing: Thing, rng: np.random.Generator, size_px: int) -> Floats:
-    """Return the thing's colour and texture all over the frame, float32 [size_px, size_px, 3] in [0, 255]."""
-    return textured(thing, rng, size_px, zoom=float(rng.uniform(0.7, 1.5)), scale=PICTURE_PX)
+def swatch(thing: Thing, rng: np.random.Generator) -> Floats:
+    """Return the thing's colour and texture all over the frame, float32 [64, 64, 3] in [0, 255]."""
+    return textured(thing, rng, PICTURE_PX, zoom=float(rng.uniform(0.7, 1.5)), scale=PICTURE_PX)
 
 
 def textured(thing: Thing, rng: np.random.Generator, side_px: int, *, zoom: float, scale: float) -> Floats:

@@ -120,11 +120,11 @@ def encode_captions(model: Any, ids_NL: Tensor) -> Tensor:
     return F.normalize(pooled_NW @ model.text_projection, dim=-1)
 
 
-def encode_by_length(model: Any, ids_NL: Tensor, parts: int = 3) -> Tensor:
+def encode_by_length(model: Any, ids_NL: Tensor) -> Tensor:
     """Return the same as `encode_captions`, but encode short texts without the padding that long ones need."""
     lengths_N = ids_NL.argmax(1) + 1
     order_N = lengths_N.argsort(stable=True)
-    features = [encode_captions(model, ids_NL[part, : int(lengths_N[part].max())]) for part in order_N.chunk(parts)]
+    features = [encode_captions(model, ids_NL[part, : int(lengths_N[part].max())]) for part in order_N.chunk(3)]
     return torch.cat(features)[order_N.argsort()]
 
 
