@@ -47,7 +47,6 @@ class AutoencoderSettings(RunSettings):
     kl_weight: float = 2e-4
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         super().__post_init__()
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more")
@@ -88,7 +87,6 @@ class AutoencoderRun(ResumableRun[AutoencoderSettings, Bytes]):
     log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
     def __init__(self, out: Path, settings: AutoencoderSettings) -> None:
-        """Start from fresh weights; nothing is written yet."""
         self.model = new_autoencoder(settings.seed)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.99))
         self.unseen = signed_from_pixels(draw_pictures(_MEASURED_SEED, 0, _MEASURED_PICTURES))

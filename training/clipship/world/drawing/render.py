@@ -48,16 +48,7 @@ class Spot:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator, size_px: int = PICTURE_PX) -> Bytes:
-    """Draw a scene as pre-training sees it.
-
-    Args:
-        scene: what to draw.
-        rng: places, colours, lighting and noise are drawn from it.
-        size_px: side of the picture in pixels.
-
-    Returns:
-        uint8 [size_px, size_px, 3].
-    """
+    """Draw a scene as pre-training sees it, uint8 [size_px, size_px, 3]."""
     if scene.kind == "swatch":
         return photographed(swatch(scene.things[0], rng, size_px), rng)
     canvas = backdrop(scene.background, rng, size_px)
@@ -103,17 +94,9 @@ def swatch(thing: Thing, rng: np.random.Generator, size_px: int) -> Floats:
 
 
 def textured(thing: Thing, rng: np.random.Generator, side_px: int, *, zoom: float, scale: float) -> Floats:
-    """Return a square of the thing's colour and texture.
+    """Return a square of the thing's colour and texture, float32 [side_px, side_px, 3] in [0, 255].
 
-    Args:
-        thing: the colour and the texture.
-        rng: the exact tones and the crop come from it.
-        side_px: side of the result in pixels.
-        zoom: 1 for the usual grain; above 1 the pattern is finer.
-        scale: side of the square in pixels of a 64-pixel picture.
-
-    Returns:
-        float32 [side_px, side_px, 3] in [0, 255].
+    A `zoom` above 1 makes the pattern finer; `scale` is the side of the square in pixels of a 64-pixel picture.
     """
     first, second = tones_of(thing.colour, rng)
     tile = texture_tile(thing.texture, int(rng.integers(TEXTURE_VARIANTS)))
