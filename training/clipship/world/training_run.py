@@ -33,11 +33,11 @@ class RunSettings:
     """
 
     steps: int
-    batch_size: int
+    batch_size: int = 32
     learning_rate: float
-    weight_decay: float
+    weight_decay: float = 0.01
     warmup_steps: int
-    decay_fraction: float
+    decay_fraction: float = 0.4
     seed: int = 1
     log_every: int
     evaluate_every: int

@@ -37,11 +37,8 @@ class AutoencoderSettings(RunSettings):
     """The settings of the committed autoencoder; `kl_weight` is per value of the latent."""
 
     steps: int = 3000
-    batch_size: int = 32
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_fraction: float = 0.4
     log_every: int = 50
     evaluate_every: int = 250
     kl_weight: float = 2e-4

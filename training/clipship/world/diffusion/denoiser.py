@@ -37,11 +37,8 @@ class DenoiserSettings(RunSettings):
     """
 
     steps: int = 8400
-    batch_size: int = 32
     learning_rate: float = 8e-4
-    weight_decay: float = 0.01
     warmup_steps: int = 300
-    decay_fraction: float = 0.4
     log_every: int = 100
     evaluate_every: int = 1000
     pictures: int = 32_768
