@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,7 @@ def _checkpoint(clip: Clip, dataset: Dataset, name: str, calibration: Calibratio
         data_digest="",
         base_model_digest=clip.digest,
         learned=method.learned(),
-        calibration=None if calibration is None else calibration.to_json(),
+        calibration=None if calibration is None else asdict(calibration),
     )
 
 

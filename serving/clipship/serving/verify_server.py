@@ -14,29 +14,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from clipship.core.bundle import Bundle
-from clipship.core.comparison import (
-    Answers,
-    Runner,
-    Verification,
-    VerificationSamples,
-    compare_answers,
-    verify_samples,
-)
+from clipship.core.comparison import Answers, Runner, Verification, VerificationSamples, compare_answers, verify_samples
 from clipship.core.errors import CheckFailed
 from clipship.core.tensors import ENCODED, ERROR, image_tensor
 from clipship.core.tolerances import TOLERANCES
 from clipship.serving.client.inputs import stacked
 from clipship.serving.client.results import EMBEDDING, INDICES, LABELS, SCORES
 from clipship.serving.errors import ModelsMissing, ServingError
-from clipship.serving.model_names import (
-    BUNDLE_DIGEST,
-    CLASSIFIER,
-    CLASSIFY,
-    CLASSIFY_ENCODED,
-    EMBED,
-    VOCABULARY_DIGEST,
-)
-from clipship.serving.transport.base import Transport, parameters_of
+from clipship.serving.model_names import BUNDLE_DIGEST, CLASSIFIER, CLASSIFY, CLASSIFY_ENCODED, EMBED, VOCABULARY_DIGEST
+from clipship.serving.repository.golden_check import in_batches
+from clipship.serving.transport.base import Tensors, Transport, parameters_of
 from clipship.serving.transport.grpc import TritonTransport
 
 _TIMEOUT_S = 60.0
@@ -91,19 +78,18 @@ def _validated_batch_limit(transport: Transport, bundle: Bundle) -> int:
     return int(embed.get("max_batch_size", 1))
 
 
-def _infer(transport: Transport, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> list[Any]:
+def _infer(transport: Transport, model: str, name: str, rows: NDArray[Any], outputs: Sequence[str]) -> Tensors:
     """The outputs for ``rows`` of the model's one input; CheckFailed if the request fails."""
     try:
         answer = transport.infer(model, {name: rows}, outputs, timeout_s=_TIMEOUT_S).result()
-        return [answer[output] for output in outputs]
+        return {output: answer[output] for output in outputs}
     except (ServingError, KeyError) as error:
         raise CheckFailed(str(error)) from error
 
 
 def _embed(transport: Transport, pixels: NDArray[Any]) -> NDArray[np.float32]:
     """Pixels [N, H, W, 3] to features [N, D]."""
-    features: NDArray[np.float32]
-    (features,) = _infer(transport, EMBED, image_tensor(1).name, pixels, [EMBEDDING])
+    features: NDArray[np.float32] = _infer(transport, EMBED, image_tensor(1).name, pixels, [EMBEDDING])[EMBEDDING]
     return features
 
 
@@ -136,9 +122,8 @@ def _classify(
     name, rows, outputs = image_tensor(1).name, samples.pixels, [SCORES, INDICES, LABELS]
     if model == CLASSIFY_ENCODED:
         name, rows, outputs = ENCODED.name, stacked(list(samples.files), bundle.image_spec), [*outputs, ERROR.name]
-    parts = [_infer(transport, model, name, rows[start : start + size], outputs) for start in range(0, len(rows), size)]
-    scores, indices, labels, *errors = (np.concatenate(column) for column in zip(*parts, strict=True))
-    for file, error in zip(samples.names, errors[0].ravel().tolist() if errors else [], strict=False):
+    answer = in_batches(lambda batch: _infer(transport, model, name, batch, outputs), rows, size)
+    for file, error in zip(samples.names, answer.get(ERROR.name, np.empty(0)).ravel().tolist(), strict=False):
         if error:
             raise CheckFailed(f"the server cannot decode {file}: {error.decode()}")
-    return [scores, indices, labels]
+    return [answer[output] for output in (SCORES, INDICES, LABELS)]

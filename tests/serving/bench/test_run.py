@@ -301,18 +301,20 @@ def test_a_server_without_our_models_and_another_bundle_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("options", "message"),
     [
-        ({"batches": (0, 1)}, "batch 0 1: give numbers from 1 on"),
-        ({"concurrencies": ()}, "concurrency none: give numbers from 1 on"),
-        ({"rounds": 0}, "rounds 0"),
-        ({"seconds": 0.0}, "seconds 0: give a positive number"),
-        ({"modes": ("jpeg",)}, "mode jpeg: give some of pixels encoded shm"),
+        (("--batch", "0", "1"), "0 is not in the range x>=1"),
+        (("--concurrency", "0"), "0 is not in the range x>=1"),
+        (("--rounds", "0"), "0 is not in the range x>=1"),
+        (("--seconds", "0"), "0.0 is not in the range x>0"),
+        (("--mode", "jpeg"), "'jpeg' is not one of 'pixels', 'encoded', 'shm'"),
     ],
 )
-def test_a_plan_refuses_numbers_out_of_range(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(UsageError, match=message):
-        BenchPlan(**settings)
+def test_numbers_out_of_range_are_refused(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", "serve", "--url", "127.0.0.1:9", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_made_up_images_are_always_the_same_photographs() -> None:

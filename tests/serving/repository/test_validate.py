@@ -28,12 +28,8 @@ def edit(folder: Path, change: Callable[[Any], object]) -> None:
     path.write_text(text_from_config(config), encoding="utf-8")
 
 
-def problems(path: Path) -> list[str]:
-    return [str(problem) for problem in repository_problems(path)]
-
-
 def test_a_good_repository_has_no_problem(copy: Path) -> None:
-    assert problems(copy) == []
+    assert repository_problems(copy) == []
     assert Requirements(copy).backends == {"python"}
 
 
@@ -126,7 +122,7 @@ EDITS: list[tuple[str, Callable[[Any], object], str]] = [
 @pytest.mark.parametrize(("model", "change", "message"), EDITS, ids=[message for _, _, message in EDITS])
 def test_each_rule_finds_its_mistake(copy: Path, model: str, change: Callable[[Any], object], message: str) -> None:
     edit(copy / model, change)
-    found = problems(copy)
+    found = repository_problems(copy)
     assert [text for text in found if message in text and text.startswith(f"{model}: ")], found
 
 
@@ -156,7 +152,7 @@ def test_missing_and_broken_files(copy: Path) -> None:
     (copy / "embed" / "config.pbtxt").write_text('name: "embed"\nmax_batch: 3\n')
     shutil.rmtree(copy / "classify" / "1")
     (copy / "image_encoder" / "1" / "model.py").unlink()
-    found = " | ".join(problems(copy))
+    found = " | ".join(repository_problems(copy))
     assert "classifier: config.pbtxt is missing" in found
     assert "embed: config.pbtxt: not a model configuration: 2:1" in found
     assert "classify: it has no version folder" in found
@@ -166,12 +162,12 @@ def test_missing_and_broken_files(copy: Path) -> None:
 def test_versions_that_are_not_served_may_lack_files(copy: Path) -> None:
     """A publish that was killed may leave one behind; Triton never looks at it."""
     (copy / "classifier" / "2").mkdir()
-    assert problems(copy) == []
+    assert repository_problems(copy) == []
 
 
 def test_version_folders_are_positive_numbers(copy: Path) -> None:
     (copy / "embed" / "1").rename(copy / "embed" / "0")
-    assert problems(copy) == ["embed: it has no version folder (1/)"]
+    assert repository_problems(copy) == ["embed: it has no version folder (1/)"]
 
 
 def test_the_error_is_one_that_says_what_to_do(copy: Path, tmp_path: Path) -> None:

@@ -61,62 +61,47 @@ _MANIFEST_KEYS = {"format", "format_version", "generator", "template", "class_na
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticImage:
-    """One candidate image.
-
-    Attributes:
-        path: the file, joined to the set's folder.
-        class_name: what it should show.
-        prompt: the text it was made from.
-        seed: the seed it was made with.
-        score: CLIP cosine of the image and what it should show; None when it was not scored.
-        kept: whether it belongs to the set.
-        reason: why it was not kept; None when it was.
-        negative_prompt: what it was to be unlike; None when there was none, as below.
-        pipeline: the folder or hub id of the text-to-image pipeline.
-        revision: the hub's commit, or the SHA-256 of a local pipeline's files.
-        scheduler: class of the scheduler.
-        steps: denoising steps.
-        guidance: classifier-free guidance scale.
-        source: the real image it was made from, by image-to-image.
-        batch: number of the batch it was made in; the images of one batch share it.
-    """
+    """One candidate image."""
 
     path: Path
+    """The file, joined to the set's folder."""
     class_name: str
     prompt: str
     seed: int
     score: float | None
+    """CLIP cosine of the image and what it should show; None if it was not scored."""
     kept: bool
     reason: str | None
+    """Why it was not kept."""
     negative_prompt: str | None = None
     pipeline: str | None = None
+    """The folder or hub id of the text-to-image pipeline."""
     revision: str | None = None
+    """The hub's commit, or the SHA-256 of a local pipeline's files."""
     scheduler: str | None = None
     steps: int | None = None
     guidance: float | None = None
+    """Classifier-free guidance scale."""
     source: str | None = None
+    """The real image that image-to-image started from."""
     batch: int | None = None
+    """Number of the batch it was made in."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SyntheticSet:
-    """Synthetic images of an ordered list of classes.
-
-    Attributes:
-        folder: where the set lies.
-        generator: what made the images, in its maker's own form.
-        template: the text whose `{}` took the class names.
-        class_names: the classes, in order.
-        images_per_class: how many images of a class were to be kept; there may be fewer, or none.
-        images: all candidates, class by class.
-    """
+    """Synthetic images of an ordered list of classes."""
 
     folder: Path
     generator: dict[str, Any]
+    """What made the images, in its maker's own form."""
     template: str
+    """The text whose `{}` took the class names."""
     class_names: tuple[str, ...]
     images_per_class: int
+    """How many images of a class were to be kept; there may be fewer, or none."""
     images: tuple[SyntheticImage, ...]
+    """All candidates, class by class."""
 
     @classmethod
     def load(cls, folder: Path) -> "SyntheticSet":

@@ -55,38 +55,31 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, kw_only=True)
 class WorldDataset:
-    """One downstream data set.
-
-    Attributes:
-        name: folder name, and the style in `styles.STYLES`.
-        image_dir: the folder that paths in the split file are relative to.
-        template: the prompt whose `{}` takes a class name.
-        axes: the two attributes that a class composes.
-        values: which words of either axis are used.
-        halves: "shared" if base classes have every word of the new ones, "apart" if they have none of them.
-        seed: decides every picture and, without a `class_seed`, the classes and their order.
-        class_seed: decides the classes of a variant, whose pictures have another seed.
-        shift: how far the style is from pre-training, 0 to 1.
-        classes: number of classes.
-        train_per_class, val_per_class, test_per_class: number of pictures.
-    """
+    """One downstream data set."""
 
     name: str
+    """Of the folder, and of the style in `styles.STYLES`."""
     image_dir: str = "images"
+    """The folder that paths in the split file are relative to."""
     template: str = "a photo of a {}."
     axes: tuple[str, str]
+    """The two attributes that a class composes."""
     values: tuple[tuple[str, ...], tuple[str, ...]]
+    """Which words of either axis are used."""
     seed: int
+    """Decides every picture and, without a `class_seed`, the classes and their order."""
     shift: float
+    """How far the style is from pre-training, 0 to 1."""
     classes: int = 24
     train_per_class: int = 32
     val_per_class: int = 8
     test_per_class: int = 40
     halves: Halves = "shared"
+    """Whether base classes have every word of the new ones, or none of them."""
     class_seed: int | None = None
+    """Decides the classes of a variant, whose pictures have another seed."""
 
     def __post_init__(self) -> None:
-        """Validate that the world has these values."""
         for axis, words in zip(self.axes, self.values, strict=True):
             if not set(words) <= set(AXES[axis]):
                 raise ValueError(f"{self.name}: {sorted(set(words) - set(AXES[axis]))} are not among {AXES[axis]}")
@@ -167,15 +160,8 @@ WORLD_DATASETS: tuple[WorldDataset, ...] = (
 def _variant(source: str, *, name: str, seed: int, shift: float) -> WorldDataset:
     """Return test pictures of a data set's classes in another look, with the data set's own prompt."""
     (dataset,) = (dataset for dataset in WORLD_DATASETS if dataset.name == source)
-    return replace(
-        dataset,
-        name=name,
-        seed=seed,
-        class_seed=dataset.seed,
-        shift=shift,
-        train_per_class=0,
-        val_per_class=0,
-    )
+    own: dict[str, Any] = {"name": name, "seed": seed, "class_seed": dataset.seed, "shift": shift}
+    return replace(dataset, train_per_class=0, val_per_class=0, **own)
 
 
 WORLD_VARIANTS: tuple[WorldDataset, ...] = (
@@ -280,14 +266,10 @@ def picture_of(dataset: WorldDataset, split: str, label: int, index: int) -> Ima
 
 
 def write_world(out: Path, *, names: Sequence[str] | None = None) -> list[Path]:
-    """Write data sets into `out/<name>/`; existing ones are kept.
+    """Write data sets into `out/<name>/`, keep existing ones, and return their folders in the order of `names`.
 
     Args:
-        out: folder for the data sets.
         names: of data sets or variants; None: all of `WORLD_DATASETS`.
-
-    Returns:
-        The folders of the data sets, in the order of `names`.
 
     Raises:
         DataError: a name is unknown, or this version of the world did not write the existing folder.

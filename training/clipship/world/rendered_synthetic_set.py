@@ -88,11 +88,8 @@ def write_world_synthetic_set(
     """Draw candidates of every class, keep those with the highest score, and write them as a `SyntheticSet`.
 
     Args:
-        out: folder of the set.
         class_names: names that the world can draw.
         template: the prompt whose `{}` takes a class name.
-        candidates_per_class: pictures drawn of a class.
-        keep_per_class: pictures kept of a class.
         scorer: scores pictures against the prompt (`clip_scorer`); without one the first pictures are kept.
         seed: 0 or more; another seed gives other pictures.
 

@@ -33,18 +33,17 @@ class RunSettings:
     """
 
     steps: int
-    batch_size: int
+    batch_size: int = 32
     learning_rate: float
-    weight_decay: float
+    weight_decay: float = 0.01
     warmup_steps: int
-    decay_fraction: float
+    decay_fraction: float = 0.4
     seed: int = 1
     log_every: int
     evaluate_every: int
     checkpoint_every_s: float = 120.0
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         if min(self.steps, self.batch_size, self.log_every, self.evaluate_every) < 1:
             raise ValueError("steps, batch_size, log_every and evaluate_every must be at least 1")
         if not 0 < self.decay_fraction <= 1:
@@ -67,14 +66,8 @@ class ResumableRun(ABC, Generic[SettingsT, BatchT]):
     checkpoint_file: str
 
     def __init__(self, out: Path, settings: SettingsT, stream: Mapping[str, Any] | None = None, **parts: Any) -> None:
-        """Start from the state of the parts; nothing is written yet.
-
-        Args:
-            out: the folder.
-            settings: a resumed run must have the same seed and batch size.
-            stream: what else it must have in common with the first.
-            parts: everything whose state makes the run: objects with `state_dict` and `load_state_dict`.
-        """
+        # A resumed run must have the seed and the batch size of the first, and its `stream`. The parts are objects with
+        # `state_dict` and `load_state_dict`.
         self.out, self.settings, self.parts = out, settings, parts
         self.stream = {
             "world": WORLD_VERSION,
@@ -211,13 +204,8 @@ def parsed_settings(
 ) -> tuple[dict[str, Any], list[SettingsT]]:
     """Parse the command line of a training: `--out`, `--resume`, `--workers` and an option for every setting.
 
-    Args:
-        program: the module that is run.
-        description: its docstring.
-        stages: the default settings of each stage, by the prefix of its options, such as "denoiser-".
-
-    Returns:
-        The options, and the settings of each stage.
+    `stages` are the default settings by the prefix of their options, such as "denoiser-". Returns the options, and the
+    settings of each stage.
     """
     parser = argparse.ArgumentParser(prog=f"python -m {program}", description=description)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of everything that is written")

@@ -124,20 +124,15 @@ def plot(rows: Sequence[BenchRow]) -> str:
         left, right = figure.subplots(1, 2)
         for number, (name, line) in enumerate(lines.items()):
             look = {"color": f"C{number}", "marker": _MARKERS[number % len(_MARKERS)], "markersize": 4}
-            at, rates = [row.point.concurrency for row in line], [row.rates for row in line]
-            left.plot(at, list(map(median, rates)), label=name, **look)
-            left.fill_between(at, list(map(min, rates)), list(map(max, rates)), color=look["color"], alpha=0.15)
+            at = [row.point.concurrency for row in line]
+            left.plot(at, [median(row.rates) for row in line], label=name, **look)
             right.plot(at, [row.latency_ms("p50") for row in line], **look)
             right.plot(at, [row.latency_ms("p99") for row in line], linestyle="--", **look)
-        for mode, style in (("pixels", ":"), ("encoded", "-.")):  # the engine in process, at its best batch size
-            best = [median(row.rates) for row in rows if (row.point.where, row.point.mode) == ("in process", mode)]
-            if best:
-                left.axhline(max(best), color="0.5", linestyle=style, label=f"in process, {mode}")
-        left.set(title="Throughput", ylabel="images per second", ylim=(0, None), xlabel="requests in flight")
+        left.set(title="Throughput", ylabel="images per second", ylim=(0, None))
         right.set(title="Latency: median, dashed 99th percentile", ylabel="milliseconds per request", yscale="log")
-        right.set(xlabel="requests in flight")
-        left.grid(alpha=0.2)
-        right.grid(alpha=0.2)
+        for axes in (left, right):
+            axes.set_xlabel("requests in flight")
+            axes.grid(alpha=0.2)
         left.legend(fontsize=7, frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})

@@ -28,14 +28,7 @@ from clipship.serving.client.core import ClientCore
 from clipship.serving.client.inputs import Payload
 from clipship.serving.client.request_batch import Kind, PendingImage, Purpose, Refusals, RequestBatch
 from clipship.serving.client.results import Result
-from clipship.serving.errors import (
-    RETRYABLE,
-    BadAnswer,
-    ModelsMissing,
-    RequestFailed,
-    RequestRejected,
-    ServingError,
-)
+from clipship.serving.errors import RETRYABLE, BadAnswer, ModelsMissing, RequestFailed, RequestRejected, ServingError
 
 MAX_REQUEST_BYTES = 64 * 2**20
 """Of the images of one request; a larger image is sent alone."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,73 +24,71 @@ if TYPE_CHECKING:
     from clipship.serving.jobs.run import JobOutput, JobSummary
 
 _PATH = click.Path(path_type=Path)
+_option = partial(click.option, show_default=True)
 _OUTPUT_NAMES = ("out", "shard_format", "shard_size", "restart", "embeddings", "top_k")
+_CLIENT_NAMES = ("decode", "resample", "timeout_s", "window", "batch_size", "workers")
 
 _server_options = option_group(
-    click.option(
+    _option(
         "--url",
         "urls",
         multiple=True,
         help="Triton's gRPC endpoint, HOST:PORT; may be repeated. [default: 127.0.0.1:8001]",
     ),
-    click.option("--bundle", type=_PATH, help="Classify with this bundle in this process, without a server."),
-    click.option(
+    _option("--bundle", type=_PATH, help="Classify with this bundle in this process, without a server."),
+    _option(
         "--precision",
         type=click.Choice(list(PRECISIONS)),
         help="With --bundle: the image encoder's precision, one that the bundle was packed with. [default: fp32]",
     ),
-    click.option(
+    _option(
         "--vocabulary",
         metavar="NAME[=BUNDLE]",
         help="Another vocabulary: its name on the server; with --bundle, its name and its bundle.",
     ),
     connection_options,
-    click.option("--compression", type=click.Choice(["none", "gzip", "deflate"]), default="none", show_default=True),
-    click.option("--shared-memory", is_flag=True, help="Hand pixels to a server on this machine in shared memory."),
-    click.option(
+    _option("--compression", type=click.Choice(["none", "gzip", "deflate"]), default="none"),
+    _option("--shared-memory", is_flag=True, help="Hand pixels to a server on this machine in shared memory."),
+    _option(
         "--decode",
         type=click.Choice(["auto", "client", "server"]),
         default="auto",
-        show_default=True,
         help="Where to decode and resize; auto takes the cheaper. The results are the same.",
     ),
-    click.option(
+    _option(
         "--resample",
         type=click.Choice(["exact", "fast"]),
         default="exact",
-        show_default=True,
         help="How to resize images decoded here: equal to open_clip, or faster and at most 2 of 255 off.",
     ),
-    click.option("--batch-size", type=int, help="Images a request. [default: the server's maximum]"),
-    click.option("--window", default=4, show_default=True, help="Requests in flight."),
-    click.option("--workers", type=int, help="Threads that read and decode. [default: one a processor]"),
-    click.option("--timeout-s", default=60.0, show_default=True, help="Time limit of one attempt of a request."),
-    click.option(
-        "--retry-s", default=120.0, show_default=True, help="How long to retry a request while no server answers."
-    ),
+    _option("--batch-size", type=int, help="Images a request. [default: the server's maximum]"),
+    _option("--window", default=4, help="Requests in flight."),
+    _option("--workers", type=int, help="Threads that read and decode. [default: one a processor]"),
+    _option("--timeout-s", default=60.0, help="Time limit of one attempt of a request."),
+    _option("--retry-s", default=120.0, help="How long to retry a request while no server answers."),
 )
 
 _output_options = option_group(
-    click.option("--out", type=_PATH, help="A .parquet, .jsonl or .csv file, or a folder of shards. [default: stdout]"),
-    click.option(
+    _option("--out", type=_PATH, help="A .parquet, .jsonl or .csv file, or a folder of shards. [default: stdout]"),
+    _option(
         "--format",
         "shard_format",
         type=click.Choice(["parquet", "jsonl", "csv"]),
         help="Format of the shards. [default: parquet]",
     ),
-    click.option("--shard-size", type=int, help="Rows a shard. [default: 50000]"),
-    click.option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of resuming."),
-    click.option("--embeddings", is_flag=True, help="Store the images' features too."),
-    click.option("--top-k", type=int, help="Classes a row. [default: as many as the server reports]"),
+    _option("--shard-size", type=int, help="Rows a shard. [default: 50000]"),
+    _option("--restart", is_flag=True, help="Delete the shards of an earlier run instead of resuming."),
+    _option("--embeddings", is_flag=True, help="Store the images' features too."),
+    _option("--top-k", type=int, help="Classes a row. [default: as many as the server reports]"),
 )
 
 
 @click.command()
 @click.argument("images", nargs=-1)
-@click.option("--list", "lists", multiple=True, help="A file with one path a line, or NUL between them; - is stdin.")
-@click.option("--image-column", help="The column of images in Parquet files. [default: the one of bytes]")
-@click.option("--watch", is_flag=True, help="Classify images that arrive in the folders IMAGES, until Ctrl-C.")
-@click.option("--settle-s", default=2.0, show_default=True, help="With --watch: how long a file must stay unchanged.")
+@_option("--list", "lists", multiple=True, help="A file with one path a line, or NUL between them; - is stdin.")
+@_option("--image-column", help="The column of images in Parquet files. [default: the one of bytes]")
+@_option("--watch", is_flag=True, help="Classify images that arrive in the folders IMAGES, until Ctrl-C.")
+@_option("--settle-s", default=2.0, help="With --watch: how long a file must stay unchanged.")
 @_output_options
 @_server_options
 @json_option
@@ -154,40 +154,30 @@ def _classifier(
     bundle: Path | None,
     precision: Precision | None,
     vocabulary: str | None,
-    decode: Literal["auto", "client", "server"],
-    resample: Literal["exact", "fast"],
     retry: Retry,
-    batch_size: int | None,
-    window: int,
-    workers: int | None,
-    timeout_s: float,
-    **connection: Any,
+    **options: Any,
 ) -> Iterator[Classifier]:
     """A client of the servers at ``urls``, or of ``bundle`` in this process."""
     from clipship.serving.client.classifier import Classifier
 
-    if bundle is not None and (urls or any(value not in (None, (), False, "none") for value in connection.values())):
+    client = {name: options.pop(name) for name in _CLIENT_NAMES}
+    if bundle is not None and (urls or any(value not in (None, (), False, "none") for value in options.values())):
         raise UsageError("--bundle runs in this process: give no --url, --tls or other option of a connection with it")
     if bundle is None and precision is not None:
         raise UsageError(
             f"--precision {precision}: a server's repository sets it: give it to clipship repository, or give --bundle"
         )
     server = (
-        connection_from_options(urls or ("127.0.0.1:8001",), **connection)
+        connection_from_options(urls or ("127.0.0.1:8001",), **options)
         if bundle is None
         else _local(bundle, precision=precision, vocabulary=vocabulary, top_k=output.top_k)
     )
     with Classifier(
         server,
-        decode=decode,
-        resample=resample,
         embeddings=output.embeddings,
         vocabulary=vocabulary if bundle is None else _vocabulary_name(vocabulary),
-        timeout_s=timeout_s,
-        window=window,
-        batch_size=batch_size,
-        workers=workers,
         retry=retry,
+        **client,
     ) as classifier:
         yield classifier
 
@@ -218,7 +208,7 @@ def _report(summary: JobSummary, output: JobOutput) -> None:
     if output.out is None:
         log(f"{summary}\n{summary.table()}")
     else:
-        result = {**summary.to_json(), "out": str(output.out)}
+        result = {**asdict(summary), "out": str(output.out)}
         emit(result, f"{output.out}: {summary}\n{summary.table()}", as_json=output.as_json)
     if summary.errors:
         raise CheckFailed(f"{summary.errors} of {summary.images} images could not be classified: see their errors")

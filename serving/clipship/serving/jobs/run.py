@@ -16,7 +16,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal
@@ -54,10 +54,6 @@ class JobSummary:
     images_per_s: float
     bundle_digest: str
     vocabulary_digest: str
-
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return asdict(self)
 
     def __str__(self) -> str:
         failed = f", {self.errors} could not be" if self.errors else ""

@@ -162,7 +162,6 @@ class ResultsFolder:
         """Delete the open shard."""
         if self._shard is not None:
             self._shard.drop()
-            self._shard = None
 
     def write_manifest(self) -> None:
         """Replace the manifest by one of the present state."""
@@ -219,9 +218,6 @@ def results_folder(
 
     Args:
         settings: what the rows depend on, as JSON; an earlier run must have had the same.
-        shard_size: rows a shard.
-        shard_format: their suffix.
-        restart: delete the results of an earlier run.
         check: called before a shard is named in the manifest; an exception keeps the shard out.
 
     Raises:
@@ -255,19 +251,15 @@ def _read_progress(folder: Path, settings: Mapping[str, Any], *, restart: bool) 
     for key, value in settings.items():
         if record.get(key) != value:
             raise UsageError(f"{folder}: {key} was {_shown(record.get(key))}, is {_shown(value)}: {_BEGIN_ANEW}")
-    progress = _progress_from_record(path, record)
+    try:
+        progress = Progress.from_json(record)
+    except (KeyError, TypeError) as error:
+        raise DataError(f"{path}: {error} is missing or of the wrong type: {_BEGIN_ANEW}") from error
     for shard in progress.shards:
         file = folder / shard.file
         if not file.is_file() or file.stat().st_size != shard.size_bytes:
             raise DataError(f"{file}: is missing or was changed: {_BEGIN_ANEW}")
     return replace(progress, complete=False)
-
-
-def _progress_from_record(path: Path, record: Mapping[str, Any]) -> Progress:
-    try:
-        return Progress.from_json(record)
-    except (KeyError, TypeError) as error:
-        raise DataError(f"{path}: {error} is missing or of the wrong type: {_BEGIN_ANEW}") from error
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def publish(bundle: Path, repository: Path, name: str | None, keep: int, as_json
         done = publish_bundle(folder, opened, control, vocabulary=name, keep=keep)
     before = "new" if done.before is None else f"before: version {done.before}"
     text = f"{done.model} at {control.url}: version {done.version}, {done.classes} classes ({before})"
-    emit({**done.to_json(), "url": control.url}, text, as_json=as_json)
+    emit({**asdict(done), "url": control.url}, text, as_json=as_json)
 
 
 @click.command()
@@ -66,7 +67,7 @@ def rollback(repository: Path, name: str | None, to: str | None, as_json: bool, 
     with _control(**server) as control:
         done = roll_back(folder, control, vocabulary=name, to=to)
     text = f"{done.model} at {control.url}: version {done.version} again, {done.classes} classes (was {done.before})"
-    emit({**done.to_json(), "url": control.url}, text, as_json=as_json)
+    emit({**asdict(done), "url": control.url}, text, as_json=as_json)
 
 
 def _control(*, url: str, admin_secret: Path | None, timeout_s: float, **tls: Any) -> Any:

@@ -8,10 +8,10 @@ finish on theirs. On any failure the old version is named and loaded again.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,12 +20,7 @@ from clipship.core.bundle import Bundle
 from clipship.core.errors import CheckFailed, ClipshipError, UsageError
 from clipship.core.tensorrt_plan import variant_digest
 from clipship.serving.errors import RepositoryError, ServingError
-from clipship.serving.model_names import (
-    ENCODER,
-    ENCODER_DIGEST,
-    PRECISION,
-    VOCABULARY_DIGEST,
-)
+from clipship.serving.model_names import ENCODER, ENCODER_DIGEST, PRECISION, VOCABULARY_DIGEST
 from clipship.serving.publish.control import Control
 from clipship.serving.repository.config_pbtxt import read_config
 from clipship.serving.repository.golden_check import validate_graph, validate_same_answers, validate_vocabulary
@@ -51,10 +46,6 @@ class Published(VersionInfo):
     kept: tuple[int, ...]
     """Versions on disk, newest first, for a rollback."""
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return {**asdict(self), "kept": list(self.kept)}
-
 
 def publish(
     repository: Path, bundle: Bundle, control: Control, *, vocabulary: str | None = None, keep: int = 3
@@ -62,7 +53,6 @@ def publish(
     """Switch a server to the vocabulary of ``bundle``.
 
     Args:
-        repository: the folder that the server serves.
         vocabulary: name of the vocabulary to replace, or of a new one; None: the first.
         keep: number of versions kept on disk, with the served one.
 
@@ -237,18 +227,11 @@ def _publish_new(repository: Path, bundle: Bundle, control: Control, vocabulary:
         remove_vocabulary(repository, vocabulary)
         classifier.record(version, "refused", str(error) or type(error).__name__, info)
         for model in reversed(models):
-            _unload(control, model)
+            with suppress(ServingError):  # it was not loaded, or the server has ended; its folder is deleted
+                control.unload(model)
         raise
     classifier.record(version, "publish")
     return _published(classifier, before=None)
-
-
-def _unload(control: Control, model: str) -> None:
-    """Unload a model that may not be loaded."""
-    try:
-        control.unload(model)
-    except ServingError:
-        return  # it was not loaded, or the server has ended; its folder is deleted
 
 
 def _version_to_go_to(classifier: ClassifierVersions, to: str | None) -> int:

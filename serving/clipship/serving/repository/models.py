@@ -122,7 +122,15 @@ def model_settings_from_bundle(
     bundles: list[tuple[str | None, Bundle]] = [(None, bundle), *(others or {}).items()]
     measured_on = bundle.manifest.measured_on
     return ModelSettings(
-        vocabularies=tuple(_vocabulary_settings(each, name, top_k) for name, each in bundles),
+        vocabularies=tuple(
+            VocabularySettings(
+                name=name,
+                bundle_digest=each.digest,
+                vocabulary_digest=each.vocabulary.digest,
+                top_k=min(top_k, len(each.vocabulary)),
+            )
+            for name, each in bundles
+        ),
         image_spec=bundle.image_spec,
         embed_dim=bundle.manifest.embed_dim,
         max_batch_size=max_batch_size,
@@ -132,12 +140,6 @@ def model_settings_from_bundle(
         plans=tuple(plan.info for plan in plans),
         tuning=tuning,
     )
-
-
-def _vocabulary_settings(bundle: Bundle, name: str | None, top_k: int) -> VocabularySettings:
-    classes = len(bundle.vocabulary)
-    digests = {"bundle_digest": bundle.digest, "vocabulary_digest": bundle.vocabulary.digest}
-    return VocabularySettings(name=name, top_k=min(top_k, classes), **digests)
 
 
 def configs_from_settings(settings: ModelSettings, backend: Backend) -> dict[str, Any]:

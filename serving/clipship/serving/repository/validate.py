@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any
@@ -23,29 +22,18 @@ STRICTER = "dynamic_batching needs a max_batch_size above 0"
 _SHOWN = 5
 
 
-@dataclass(frozen=True)
-class Problem:
-    """One reason why Triton would refuse a model."""
-
-    model: str
-    message: str
-
-    def __str__(self) -> str:
-        return f"{self.model}: {self.message}"
-
-
-def repository_problems(path: Path) -> list[Problem]:
-    """Every reason why Triton would not load the repository at ``path``.
+def repository_problems(path: Path) -> list[str]:
+    """Every reason why Triton would not load the repository at ``path``, as "model: reason".
 
     Raises:
         RepositoryError: there is no repository at ``path``.
     """
     configs, unreadable = read_configs(path)
-    problems = [Problem(folder, message) for folder, message in unreadable.items()]
+    problems = [f"{folder}: {message}" for folder, message in unreadable.items()]
     for folder, config in configs.items():
         rules = _ENSEMBLE_RULES if config.platform == "ensemble" else _MODEL_RULES
         for rule in (*_COMMON_RULES, *rules):
-            problems += [Problem(folder, message) for message in rule(config, path / folder, configs)]
+            problems += [f"{folder}: {message}" for message in rule(config, path / folder, configs)]
     return problems + list(_cycles(configs))
 
 
@@ -58,7 +46,7 @@ def validate_repository(path: Path) -> None:
     problems = repository_problems(path)
     if problems:
         more = f"; and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-        listed = "; ".join(map(str, problems[:_SHOWN]))
+        listed = "; ".join(problems[:_SHOWN])
         raise RepositoryError(f"Triton would not load {path}: {listed}{more}: write it again with clipship repository")
 
 
@@ -219,13 +207,13 @@ def _data_flow(config: Any, folder: Path, configs: Mapping[str, Any]) -> Iterato
             yield f"tensor {name!r}: {source} and {where} differ in type or dims"
 
 
-def _cycles(configs: Mapping[str, Any]) -> Iterator[Problem]:
+def _cycles(configs: Mapping[str, Any]) -> Iterator[str]:
     """An ensemble that contains itself, directly or through others."""
     steps = {name: {step.model_name for step in config.ensemble_scheduling.step} for name, config in configs.items()}
     try:
         TopologicalSorter(steps).prepare()
     except CycleError as error:
-        yield Problem(error.args[1][0], "the ensemble holds itself")
+        yield f"{error.args[1][0]}: the ensemble holds itself"
 
 
 _COMMON_RULES: tuple[Rule, ...] = (_name, _tensors, _batch_size, _versions)

@@ -84,11 +84,6 @@ class Entry(VersionInfo):
     reason: str = ""
     """Why a version was refused, or recorded late."""
 
-    @property
-    def served(self) -> bool:
-        """Whether clients were served this version."""
-        return self.action != "refused"
-
 
 @dataclass(frozen=True)
 class ClassifierVersions:
@@ -160,11 +155,8 @@ class ClassifierVersions:
         Raises:
             RepositoryError: the version does not exist, or is damaged.
         """
-        info, config = self.info(version), self.config()
-        config.ClearField("version_policy")
-        config.version_policy.specific.versions.append(version)
-        config.parameters[VOCABULARY_DIGEST].string_value = info.vocabulary_digest
-        config.parameters[BUNDLE_DIGEST].string_value = info.bundle_digest
+        config = self.config()
+        name_version(config, version, self.info(version))
         write_text_atomic(self.folder / "config.pbtxt", text_from_config(config))
 
     def remove_leftovers(self) -> None:
@@ -189,8 +181,8 @@ class ClassifierVersions:
 
     def recorded(self) -> list[int]:
         """The versions that were served according to the record, oldest first, after the repository's first one."""
-        entries = [each for each in read_entries(self.folder.parent) if each.model == self.name and each.served]
-        return [*self.versions()[:1], *(entry.version for entry in entries)]
+        entries = [each for each in read_entries(self.folder.parent) if each.model == self.name]
+        return [*self.versions()[:1], *(entry.version for entry in entries if entry.action != "refused")]
 
     def served(self) -> list[int]:
         """The versions on disk that were served, newest first, each once."""
@@ -220,6 +212,14 @@ def vocabularies_in(repository: Path) -> list[str]:
     """The names of the further vocabularies in the repository, by the ensemble that is written last."""
     prefix = of_vocabulary(CLASSIFY_ENCODED, "")
     return sorted(file.parent.name.removeprefix(prefix) for file in repository.glob(f"{prefix}*/config.pbtxt"))
+
+
+def name_version(config: Any, version: int, info: VersionInfo) -> None:
+    """Have a classifier's configuration name the version to serve, and its digests."""
+    config.ClearField("version_policy")
+    config.version_policy.specific.versions.append(version)
+    config.parameters[VOCABULARY_DIGEST].string_value = info.vocabulary_digest
+    config.parameters[BUNDLE_DIGEST].string_value = info.bundle_digest
 
 
 def version_info_of(bundle: Bundle) -> VersionInfo:

@@ -42,14 +42,12 @@ from clipship.core.tensorrt_plan import Target, TensorRtPlan, validate_plan, var
 from clipship.core.tensors import ENCODED, image_tensor
 from clipship.serving.model_names import (
     ADMISSION,
-    BUNDLE_DIGEST,
     CLASSIFIER,
     CLASSIFY,
     CLASSIFY_ENCODED,
     ENCODER,
     PREPROCESS,
     TOP_K,
-    VOCABULARY_DIGEST,
     of_vocabulary,
 )
 from clipship.serving.repository.backends import BACKENDS, ONNXRUNTIME, PYTHON, Backend, backend_named
@@ -63,7 +61,14 @@ from clipship.serving.repository.models import (
 )
 from clipship.serving.repository.tuning import DEFAULT_TUNING, Tuning
 from clipship.serving.repository.validate import validate_repository
-from clipship.serving.repository.versions import ClassifierVersions, copy_sources, remove_folder, write_version
+from clipship.serving.repository.versions import (
+    ClassifierVersions,
+    copy_sources,
+    name_version,
+    remove_folder,
+    version_info_of,
+    write_version,
+)
 from clipship.serving.repository.vocabularies import validate_same_encoder, validated_name
 
 DOORS_COPY = "clipship_doors.py"
@@ -116,14 +121,16 @@ def repository_from_bundle(
     tuning.validate_backend(chosen, max_batch_size)
     _validate_plans(bundle, plans, chosen, max_batch_size, tensorrt_version)
     encoder = DEFAULT_ENCODER if plans else _encoder_variant(bundle, chosen, precision, tuning)
-    validate_same_encoder(bundle, others, _variant_of_plans(plans, bundle) or encoder)
+    validate_same_encoder(bundle, others, (variant_of(plans[0].info, bundle) if plans else None) or encoder)
     numbers: dict[str, Any] = {"max_batch_size": max_batch_size, "top_k": top_k, "tuning": tuning}
     settings = model_settings_from_bundle(bundle, encoder=encoder, plans=plans, others=others, **numbers)
     with replace_folder(out) as folder:
         configs = configs_from_settings(settings, chosen)
-        _write_configs(folder, configs)
+        for name, config in configs.items():
+            _write_config(folder / name, config)
         _write_encoder(bundle, folder, settings, plans)
-        _write_classifiers(folder, settings, (bundle, *others.values()))
+        for vocabulary, each in zip(settings.vocabularies, (bundle, *others.values()), strict=True):
+            write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", each, vocabulary.top_k)
         _write_sources(folder, configs)
         _write_warmup_files(bundle, folder)
         write_samples(folder, bundle)
@@ -148,7 +155,7 @@ def add_vocabulary(repository: Path, bundle: Bundle, name: str) -> tuple[str, ..
         staged = repository / CLASSIFIER / config.name  # in a model's folder Triton looks at numbers only
         with replace_folder(staged) as folder:
             if model == CLASSIFIER:
-                _set_vocabulary(config, bundle)
+                name_version(config, 1, version_info_of(bundle))
             _write_config(folder, config)
             if model == CLASSIFIER:
                 write_version(folder / "1", bundle, int(config.parameters[TOP_K].string_value))
@@ -174,13 +181,6 @@ def _rename(config: Any, vocabulary: str) -> None:
     for step in config.ensemble_scheduling.step:
         if step.model_name == CLASSIFIER:
             step.model_name = of_vocabulary(CLASSIFIER, vocabulary)
-
-
-def _set_vocabulary(config: Any, bundle: Bundle) -> None:
-    config.ClearField("version_policy")
-    config.version_policy.specific.versions.append(1)
-    config.parameters[BUNDLE_DIGEST].string_value = bundle.digest
-    config.parameters[VOCABULARY_DIGEST].string_value = bundle.vocabulary.digest
 
 
 def sources_folder() -> Path:
@@ -248,18 +248,8 @@ def _encoder_variant(bundle: Bundle, backend: Backend, precision: Precision, tun
     return variant
 
 
-def _variant_of_plans(plans: Sequence[TensorRtPlan], bundle: Bundle) -> EncoderVariant | None:
-    return variant_of(plans[0].info, bundle) if plans else None
-
-
-def _write_configs(folder: Path, configs: Mapping[str, Any]) -> None:
-    for name, config in configs.items():
-        (folder / name).mkdir()
-        _write_config(folder / name, config)
-
-
 def _write_config(model: Path, config: Any) -> None:
-    (model / "1").mkdir(exist_ok=True)
+    (model / "1").mkdir(parents=True, exist_ok=True)
     (model / "config.pbtxt").write_text(text_from_config(config), encoding="utf-8")
     if config.platform == "ensemble":
         (model / "1" / ".keep").touch()  # Triton needs the folder; object stores drop empty ones
@@ -274,11 +264,6 @@ def _write_encoder(bundle: Bundle, folder: Path, settings: ModelSettings, plans:
         weights = f"{settings.encoder.file}.data"  # of a graph above 2 GB, which names this file
         if weights in bundle.files:
             shutil.copyfile(bundle.path / weights, version / weights)
-
-
-def _write_classifiers(folder: Path, settings: ModelSettings, bundles: Sequence[Bundle]) -> None:
-    for vocabulary, bundle in zip(settings.vocabularies, bundles, strict=True):
-        write_version(folder / of_vocabulary(CLASSIFIER, vocabulary.name) / "1", bundle, vocabulary.top_k)
 
 
 def _write_sources(folder: Path, configs: Mapping[str, Any]) -> None:

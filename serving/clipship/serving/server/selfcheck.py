@@ -112,10 +112,7 @@ def _array(tensor: dict[str, Any], data: bytes) -> NDArray[Any]:
 def validate_server(repository: Path, host: str, http_port: int, *, timeout_s: float) -> None:
     """Validate that the Triton that serves ``repository`` answers its golden samples within tolerance.
 
-    A repository written before 0.6 has none; then a line is logged.
-
-    Args:
-        timeout_s: of each request.
+    A repository written before 0.6 has none; then a line is logged. Each request may take ``timeout_s`` seconds.
 
     Raises:
         CheckFailed: it does not; names the model, precision, runtime and processor, and says what to do.

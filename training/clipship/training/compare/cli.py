@@ -6,6 +6,7 @@ import os
 import platform
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,10 +24,12 @@ if TYPE_CHECKING:
     from clipship.training.compare.launcher import Rank
     from clipship.training.compare.results import RunResult
 
+_option = partial(click.option, show_default=True)
+
 
 @click.command(cls=MultiValueCommand)
 @click.argument("recipes", nargs=-1, required=True, metavar="RECIPE...")
-@click.option(
+@_option(
     *("--data", "data"),
     required=True,
     multiple=True,
@@ -34,46 +37,40 @@ if TYPE_CHECKING:
     metavar="DIR...",
     help="Data sets; for cross-dataset the source first.",
 )
-@click.option(
+@_option(
     "--seeds", multiple=True, type=click.IntRange(min=0), default=(1, 2, 3), show_default="1 2 3", metavar="INT..."
 )
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the report.")
-@click.option(
+@_option("--out", required=True, type=click.Path(path_type=Path), help="Folder for the runs and the report.")
+@_option(
     "--protocol",
     type=click.Choice(["base-to-new", "few-shot", "cross-dataset"]),
     default="base-to-new",
-    show_default=True,
     help="Which classes are learned and which are tested.",
 )
-@click.option(
+@_option(
     "--shots",
     multiple=True,
     type=click.IntRange(min=1),
     metavar="INT...",
     help="Real images a class; default: the recipe's, 1 2 4 8 16 for few-shot.",
 )
-@click.option(
-    "--synthetic-name", default="synthetic", show_default=True, help="Folder of synthetic images in each DIR."
-)
-@click.option(
+@_option("--synthetic-name", default="synthetic", help="Folder of synthetic images in each DIR.")
+@_option(
     "--synthetic-shots",
     multiple=True,
     type=click.IntRange(min=0),
     metavar="INT...",
     help="Synthetic images a class, such as 0 1 2 4 8 16; default: all kept ones.",
 )
-@click.option(
+@_option(
     "--synthetic-filter",
     type=click.Choice(["on", "off", "both"]),
     default="on",
-    show_default=True,
     help="Take the best by CLIP score, the first by seed, or compare both.",
 )
-@click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
-@click.option("--device", help="A torch device; default: the GPUs if there are any.")
-@click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes a run that prepare images."
-)
+@_option("--jobs", type=click.IntRange(min=1), default=1, help="Runs at the same time.")
+@_option("--device", help="A torch device; default: the GPUs if there are any.")
+@_option("--workers", type=click.IntRange(min=0), default=0, help="Processes a run that prepare images.")
 @json_option
 def compare(
     recipes: tuple[str, ...],

@@ -76,18 +76,9 @@ class RunResult:
 
 
 def _names_of(run: GridRun) -> dict[str, Any]:
-    config = run.config
-    return {
-        "recipe": config.recipe,
-        "method": config.method,
-        "base_model": config.base_model,
-        "dataset": run.dataset,
-        "seed": config.seed,
-        "shots": config.shots,
-        "synthetic_shots": config.synthetic_shots,
-        "synthetic_filter": config.synthetic_filter,
-        "identity": run.identity,
-    }
+    names = ("recipe", "method", "base_model", "seed", "shots", "synthetic_shots", "synthetic_filter")
+    settings = {name: getattr(run.config, name) for name in names}
+    return {**settings, "dataset": run.dataset, "identity": run.identity}
 
 
 def result_path(run: GridRun) -> Path:

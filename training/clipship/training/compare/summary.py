@@ -116,12 +116,8 @@ def averaged(datasets: Sequence[Mapping[int, Numbers]]) -> list[Numbers]:
 
 def _mean_over(datasets: Sequence[Numbers]) -> Numbers:
     values = {name: [one.get(name) for one in datasets] for name in ACCURACIES}
-    return {name: None if None in each else statistics.mean(map(_known, each)) for name, each in values.items()}
-
-
-def _known(value: float | None) -> float:
-    assert value is not None
-    return value
+    known = {name: [value for value in each if value is not None] for name, each in values.items()}
+    return {name: statistics.mean(each) if len(each) == len(datasets) else None for name, each in known.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

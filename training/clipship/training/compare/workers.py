@@ -124,14 +124,9 @@ def _scores(method: Method, dataset: Dataset, checkpoint: Checkpoint, cache: Pat
 def do_runs(
     runs: Sequence[GridRun], *, jobs: int, device: str | None, loader_workers: int, first_gpu: int = 0
 ) -> Iterator[RunResult]:
-    """The results of ``runs`` as they end, with a log line for each.
+    """The results of ``runs`` as they end, with a log line for each; several ``jobs`` run in worker processes.
 
-    Args:
-        runs: what to do.
-        jobs: how many at the same time; several run in worker processes.
-        device: of all runs; None: the GPUs in turn.
-        loader_workers: processes of each run that prepare images.
-        first_gpu: number of the GPU that the first job takes.
+    Without a ``device`` the jobs take the GPUs in turn, from ``first_gpu`` on.
     """
     if not runs:
         return

@@ -14,8 +14,7 @@ Shapes: N images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +34,6 @@ CROSS_DATASET = "cross-dataset"
 DOMAINS = "domain generalisation"
 PROTOCOLS = (BASE_TO_NEW, GENERALISED, ALL_CLASSES, CROSS_DATASET, DOMAINS)
 
-_PERCENTAGES = ("base", "new", "open_base", "open_new", "all", "seen", "unseen", "ece_before", "ece_after")
-_NUMBERS = tuple(f"num_{half}{kind}" for half in ("", "base_", "new_") for kind in ("images", "classes"))
 _MEANS = ("harmonic_mean", "open_harmonic_mean", "generalised_harmonic_mean")
 
 
@@ -50,9 +47,6 @@ class Scores:
     """Top-1 accuracies in percent, over all images of a half unless stated otherwise.
 
     None if the protocol has no such score, a half has no images, or the method does not know its classes.
-
-    Raises:
-        DataError: an unknown protocol, or a number out of range.
     """
 
     dataset: str
@@ -92,18 +86,6 @@ class Scores:
     reliability: tuple[ReliabilityBin, ...] = ()
     """The reliability diagram over the same names, with the temperature where there is one."""
 
-    def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise DataError(f"protocol {self.protocol!r}: accepted: {', '.join(PROTOCOLS)}")
-        for name in _PERCENTAGES:
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 100:
-                raise DataError(f"{name} is {value!r}: must be a percentage or null: evaluate again")
-        for name in _NUMBERS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 0:
-                raise DataError(f"{name} is {value!r}: must be a number from 0 on: evaluate again")
-
     @property
     def harmonic_mean(self) -> float | None:
         """Of base and new."""
@@ -123,24 +105,6 @@ class Scores:
         """A JSON object with every field and the harmonic means."""
         means = {name: getattr(self, name) for name in _MEANS}
         return {**asdict(self), "reliability": [asdict(one) for one in self.reliability], **means}
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Scores:
-        """The inverse of :meth:`to_json`.
-
-        Raises:
-            DataError: a field is missing, unknown, of another type or out of range.
-        """
-        names = {*(field.name for field in fields(cls)), *_MEANS}
-        odd = sorted(set(content) ^ names)
-        if odd:
-            raise DataError(f"not scores of this version: {', '.join(odd)} missing or unknown: evaluate again")
-        try:
-            bins = tuple(ReliabilityBin(**one) for one in content["reliability"])
-            given = {key: value for key, value in content.items() if key not in _MEANS}
-            return cls(**{**given, "reliability": bins})
-        except TypeError as error:
-            raise DataError(f"not scores ({error}): evaluate again") from error
 
 
 def _mean_of(first: float | None, second: float | None) -> float | None:

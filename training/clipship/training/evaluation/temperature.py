@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,9 @@ class Calibration:
         if not least <= self.temperature <= greatest:
             raise DataError(f"temperature {self.temperature}: must be {least} to {greatest}: calibrate again")
 
-    def to_json(self) -> dict[str, Any]:
-        """A JSON object with every field."""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Calibration:
-        """The inverse of :meth:`to_json`.
+        """The inverse of :func:`dataclasses.asdict`.
 
         Raises:
             DataError: a field is missing, unknown or of another type.

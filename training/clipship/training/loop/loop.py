@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -132,7 +132,7 @@ def train(
         losses=losses,
         notes=method.notes,
         selection=_selection(method),
-        calibration=calibrate(method, sample.validation, cache=options.cache).to_json() if is_classifier else None,
+        calibration=asdict(calibrate(method, sample.validation, cache=options.cache)) if is_classifier else None,
     )
     if processes.is_main:
         save_checkpoint(out, checkpoint)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import PurePosixPath
 
 from clipship.training.synthesis.class_prompts import ClassPrompts
@@ -51,27 +52,20 @@ def seed_of(seed: int, class_name: str, number: int, attempt: int = 0) -> int:
 
 def candidates_of(config: SynthesisConfig, class_prompts: ClassPrompts, attempt: int = 0) -> list[Candidate]:
     """All images of the set, class by class, each with the seed of ``attempt``."""
-    return [
-        _candidate(config, class_prompts, place, class_name, number, attempt)
-        for place, (class_name, number) in enumerate(
-            (class_name, number) for class_name in class_prompts.class_names for number in range(config.candidates)
+    found = []
+    for place, (class_name, number) in enumerate(product(class_prompts.class_names, range(config.candidates))):
+        prompts, sources = class_prompts.prompts[class_name], class_prompts.sources.get(class_name, ())
+        found.append(
+            Candidate(
+                class_name=class_name,
+                place=place,
+                attempt=attempt,
+                seed=seed_of(config.seed, class_name, number, attempt),
+                prompt=prompts[number % len(prompts)],
+                source=str(sources[number % len(sources)]) if sources else None,
+            )
         )
-    ]
-
-
-def _candidate(
-    config: SynthesisConfig, class_prompts: ClassPrompts, place: int, class_name: str, number: int, attempt: int
-) -> Candidate:
-    prompts = class_prompts.prompts[class_name]
-    sources = class_prompts.sources.get(class_name, ())
-    return Candidate(
-        class_name=class_name,
-        place=place,
-        attempt=attempt,
-        seed=seed_of(config.seed, class_name, number, attempt),
-        prompt=prompts[number % len(prompts)],
-        source=str(sources[number % len(sources)]) if sources else None,
-    )
+    return found
 
 
 def batches_of(

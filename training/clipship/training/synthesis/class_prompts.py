@@ -121,9 +121,7 @@ def with_images(
     """``class_prompts`` with the few-shot sample that training takes from the data set at ``path`` with the same seed.
 
     Args:
-        class_prompts: the classes.
         path: a data set as ``train --data`` takes it, class folders among them.
-        config: gives shots and seed.
         classes: "base": only base classes have real images, as in base-to-new; "all": every class.
 
     Raises:

@@ -6,17 +6,15 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from clipship.core.errors import RecipeError
+from clipship.training.config import Settings, at_least, one_of
 
 AUTO = "auto"
-PRECISIONS = (AUTO, "fp32", "bf16", "fp16")
-FILTERS = ("similarity", "class", "none")
-IMAGE_FORMATS = ("webp", "jpeg")
 MAX_TRIES = 16
 """Maximum of seeds tried for one candidate; see :func:`clipship.training.synthesis.candidates.seed_of`."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class SynthesisConfig:
+class SynthesisConfig(Settings):
     """Settings of one synthetic set.
 
     Raises:
@@ -33,20 +31,20 @@ class SynthesisConfig:
     """Variant of the weight files such as "fp16", used if it exists."""
     scheduler: str = ""
     """A scheduler class of diffusers; empty: the pipeline's own."""
-    steps: int = 50
+    steps: int = at_least(1, 50)
     """Denoising steps; image-to-image does the last ``strength`` of them."""
-    guidance: float = 7.5
+    guidance: float = at_least(0, 7.5)
     """Classifier-free guidance scale; at most 1 is none."""
     negative_prompt: str = ""
     """What images should not show."""
-    max_tokens: int = 0
+    max_tokens: int = at_least(0, 0)
     """Maximum tokens of a T5 text encoder; 0: the pipeline's own."""
     size_px: int = 0
     """Side of the square images; 0: the pipeline's own."""
 
     candidates: int = 64
     """Images made of a class (M)."""
-    keep: int = 16
+    keep: int = at_least(1, 16)
     """Images kept of a class (N)."""
     templates: tuple[str, ...] = ()
     """Prompts with ``{}`` for the class name; empty: those of the vocabulary."""
@@ -54,35 +52,29 @@ class SynthesisConfig:
     """Words added to the prompt, such as "in the snow"."""
     strength: float = 0.0
     """Noise added to real images, for image-to-image; 0: text-to-image."""
-    shots: int = 16
+    shots: int = at_least(0, 16)
     """Real images a class that image-to-image starts from; 0: all there are."""
 
-    precision: str = AUTO
+    precision: str = one_of(AUTO, "fp32", "bf16", "fp16")
     """Of the pipeline: fp32, bf16, fp16, or auto for what the device runs best."""
-    batch_size: int = 8
+    batch_size: int = at_least(1, 8)
     """Images a batch."""
     scorer: str = "ViT-B-16/openai"
     """The CLIP that scores, as :func:`clipship.training.model.clip.load_clip` takes it."""
-    filter: str = "similarity"
+    filter: str = one_of("similarity", "class", "none")
     """Keep the best by "similarity", the best that CLIP also takes for their own "class", or the first ("none")."""
     duplicates: float = 0.98
     """CLIP cosine from which two images of a class count as near-duplicates; 1: never."""
     tries: int = 4
     """Seeds tried for an image until one is neither flagged nor blank."""
-    image_format: str = "webp"
-    """webp or jpeg."""
+    image_format: str = one_of("webp", "jpeg")
     quality: int = 92
     """Of the image files, 1 to 100."""
-    seed: int = 1
+    seed: int = at_least(0, 1)
     """Images depend on it."""
 
     def __post_init__(self) -> None:
-        for name, accepted in _CHOICES.items():
-            self._require(getattr(self, name) in accepted, f"one of {', '.join(accepted)}", name)
-        for name in ("steps", "keep", "batch_size"):
-            self._require(getattr(self, name) >= 1, "at least 1", name)
-        for name in ("guidance", "max_tokens", "shots", "seed"):
-            self._require(getattr(self, name) >= 0, "at least 0", name)
+        super().__post_init__()
         self._require(self.pipeline.strip() != "", "a folder or a hub id", "pipeline")
         self._require(self.candidates >= self.keep, "at least keep", "candidates", "keep")
         self._require(self.size_px >= 0 and self.size_px % 8 == 0, "a multiple of 8", "size_px")
@@ -95,11 +87,6 @@ class SynthesisConfig:
         for template in self.templates:
             self._require(template.count("{}") == 1, "prompts with {} once, where the class name goes", "templates")
         self._require(all(map(str.strip, self.contexts)), "words, not empty lines", "contexts")
-
-    def _require(self, fine: bool, accepted: str, *names: str) -> None:
-        if not fine:
-            given = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-            raise RecipeError(f"recipe {self.recipe}: {given}: must be {accepted}")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object with every field."""
@@ -120,4 +107,3 @@ class SynthesisConfig:
 
 
 _LISTS = ("templates", "contexts")
-_CHOICES = {"precision": PRECISIONS, "filter": FILTERS, "image_format": IMAGE_FORMATS}

@@ -39,14 +39,7 @@ class Placement:
 
 
 def placement_of(*, free_bytes: int | None, weights_bytes: int, batch_size: int, size_px: int) -> Placement:
-    """The fastest placement that fits.
-
-    Args:
-        free_bytes: of the GPU; None on a CPU.
-        weights_bytes: of all parts of the pipeline, in its precision.
-        batch_size: images a batch.
-        size_px: side of the images.
-    """
+    """The fastest placement of a pipeline that fits into the ``free_bytes`` of the GPU (None: a CPU)."""
     if free_bytes is None:
         return Placement()
     image_bytes = BYTES_PER_PIXEL * size_px**2

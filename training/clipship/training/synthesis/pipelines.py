@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from clipship.core.errors import MissingExtraError, RecipeError
 from clipship.core.files import sha256_of
 from clipship.training.model.builtin import TINY_DIFFUSION, builtin_folder
@@ -23,7 +25,6 @@ INDEX_FILE = "model_index.json"
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _WEIGHTS = ("diffusion_pytorch_model", "model")
 _TOKENS = (("tokenizer.json",), ("vocab.json", "merges.txt"), ("spiece.model",), ("tokenizer.model",))
-_MAX_HEADER_BYTES = 100_000_000  # safetensors' own limit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,17 +193,12 @@ def _there(path: Path) -> Path:
 
 def _whole(path: Path) -> Path:
     """``path``, a safetensors file, if it has the size that its header states."""
-    size = path.stat().st_size
-    with path.open("rb") as handle:
-        length = int.from_bytes(handle.read(8), "little")
-        try:
-            header = json.loads(handle.read(length)) if length <= min(size, _MAX_HEADER_BYTES) else {}
-            end = max(one["data_offsets"][1] for key, one in header.items() if key != "__metadata__")
-        except (ValueError, KeyError, TypeError, IndexError):
-            end = -1
-    if 8 + length + end != size:
-        raise RecipeError(f"{path} is truncated or damaged ({size} bytes): download it again")
-    return path
+    try:
+        with safe_open(path, framework="pt"):
+            return path
+    except SafetensorError as error:
+        size = path.stat().st_size
+        raise RecipeError(f"{path} is truncated or damaged ({size} bytes: {error}): download it again") from error
 
 
 def _json_of(path: Path) -> dict[str, Any]:

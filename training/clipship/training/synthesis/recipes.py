@@ -16,17 +16,9 @@ from clipship.training.synthesis.config import SynthesisConfig
 TINY_STEPS, TINY_GUIDANCE = 20, 3.0
 """Denoising steps and classifier-free guidance (arXiv 2207.12598) of the built-in pipeline."""
 
-SD_1_4 = "CompVis/stable-diffusion-v1-4"
 SD_1_5 = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 SD_2_1 = "stabilityai/stable-diffusion-2-1"
-SD_2_1_BASE = "stabilityai/stable-diffusion-2-1-base"
 SD_3 = "stabilityai/stable-diffusion-3-medium-diffusers"
-SDXL = "stabilityai/stable-diffusion-xl-base-1.0"
-SDXL_TURBO = "stabilityai/sdxl-turbo"
-FLUX_SCHNELL = "black-forest-labs/FLUX.1-schnell"
-REALISTIC_VISION = "SG161222/Realistic_Vision_V2.0"
-
-SynthesisRecipe = Callable[[], SynthesisConfig]
 
 
 def tiny() -> SynthesisConfig:
@@ -46,12 +38,13 @@ def tiny() -> SynthesisConfig:
 
 def sync_clip() -> SynthesisConfig:
     """For SYNC-CLIP: 16 of 64 images, data set templates; Stable Diffusion instead of the authors' images."""
-    return SynthesisConfig(recipe="sync-clip", pipeline=SD_2_1_BASE)
+    return SynthesisConfig(recipe="sync-clip", pipeline="stabilityai/stable-diffusion-2-1-base")
 
 
 def sus_x() -> SynthesisConfig:
     """SuS-X's support sets: Stable Diffusion 1.4, 85 steps, guidance 9.5, 100 images a class, all kept."""
-    return replace(_unfiltered(100), recipe="sus-x", pipeline=SD_1_4, steps=85, guidance=9.5, batch_size=5)
+    pipeline = "CompVis/stable-diffusion-v1-4"
+    return replace(_unfiltered(100), recipe="sus-x", pipeline=pipeline, steps=85, guidance=9.5, batch_size=5)
 
 
 def datadream() -> SynthesisConfig:
@@ -63,7 +56,7 @@ def disef() -> SynthesisConfig:
     """DISEF: image-to-image from the real shots, 15 of 20 DPM-Solver++ steps, filtered by class."""
     return SynthesisConfig(
         recipe="disef",
-        pipeline=REALISTIC_VISION,
+        pipeline="SG161222/Realistic_Vision_V2.0",
         scheduler="DPMSolverMultistepScheduler",
         steps=20,
         strength=0.75,
@@ -106,14 +99,14 @@ def sd21() -> SynthesisConfig:
 
 def sdxl() -> SynthesisConfig:
     """Stable Diffusion XL, 1024 px: 50 steps, guidance 5."""
-    return SynthesisConfig(recipe="sdxl", pipeline=SDXL, variant="fp16", guidance=5.0, batch_size=4)
+    pipeline = "stabilityai/stable-diffusion-xl-base-1.0"
+    return SynthesisConfig(recipe="sdxl", pipeline=pipeline, variant="fp16", guidance=5.0, batch_size=4)
 
 
 def sdxl_turbo() -> SynthesisConfig:
     """SDXL-Turbo, 512 px: one step, no guidance; by far the cheapest of the large pipelines."""
-    return SynthesisConfig(
-        recipe="sdxl-turbo", pipeline=SDXL_TURBO, variant="fp16", steps=1, guidance=0.0, size_px=512, batch_size=16
-    )
+    half = replace(sdxl(), recipe="sdxl-turbo", pipeline="stabilityai/sdxl-turbo", batch_size=16)
+    return replace(half, steps=1, guidance=0.0, size_px=512)
 
 
 def sd3() -> SynthesisConfig:
@@ -125,7 +118,7 @@ def flux_schnell() -> SynthesisConfig:
     """FLUX.1-schnell, 1024 px: 4 steps, no guidance, bf16."""
     return SynthesisConfig(
         recipe="flux-schnell",
-        pipeline=FLUX_SCHNELL,
+        pipeline="black-forest-labs/FLUX.1-schnell",
         steps=4,
         guidance=0.0,
         max_tokens=256,
@@ -140,7 +133,7 @@ def _unfiltered(count: int) -> SynthesisConfig:
     )
 
 
-_RECIPES: tuple[SynthesisRecipe, ...] = (
+_RECIPES: tuple[Callable[[], SynthesisConfig], ...] = (
     *(tiny, sync_clip, sus_x, datadream, disef, real_guidance, imagine_fsl),
     *(sd15, sd21, sdxl, sdxl_turbo, sd3, flux_schnell),
 )

@@ -25,8 +25,6 @@ def remake(
     the manifest) give the same pixels and, encoded with the set's format and quality, the same file.
 
     Args:
-        synthetic: a set made by ``clipship synthesize``.
-        image: one of its images, kept or not.
         pipeline: where the pipeline is now, if its folder was moved.
         device: of torch; None: the GPU if there is one.
 

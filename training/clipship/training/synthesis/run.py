@@ -65,8 +65,6 @@ def synthesize(
     """Make the synthetic set of ``config`` in ``out``, or resume an earlier start.
 
     Args:
-        config: the settings.
-        class_prompts: classes, prompts, and real images for image-to-image.
         out: the set's folder; a finished set of the same settings is kept.
         device: of torch; None: the GPU if there is one.
 
@@ -184,11 +182,7 @@ def records_and_files(
 ) -> tuple[list[CandidateRecord], dict[str, bytes]]:
     """What the workspace keeps of a batch: its records, and the bytes of its image files by path.
 
-    Args:
-        config: format and quality of the files.
-        total: number of images of the whole set, which makes the batch's number unique in all rounds.
-        batch: what was to be made.
-        made: what was made.
+    ``total``, the number of images of the whole set, makes the batch's number unique in all rounds.
     """
     number = batch[0].attempt * total + batch[0].place
     paths = [candidate.file_path(config) for candidate in batch]

@@ -61,11 +61,7 @@ class Workspace:
         return {record.key: record for path in self._batches.glob("*.json") for record in _records_in(path)}
 
     def add(self, records: Sequence[CandidateRecord], files: Mapping[str, bytes]) -> None:
-        """Write the images of one batch, then its record.
-
-        Args:
-            records: the batch.
-            files: bytes of the image files, by :attr:`CandidateRecord.path`.
+        """Write the images of one batch (by :attr:`CandidateRecord.path`), then its record.
 
         Raises:
             OSError: the disk is full; the batch counts as not made.

@@ -37,17 +37,13 @@ class AutoencoderSettings(RunSettings):
     """The settings of the committed autoencoder; `kl_weight` is per value of the latent."""
 
     steps: int = 3000
-    batch_size: int = 32
     learning_rate: float = 2e-3
-    weight_decay: float = 0.01
     warmup_steps: int = 100
-    decay_fraction: float = 0.4
     log_every: int = 50
     evaluate_every: int = 250
     kl_weight: float = 2e-4
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         super().__post_init__()
         if self.kl_weight < 0:
             raise ValueError(f"kl_weight is {self.kl_weight}; it must be 0 or more")
@@ -88,7 +84,6 @@ class AutoencoderRun(ResumableRun[AutoencoderSettings, Bytes]):
     log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
     def __init__(self, out: Path, settings: AutoencoderSettings) -> None:
-        """Start from fresh weights; nothing is written yet."""
         self.model = new_autoencoder(settings.seed)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.99))
         self.unseen = signed_from_pixels(draw_pictures(_MEASURED_SEED, 0, _MEASURED_PICTURES))

@@ -37,11 +37,8 @@ class DenoiserSettings(RunSettings):
     """
 
     steps: int = 8400
-    batch_size: int = 32
     learning_rate: float = 8e-4
-    weight_decay: float = 0.01
     warmup_steps: int = 300
-    decay_fraction: float = 0.4
     log_every: int = 100
     evaluate_every: int = 1000
     pictures: int = 32_768
@@ -50,7 +47,6 @@ class DenoiserSettings(RunSettings):
     average_decay: float = 0.999
 
     def __post_init__(self) -> None:
-        """Validate the settings."""
         super().__post_init__()
         if self.pictures < 1 or self.snr_limit <= 0:
             raise ValueError(f"pictures is {self.pictures} and snr_limit {self.snr_limit}; both must be above 0")
@@ -63,19 +59,14 @@ class DenoiserSettings(RunSettings):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class NoisyBatch:
-    """The training data of one step.
-
-    Attributes:
-        latents: float32 [N, C, S, S].
-        noise: float32 [N, C, S, S].
-        times: int64 [N], steps of the noise schedule.
-        captions: N texts, empty where the caption is left out.
-    """
+    """The training data of one step: latents and noise are float32 [N, C, S, S]."""
 
     latents: Tensor
     noise: Tensor
     times: Tensor
+    """int64 [N], steps of the noise schedule."""
     captions: tuple[str, ...]
+    """N texts, empty where the caption is left out."""
 
 
 def new_denoiser(seed: int, text_width: int) -> Any:
@@ -123,7 +114,7 @@ def min_snr_weights(signal: Tensor, limit: float) -> Tensor:
 
 
 class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
-    """The training of the denoiser."""
+    """The training of the denoiser, which `judge` measures."""
 
     log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
@@ -137,7 +128,6 @@ class DenoiserRun(ResumableRun[DenoiserSettings, NoisyBatch]):
         tokenizer: Any,
         judge: Callable[[Any], dict[str, float]],
     ) -> None:
-        """Start from fresh weights; `judge` measures a denoiser. Nothing is written yet."""
         self.latents, self.text_encoder, self.tokenizer, self.judge = latents, text_encoder, tokenizer, judge
         self.model = new_denoiser(settings.seed, text_encoder.config.hidden_size)
         moving_average = get_ema_multi_avg_fn(settings.average_decay)  # type: ignore[no-untyped-call]

@@ -14,9 +14,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from clipship.core.files import replace_file
@@ -39,24 +39,17 @@ _SHEET_COLUMNS = 8
 _TEXT_PX = 230
 _GAP_PX = 2
 
-Bools = NDArray[np.bool_]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Question:
-    """A set of class names among which images are classified.
-
-    Attributes:
-        name: what they are.
-        class_names: the names.
-        unseen: for every name, whether pre-training holds the composition out.
-        template: the prompt whose `{}` takes a class name, for generating and for judging.
-    """
+    """A set of class names among which images are classified."""
 
     name: str
     class_names: tuple[str, ...]
     unseen: tuple[bool, ...]
+    """For every name, whether pre-training holds the composition out."""
     template: str = "a photo of a {}."
+    """The prompt whose `{}` takes a class name, for generating and for judging."""
 
     @property
     def prompts(self) -> tuple[str, ...]:
@@ -66,18 +59,13 @@ class Question:
 
 @dataclass(frozen=True, kw_only=True)
 class JudgeRow:
-    """Top-1 accuracy in percent on drawn and on generated images of the same names; true if the share reaches `FLOOR`.
-
-    Attributes:
-        name: the question.
-        shown: "seen" or "unseen" in composition.
-        images: number of images of either kind.
-        drawn, generated: the accuracies.
-    """
+    """Top-1 accuracy in percent on drawn and on generated images of the same names; true from `FLOOR` on."""
 
     name: str
     shown: str
+    """"seen" or "unseen" in composition."""
     images: int
+    """Of either kind."""
     drawn: float
     generated: float
 
@@ -87,11 +75,9 @@ class JudgeRow:
         return self.generated / self.drawn if self.drawn else 0.0
 
     def __bool__(self) -> bool:
-        """Return whether the share is at least `FLOOR`."""
         return self.share >= FLOOR
 
     def __str__(self) -> str:
-        """Return the row of the table."""
         left = f"{self.name:14} {self.shown:7} {self.images:6d}"
         return f"{left} {self.drawn:7.1f} {self.generated:10.1f} {100 * self.share:7.1f}"
 
@@ -131,7 +117,7 @@ def _scenes_of(thing: Thing) -> list[Scene]:
 
 
 @torch.no_grad()
-def is_correct(clip: Clip, images: Sequence[Image.Image], labels: Sequence[int], question: Question) -> Bools:
+def is_correct(clip: Clip, images: Sequence[Image.Image], labels: Sequence[int], question: Question) -> Any:
     """Return for every image whether `clip` classifies it as its label, bool [N]."""
     pixels = torch.stack([clip.preprocess(image) for image in images])
     texts = clip.model.encode_text(clip.tokenize(question.prompts), normalize=True)
@@ -140,15 +126,7 @@ def is_correct(clip: Clip, images: Sequence[Image.Image], labels: Sequence[int],
 
 
 def rows_of(clip: Clip, pipeline: Any, question: Question, *, per_class: int, **options: Any) -> list[JudgeRow]:
-    """Judge the images of one question, and return a row for its seen and one for its unseen names, if it has any.
-
-    Args:
-        clip: the judge.
-        pipeline: what generates.
-        question: the names.
-        per_class: images of a name, with the seeds 0, 1, ...
-        options: steps and guidance of `generate`.
-    """
+    """Judge `per_class` images of each name (seeds 0, 1, ...); return a row for seen and one for unseen names."""
     labels = [label for label in range(len(question.class_names)) for _ in range(per_class)]
     seeds = list(range(per_class)) * len(question.class_names)
     drawn = [draw_candidate(question.class_names[label], seed) for label, seed in zip(labels, seeds, strict=True)]
@@ -184,7 +162,12 @@ def total_of(rows: Sequence[JudgeRow], shown: str) -> JudgeRow:
 
 def write_sheet(path: Path, pipeline: Any, **options: Any) -> None:
     """Write a PNG of generated images: a seen and an unseen name of every question, the prompt on the left."""
-    lines = _lines_of_sheet()
+    lines = [
+        (question.prompts[question.unseen.index(unseen)], unseen)
+        for question in questions()
+        for unseen in (False, True)
+        if unseen in question.unseen
+    ]
     prompts = [prompt for prompt, _ in lines for _ in range(_SHEET_COLUMNS)]
     images = generate(pipeline, prompts, range(len(prompts)), **options)
     step_px = images[0].width + _GAP_PX
@@ -200,35 +183,21 @@ def write_sheet(path: Path, pipeline: Any, **options: Any) -> None:
         sheet.save(temporary, "PNG", optimize=True)
 
 
-def _lines_of_sheet() -> list[tuple[str, bool]]:
-    return [
-        (question.prompts[question.unseen.index(unseen)], unseen)
-        for question in questions()
-        for unseen in (False, True)
-        if unseen in question.unseen
-    ]
-
-
 def _judged(options: argparse.Namespace) -> list[JudgeRow]:
     clip, pipeline = load_clip(TINY), load_pipeline(options.pipeline)
     how = {"steps": options.steps, "guidance": options.guidance}
-    _print(f"{'names':14} {'shown':7} {'images':>6} {'drawn':>7} {'generated':>10} {'share':>7}")
+    click.echo(f"{'names':14} {'shown':7} {'images':>6} {'drawn':>7} {'generated':>10} {'share':>7}")
     rows = []
     for question in questions():
         for row in rows_of(clip, pipeline, question, per_class=options.per_class, **how):
             rows.append(row)
-            _print(str(row))
+            click.echo(str(row))
     totals = [total_of(rows, shown) for shown in ("seen", "unseen")]
     for row in totals:
-        _print(str(row))
+        click.echo(str(row))
     if options.sheet is not None:
         write_sheet(options.sheet, pipeline, **how)
     return totals
-
-
-def _print(line: str) -> None:
-    sys.stdout.write(f"{line}\n")
-    sys.stdout.flush()
 
 
 def main() -> None:

@@ -51,15 +51,7 @@ def normalise_latents(model: Any, seed: int, count: int) -> None:
 
 
 def encoded_pictures(folder: Path, model: Any, seed: int, count: int, *, workers: int = 1) -> Tensor:
-    """Return the latent means of the first `count` pictures, float16 [N, C, S, S], from files as far as there are any.
-
-    Args:
-        folder: where the files are and go.
-        model: the autoencoder.
-        seed: of the pictures.
-        count: N.
-        workers: processes that draw pictures.
-    """
+    """Return the latent means of the first `count` pictures, float16 [N, C, S, S], made once and kept in `folder`."""
     identity = {"world": str(WORLD_VERSION), "seed": str(seed), "autoencoder": digest_of_tensors(model.state_dict())}
     parts = []
     for first in range(0, count, PICTURES_PER_FILE):

@@ -24,14 +24,11 @@ START, END, PAD = "<|startoftext|>", "<|endoftext|>", "!"
 class TrimmedVocabulary:
     """The byte pairs that some tokens of CLIP's tokenizer are made of.
 
-    Attributes:
-        tokens: tokens in the order of their new ids.
-        clip_ids: int64 [tokens], their ids in CLIP's vocabulary.
-        merges: the pairs to join, most frequent first.
+    Keeps the bytes, the tokens of `kept_ids`, and all that is joined on the way to them: `tokens` in the order of their
+    new ids, their `clip_ids` in CLIP's vocabulary, and the `merges`, most frequent first.
     """
 
     def __init__(self, tokenizer: Any, kept_ids: Iterable[int]) -> None:
-        """Keep the bytes, the tokens of `kept_ids`, and all that is joined on the way to them."""
         joined_from = {"".join(pair): pair for pair in tokenizer.bpe_ranks}
         specials = {tokenizer.decoder[tokenizer.sot_token_id], tokenizer.decoder[tokenizer.eot_token_id]}
         kept = {f"{byte}{end}" for byte in tokenizer.byte_encoder.values() for end in ("", "</w>")}

@@ -31,13 +31,7 @@ _JUDGED = ("prints", "places", "origami")
 
 @dataclass(frozen=True, kw_only=True)
 class Exporter:
-    """Writes and judges the pipeline with the current denoiser.
-
-    Attributes:
-        folder: where the pipeline goes.
-        autoencoder, text_encoder, tokenizer: the other parts.
-        questions: what the pipeline is judged by.
-    """
+    """Writes the pipeline with the current denoiser to `folder`, and judges it by `questions`."""
 
     folder: Path
     autoencoder: Any
@@ -80,8 +74,6 @@ def train(
 
     Args:
         out: folder for the pipeline, the logs, the latents and the checkpoints.
-        autoencoder_settings: the first stage.
-        denoiser_settings: the last stage, which also says how many pictures there are.
         resume: continue what `out` holds.
         workers: processes that draw pictures.
         judged: what the pipeline is judged by; the names of three data sets when None.

@@ -84,13 +84,6 @@ def held_out_pairs(first: str, second: str) -> frozenset[tuple[str, str]]:
     """Return the pairs of two axes that pre-training never renders.
 
     A shuffled diagonal pattern: every value of either axis loses about one partner in four, none loses all of them.
-
-    Args:
-        first: the name of an axis, a key of `AXES`.
-        second: the name of another axis.
-
-    Raises:
-        KeyError: an axis does not exist.
     """
     rng = np.random.Generator(np.random.PCG64([_HELD_OUT_SEED, list(AXES).index(first), list(AXES).index(second)]))
     rows, columns = rng.permutation(len(AXES[first])), rng.permutation(len(AXES[second]))

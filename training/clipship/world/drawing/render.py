@@ -48,15 +48,7 @@ class Spot:
 
 
 def render_scene(scene: Scene, rng: np.random.Generator) -> Bytes:
-    """Draw a scene as pre-training sees it.
-
-    Args:
-        scene: what to draw.
-        rng: places, colours, lighting and noise are drawn from it.
-
-    Returns:
-        uint8 [64, 64, 3].
-    """
+    """Draw a scene as pre-training sees it, uint8 [64, 64, 3]."""
     if scene.kind == "swatch":
         return photographed(swatch(scene.things[0], rng), rng)
     canvas = backdrop(scene.background, rng, PICTURE_PX)
@@ -102,17 +94,9 @@ def swatch(thing: Thing, rng: np.random.Generator) -> Floats:
 
 
 def textured(thing: Thing, rng: np.random.Generator, side_px: int, *, zoom: float, scale: float) -> Floats:
-    """Return a square of the thing's colour and texture.
+    """Return a square of the thing's colour and texture, float32 [side_px, side_px, 3] in [0, 255].
 
-    Args:
-        thing: the colour and the texture.
-        rng: the exact tones and the crop come from it.
-        side_px: side of the result in pixels.
-        zoom: 1 for the usual grain; above 1 the pattern is finer.
-        scale: side of the square in pixels of a 64-pixel picture.
-
-    Returns:
-        float32 [side_px, side_px, 3] in [0, 255].
+    A `zoom` above 1 makes the pattern finer; `scale` is the side of the square in pixels of a 64-pixel picture.
     """
     first, second = tones_of(thing.colour, rng)
     tile = texture_tile(thing.texture, int(rng.integers(TEXTURE_VARIANTS)))

@@ -94,64 +94,36 @@ _POLYGONS: dict[str, list[tuple[float, float]]] = {
         (0.64, 0.94), (0.36, 0.94), (0.36, 0.64), (0.06, 0.64), (0.06, 0.36), (0.36, 0.36),
     ],
     "arrow": [(0.04, 0.38), (0.52, 0.38), (0.52, 0.12), (0.97, 0.5), (0.52, 0.88), (0.52, 0.62), (0.04, 0.62)],
+    "fish": [(0.62, 0.5), (0.98, 0.2), (0.9, 0.5), (0.98, 0.8)],
     "diamond": [(0.5, 0.03), (0.82, 0.5), (0.5, 0.97), (0.18, 0.5)],
     "drop": _drop_points(),
     "house": [(0.5, 0.04), (0.95, 0.44), (0.82, 0.44), (0.82, 0.94), (0.18, 0.94), (0.18, 0.44), (0.05, 0.44)],
 }  # fmt: skip
 
 
+_ELLIPSES: dict[str, list[tuple[tuple[float, float, float, float], int]]] = {
+    "circle": [((0.06, 0.06, 0.94, 0.94), 255)],
+    "ring": [((0.06, 0.06, 0.94, 0.94), 255), ((0.29, 0.29, 0.71, 0.71), 0)],
+    "crescent": [((0.1, 0.05, 0.98, 0.95), 255), ((0.4, 0.02, 1.14, 0.8), 0)],
+    "fish": [((0.02, 0.24, 0.74, 0.76), 255), ((0.13, 0.38, 0.23, 0.48), 0)],
+    "flower": [
+        *(((x - 0.165, y - 0.165, x + 0.165, y + 0.165), 255) for x, y in _points_on_circle(6, 0.31)),
+        ((0.28, 0.28, 0.72, 0.72), 255),
+        ((0.39, 0.39, 0.61, 0.61), 0),
+    ],
+}
+"""Bounding boxes, and whether each fills or clears; drawn in this order."""
+assert {*_POLYGONS, *_ELLIPSES, "mushroom"} == set(SHAPES)
+
+
 def _draw_shape(draw: ImageDraw.ImageDraw, shape: str, side: int) -> None:
     if shape in _POLYGONS:
         draw.polygon([(x * side, y * side) for x, y in _POLYGONS[shape]], fill=255)
-    else:
-        _CURVES[shape](draw, side)
-
-
-def _ellipse(draw: ImageDraw.ImageDraw, side: int, box: tuple[float, float, float, float], fill: int = 255) -> None:
-    draw.ellipse([value * side for value in box], fill=fill)
-
-
-def _circle(draw: ImageDraw.ImageDraw, side: int) -> None:
-    _ellipse(draw, side, (0.06, 0.06, 0.94, 0.94))
-
-
-def _ring(draw: ImageDraw.ImageDraw, side: int) -> None:
-    _circle(draw, side)
-    _ellipse(draw, side, (0.29, 0.29, 0.71, 0.71), fill=0)
-
-
-def _crescent(draw: ImageDraw.ImageDraw, side: int) -> None:
-    _ellipse(draw, side, (0.1, 0.05, 0.98, 0.95))
-    _ellipse(draw, side, (0.4, 0.02, 1.14, 0.8), fill=0)
-
-
-def _fish(draw: ImageDraw.ImageDraw, side: int) -> None:
-    _ellipse(draw, side, (0.02, 0.24, 0.74, 0.76))
-    draw.polygon([(x * side, y * side) for x, y in ((0.62, 0.5), (0.98, 0.2), (0.9, 0.5), (0.98, 0.8))], fill=255)
-    _ellipse(draw, side, (0.13, 0.38, 0.23, 0.48), fill=0)
-
-
-def _flower(draw: ImageDraw.ImageDraw, side: int) -> None:
-    for x, y in _points_on_circle(6, 0.31):
-        _ellipse(draw, side, (x - 0.165, y - 0.165, x + 0.165, y + 0.165))
-    _ellipse(draw, side, (0.28, 0.28, 0.72, 0.72))
-    _ellipse(draw, side, (0.39, 0.39, 0.61, 0.61), fill=0)
-
-
-def _mushroom(draw: ImageDraw.ImageDraw, side: int) -> None:
-    draw.pieslice([0.04 * side, 0.06 * side, 0.96 * side, 0.98 * side], 180, 360, fill=255)
-    draw.rounded_rectangle([0.36 * side, 0.5 * side, 0.64 * side, 0.96 * side], radius=0.08 * side, fill=255)
-
-
-_CURVES: dict[str, Callable[[ImageDraw.ImageDraw, int], None]] = {
-    "circle": _circle,
-    "ring": _ring,
-    "crescent": _crescent,
-    "fish": _fish,
-    "flower": _flower,
-    "mushroom": _mushroom,
-}
-assert set(_POLYGONS) | set(_CURVES) == set(SHAPES)
+    for box, fill in _ELLIPSES.get(shape, ()):
+        draw.ellipse([value * side for value in box], fill=fill)
+    if shape == "mushroom":
+        draw.pieslice([0.04 * side, 0.06 * side, 0.96 * side, 0.98 * side], 180, 360, fill=255)
+        draw.rounded_rectangle([0.36 * side, 0.5 * side, 0.64 * side, 0.96 * side], radius=0.08 * side, fill=255)
 
 
 # Textures: functions of a generator that return a [TILE_PX, TILE_PX] pattern in [0, 1].

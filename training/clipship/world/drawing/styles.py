@@ -30,17 +30,13 @@ from clipship.world.drawing.stencils import ANGLES_DEG, PICTURE_PX, TEXTURE_VARI
 
 @dataclass(frozen=True, kw_only=True)
 class Frame:
-    """The square that is drawn.
-
-    Attributes:
-        side_px: its side in pixels.
-        inner: the part of the side, around the centre, that the things keep to.
-        shift: strength of the style, 0 to 1.
-    """
+    """The square that is drawn."""
 
     side_px: int
     inner: float
+    """The part of the side, around the centre, that the things keep to."""
     shift: float
+    """Strength of the style, 0 to 1."""
 
     @property
     def unit_px(self) -> float:
@@ -120,7 +116,6 @@ def _add_tube(canvas: Floats, thing: Thing, spot: Spot, rng: np.random.Generator
 
 
 def _plain(scene: Scene, rng: np.random.Generator, frame: Frame) -> Floats:
-    """Return the things on their background as pre-training shows them."""
     canvas = backdrop(scene.background, rng, frame.side_px)
     for thing, spot in zip(scene.things, frame.spots(scene, rng), strict=True):
         paste(canvas, thing, spot, rng)

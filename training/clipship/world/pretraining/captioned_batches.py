@@ -35,29 +35,20 @@ _PALETTE_STREAM = 1 << 20
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class CaptionedBatch:
-    """Pictures, captions and which caption fits which picture.
-
-    Attributes:
-        pixels: uint8 [N, PICTURE_PX, PICTURE_PX, 3].
-        captions: N texts.
-        fits: bool [N, N]; row = picture, column = caption.
-        words: for every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 for none.
-    """
+    """N pictures, N captions and which caption fits which picture."""
 
     pixels: Bytes
+    """uint8 [N, PICTURE_PX, PICTURE_PX, 3]."""
     captions: tuple[str, ...]
     fits: NDArray[np.bool_]
+    """[N, N]; row = picture, column = caption."""
     words: dict[str, NDArray[np.int64]]
+    """For every axis of `WORD_AXES`, int64 [N]: which of its captions is true, -1 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WordAxis:
-    """Short captions of which exactly one is true of a scene of one kind.
-
-    Attributes:
-        kind: the scenes they are asked about.
-        captions: one for every value.
-    """
+    """Short captions, one for every value, of which exactly one is true of a scene of this kind."""
 
     kind: str
     captions: tuple[str, ...]

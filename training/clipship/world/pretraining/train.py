@@ -84,7 +84,6 @@ class CompactTokens:
     """
 
     def __init__(self, context_length: int) -> None:
-        """Find the ids; texts have up to `context_length` tokens."""
         self._tokenizer = open_clip.SimpleTokenizer(context_length=context_length)
         words = [*SHAPES, *COLOURS, *TEXTURES, *COUNT_WORDS, *PLURALS.values(), *RELATIONS, *BACKGROUNDS.values()]
         words += [*ANY_SHAPE, *(f"{word}s" for word in ANY_SHAPE), *(w for values in SIZES.values() for w in values)]
@@ -204,7 +203,6 @@ class PretrainRun(ResumableRun[PretrainSettings, CaptionedBatch]):
     log_file, checkpoint_file = LOG_FILE, CHECKPOINT_FILE
 
     def __init__(self, out: Path, settings: PretrainSettings) -> None:
-        """Start from fresh weights; nothing is written yet."""
         self.tokens = CompactTokens(MODEL_CONFIG["text_cfg"]["context_length"])
         self.model = new_model(settings.seed, self.tokens)
         self.optimizer = decayed_optimizer(self.model, settings, betas=(0.9, 0.98))
@@ -242,7 +240,6 @@ def pretrain(out: Path, settings: PretrainSettings, *, resume: bool = False, wor
 
     Args:
         out: folder for the model, the log and the checkpoint, which a longer run can continue.
-        settings: the run.
         resume: continue from the checkpoint in `out`.
         workers: processes that draw pictures.
 
