@@ -72,7 +72,11 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(min=1), default=1, show_default=True, help="Runs at the same time.")
 @click.option("--device", help="A torch device; default: the GPUs if there are any.")
 @click.option(
-    "--workers", type=click.IntRange(min=0), default=0, show_default=True, help="Processes a run that prepare images."
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes in each run that prepare images.",
 )
 @json_option
 def compare(
