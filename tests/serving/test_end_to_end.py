@@ -252,7 +252,7 @@ def test_results_on_stdout(server: Server, photos: Path) -> None:
     assert table.returncode == lines.returncode == 0
     row = json.loads(lines.stdout)
     assert table.stdout == f"{row['score']:6.4f}  {row['label']}  {photos / '05.jpg'}\n"
-    assert "1 images classified" in lines.stderr
+    assert "1 image classified" in lines.stderr
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing(server: Server, photos: Path, small_disk: Path) -> None:

@@ -73,7 +73,7 @@ def repository(
 ) -> None:
     """Write the Triton model repository of a verified BUNDLE.
 
-    Example: clipship repository runs/prints/bundle --out runs/prints/repository
+    Example: clipship repository bundles/prints --out triton
     """
     from clipship.core.bundle import read_bundle
     from clipship.core.tensorrt_plan import read_plan
@@ -151,7 +151,7 @@ def serve(
 ) -> None:
     """Serve a model REPOSITORY with Triton until Ctrl-C.
 
-    Example: clipship serve runs/prints/repository
+    Example: clipship serve triton
     """
     from clipship.serving.server.server_args import ServerOptions
 

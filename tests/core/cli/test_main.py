@@ -41,6 +41,14 @@ def test_an_unknown_verb_names_the_near_ones(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "clipship: unknown verb 'clasify': did you mean classify?\n"
 
 
+@pytest.mark.parametrize("words", [[], ["vocab"], ["bench"]])
+def test_a_group_without_a_command_prints_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main([*words, "--help"]) == 0
+    text = capsys.readouterr().out
+    assert cli.main(words) == 2
+    assert capsys.readouterr().err == text
+
+
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -103,5 +111,5 @@ def test_every_part_of_a_group_has_help_with_an_example_and_json(capsys: pytest.
 def test_the_set_of_options_is_frozen() -> None:
     pinned = (Path(__file__).parent / "options.txt").read_text()
     assert "".join(f"{words} {options_of(command)}\n" for words, command in commands().items()) == pinned, (
-        "an option came or went: knobs live in recipes; where a new option is right, pin it in tests/core/options.txt"
+        "an option came or went: knobs live in recipes; where a new option is right, pin it in options.txt"
     )

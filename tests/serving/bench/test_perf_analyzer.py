@@ -11,7 +11,7 @@ import pytest
 from benchmarks import perf_analyzer
 from benchmarks.serving import ServerCount
 
-from clipship.serving.bench.perf_analyzer import Analyzer, analyze, reading_from_csv
+from clipship.serving.bench.perf_analyzer import FOLDER, Analyzer, analyze, installed, reading_from_csv
 from clipship.serving.bench.run import Bench, Point
 from clipship.serving.bench.steps import statistics_of
 from clipship.serving.errors import ServingError
@@ -80,3 +80,20 @@ def test_a_secret_never_gets_into_a_command_line(tmp_path: Path) -> None:
         for settings, used in (({}, analyzer), ({"headers": {"x-team": "birds"}}, None), ({"token": "s3cret"}, None)):
             with closing(Bench(Connection(urls=(url,), **settings), [jpeg_bytes(0)], analyzer=analyzer)) as bench:
                 assert bench.analyzer is used
+
+
+def test_one_on_the_path_that_does_not_start_does_not_hide_the_one_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken, works = tmp_path / "path" / "perf_analyzer", tmp_path / FOLDER / "bin" / "perf_analyzer"
+    for program, code in ((broken, 127), (works, 0)):
+        program.parent.mkdir(parents=True)
+        program.write_text(f"#!/bin/sh\nexit {code}\n")
+        program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(broken.parent))
+    monkeypatch.setattr("clipship.serving.bench.perf_analyzer.cache_places", lambda: [tmp_path])
+    found = installed()
+    assert found is not None
+    assert found.program == works
+    works.unlink()
+    assert installed() is None

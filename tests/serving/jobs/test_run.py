@@ -25,13 +25,30 @@ from clipship.serving.client.classifier import Classifier
 from clipship.serving.client.in_process import LocalTransport
 from clipship.serving.jobs.inputs import JobImage, inputs_from_arguments
 from clipship.serving.jobs.results import names_in
-from clipship.serving.jobs.run import Job, JobOutput, run_job, watch_job
+from clipship.serving.jobs.run import Job, JobOutput, JobSummary, run_job, watch_job
 from clipship.serving.jobs.shards import Progress, Tally
 from clipship.serving.server.process import Server
 from tests.serving.bundles import EMBED_DIM, image_encoder_model, jpeg_bytes, reference_answers, write_bundle
 from tests.serving.jobs.folders import assert_complete, manifest_of, many_images, write_tar
 from tests.serving.processes import CLIPSHIP, ENVIRONMENT
 from tests.serving.publish.vocabularies import write_variant
+
+
+def test_a_summary_counts_one_image_and_one_class_in_the_singular() -> None:
+    classes = {f"class {index}": 1 for index in range(11)}
+    summary = JobSummary(
+        images=11,
+        errors=10,
+        classes=classes,
+        resumed_at=0,
+        seconds=1.0,
+        images_per_s=11.0,
+        bundle_digest="a",
+        vocabulary_digest="b",
+    )
+    assert str(summary).startswith("1 image classified, 10 could not be")
+    assert str(replace(summary, errors=0)).startswith("11 images classified")
+    assert summary.table().endswith("and 1 more class")
 
 
 @dataclass(frozen=True)

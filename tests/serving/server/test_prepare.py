@@ -151,7 +151,7 @@ def test_a_missing_backend_is_named_with_the_server(
     binary = home / "bin" / "tritonserver"
     assert refusal(other) == (
         f"{binary} has no onnxruntime backend ({home}/backends has python), the embedded server has only the python "
-        f"one, and the repository needs onnxruntime and python: put what is missing into {home}/backends, write it "
+        f"backend, and the repository needs onnxruntime and python: put what is missing into {home}/backends, write it "
         "with clipship repository --backend python, or run it in NVIDIA's container (clipship serve --container "
         "prints the command)"
     )

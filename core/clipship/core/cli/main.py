@@ -160,6 +160,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         root.main(args=list(arguments) if arguments is not None else None, prog_name="clipship", standalone_mode=False)
     except click.exceptions.Exit as stop:
         return stop.exit_code
+    except click.exceptions.NoArgsIsHelpError as bare:
+        click.echo(bare.format_message(), err=True)
+        return bare.exit_code
     except (click.exceptions.Abort, KeyboardInterrupt):
         click.echo("clipship: interrupted", err=True)
         return 130

@@ -21,7 +21,7 @@ _PATH = click.Path(path_type=Path)
 def bench() -> None:
     """Throughput and latency of a server, compared with the same engine in process. Every command takes --json.
 
-    Example: clipship bench serve --url 127.0.0.1:8001 --bundle runs/prints/bundle --out runs/bench
+    Example: clipship bench serve --url 127.0.0.1:8001 --bundle bundles/prints --out bench
     """
 
 

@@ -48,10 +48,11 @@ class Analyzer:
 
 
 def installed() -> Analyzer | None:
-    """The program on the PATH, else in the cache; None if it is missing or does not start."""
+    """The first that starts: the program on the PATH, else the one in the cache; None if there is none."""
     on_path = shutil.which("perf_analyzer")
     in_cache = (analyzer_in(place / FOLDER) for place in cache_places())
-    candidates = [Analyzer(program=Path(on_path))] if on_path else [each for each in in_cache if each.program.is_file()]
+    candidates = [Analyzer(program=Path(on_path))] if on_path else []
+    candidates += [each for each in in_cache if each.program.is_file()]
     return next((each for each in candidates if each.run("--version").returncode == 0), None)
 
 

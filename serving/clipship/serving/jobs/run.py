@@ -56,10 +56,11 @@ class JobSummary:
     vocabulary_digest: str
 
     def __str__(self) -> str:
+        classified = self.images - self.errors
         failed = f", {self.errors} could not be" if self.errors else ""
         earlier = f", {self.resumed_at} of them before" if self.resumed_at else ""
         return (
-            f"{self.images - self.errors} images classified{failed}{earlier}, "
+            f"{classified} {'image' if classified == 1 else 'images'} classified{failed}{earlier}, "
             f"in {self.seconds:.1f} s ({self.images_per_s:.1f} images/s)"
         )
 
@@ -70,7 +71,7 @@ class JobSummary:
         total = max(1, sum(self.classes.values()))
         lines = [f"{count:{width}}  {count / total:6.1%}  {name}" for name, count in shown]
         others = len(self.classes) - len(shown)
-        return "\n".join([*lines, *([f"and {others} more classes"] if others else [])])
+        return "\n".join([*lines, *([f"and {others} more {'class' if others == 1 else 'classes'}"] if others else [])])
 
 
 @dataclass(frozen=True, kw_only=True)

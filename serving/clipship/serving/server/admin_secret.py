@@ -70,7 +70,8 @@ def read_secret(path: Path) -> str:
     try:
         secret = path.read_text(encoding="ascii").strip()
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error}): give the file that clipship serve wrote") from error
+        cause = error.strerror if isinstance(error, OSError) else "not ASCII text"
+        raise UsageError(f"{path}: cannot be read ({cause}): give the file that clipship serve wrote") from error
     if not secret:
         raise UsageError(f"{path}: is empty: give the file that clipship serve wrote")
     return secret

@@ -72,7 +72,7 @@ def triton_environment(backends: set[str], packages: Sequence[str] = ()) -> Envi
     found = "no tritonserver is on the PATH" if on_path is None else _without(on_path, missing)
     if backends - {PYTHON.name}:
         raise UsageError(
-            f"{found}, the embedded server has only the {PYTHON.name} one, and the repository needs "
+            f"{found}, the embedded server has only the {PYTHON.name} backend, and the repository needs "
             f"{' and '.join(sorted(backends))}: {f'put what is missing into {on_path.backends}, ' if on_path else ''}"
             f"write it with clipship repository --backend {PYTHON.name}, or run it in NVIDIA's container "
             "(clipship serve --container prints the command)"

@@ -70,7 +70,7 @@ _option = partial(click.option, show_default=True)
 )
 @_option("--jobs", type=click.IntRange(min=1), default=1, help="Runs at the same time.")
 @_option("--device", help="A torch device; default: the GPUs if there are any.")
-@_option("--workers", type=click.IntRange(min=0), default=0, help="Processes a run that prepare images.")
+@_option("--workers", type=click.IntRange(min=0), default=0, help="Processes in each run that prepare images.")
 @json_option
 def compare(
     recipes: tuple[str, ...],
