@@ -7,7 +7,7 @@
 pip installs each version with NumPy and nothing else into an environment of its own, which is deleted afterwards. There
 every graph runs in a process of its own, by the code that serves it: the image encoder in each opset and precision, the
 text encoder and the classifier, of ``clipship-tiny``. What is in no version's range has its
-reason in a note. Exit code 1: a version that docs/precision.md promises fails.
+reason in a note. Exit code 1: a version that docs/guides/precision.md promises fails.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,21 @@ from clipship.core.errors import UsageError
 _CHUNK_BYTES = 1 << 20
 _AT_FDCWD = -100  # fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
+
+
+@contextmanager
+def locked_file(path: Path, waiting: Callable[[], object] = lambda: None) -> Iterator[None]:
+    """Lock the file ``path``, which is created; wait for another process's lock after calling ``waiting``.
+
+    The kernel releases the lock when this process ends, also by a kill.
+    """
+    with path.open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

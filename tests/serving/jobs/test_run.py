@@ -363,3 +363,8 @@ def test_a_program_watches_until_it_says_stop(bundle: Bundle, photos: Path, tmp_
             run_job(inputs_from_arguments([str(photos)]), classifier, output)
         with pytest.raises(UsageError, match="a watch has no end"):
             watch_job([str(photos)], classifier, JobOutput(out=tmp_path / "out.csv"), stop=stop)
+
+
+def test_an_unknown_format_is_refused_before_anything_is_classified() -> None:
+    with pytest.raises(UsageError, match=r"shard.xml: unknown format: give a name that ends in .parquet, .jsonl, .csv"):
+        JobOutput(out=Path("results"), shard_format="xml")

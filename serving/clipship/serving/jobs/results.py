@@ -51,6 +51,16 @@ WriteRow = Callable[[str, Result], None]
 """Adds the result of the image of this name."""
 
 
+def validate_format(out: Path) -> None:
+    """Validate that the suffix of ``out`` names a format of results.
+
+    Raises:
+        UsageError: it does not.
+    """
+    if out.suffix.lower() not in _WRITERS:
+        raise UsageError(f"{out}: unknown format: give a name that ends in {', '.join(_WRITERS)}")
+
+
 @contextmanager
 def results_file(out: Path, header: Header) -> Iterator[WriteRow]:
     """Write ``out``, in the format that its suffix names; the file appears when the block ends well.
@@ -61,12 +71,10 @@ def results_file(out: Path, header: Header) -> Iterator[WriteRow]:
         UsageError: an unknown suffix, or ``out`` is a folder.
         OSError: the disk is full, or ``out`` cannot be written; nothing is left under its name.
     """
-    writer = _WRITERS.get(out.suffix.lower())
-    if writer is None:
-        raise UsageError(f"{out}: unknown format: give a name that ends in {', '.join(_WRITERS)}")
+    validate_format(out)
     if out.is_dir():
         raise UsageError(f"{out}: is a folder: give a file name, or --format to write shards into it")
-    with replace_file(out) as temporary, writer(temporary, header) as write:
+    with replace_file(out) as temporary, _WRITERS[out.suffix.lower()](temporary, header) as write:
         yield write
 
 

@@ -19,7 +19,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
-from typing import Any, Literal
+from typing import Any
 
 from clipship.core.errors import CheckFailed, UsageError
 from clipship.core.progress import log, progress
@@ -29,7 +29,7 @@ from clipship.serving.client.results import Result
 from clipship.serving.client.settings import Retry
 from clipship.serving.errors import RETRYABLE, JobStopped, ServingError
 from clipship.serving.jobs.inputs import Inputs, JobImage
-from clipship.serving.jobs.results import Header, WriteRow, json_lines, results_file, table_lines
+from clipship.serving.jobs.results import Header, WriteRow, json_lines, results_file, table_lines, validate_format
 from clipship.serving.jobs.shards import Progress, ResultsFolder, Tally, results_folder
 from clipship.serving.jobs.watch import Watcher
 
@@ -86,7 +86,7 @@ class JobOutput:
     """A .parquet, .jsonl or .csv file, or a folder of shards; None is stdout."""
     as_json: bool = False
     """On stdout, one JSON object an image instead of a line for people."""
-    shard_format: Literal["parquet", "jsonl", "csv"] | None = None
+    shard_format: str | None = None
     """None is Parquet; a value makes ``out`` a folder whatever it is called."""
     shard_size: int | None = None
     """Rows a shard; None is 50,000."""
@@ -100,6 +100,8 @@ class JobOutput:
     def __post_init__(self) -> None:
         if self.folder is None and (self.restart or self.shard_size is not None or self.shard_format is not None):
             raise UsageError("--shard-size, --format and --restart are for shards: give a folder as --out")
+        if self.shard_format is not None:
+            validate_format(Path(f"shard.{self.shard_format}"))
 
     @property
     def folder(self) -> Path | None:

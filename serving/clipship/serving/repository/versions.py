@@ -16,7 +16,6 @@ atomically. So a publish that is killed leaves the old vocabulary or the new one
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -30,7 +29,7 @@ from typing import Any, Literal
 
 from clipship.core.bundle import Bundle
 from clipship.core.errors import UsageError, near
-from clipship.core.files import read_record, replace_folder, write_json_atomic, write_text_atomic
+from clipship.core.files import locked_file, read_record, replace_folder, write_json_atomic, write_text_atomic
 from clipship.core.progress import log
 from clipship.serving.errors import RepositoryError
 from clipship.serving.model_names import (
@@ -258,12 +257,7 @@ def remove_folder(folder: Path, aside: Path | None = None) -> None:
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
     """Run one publish at a time; others wait. The kernel releases the lock of a killed one."""
-    with (repository / _LOCK).open("w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"another publish works on {repository}: waiting for its end")
-            fcntl.flock(handle, fcntl.LOCK_EX)
+    with locked_file(repository / _LOCK, lambda: log(f"another publish works on {repository}: waiting for its end")):
         yield
 
 

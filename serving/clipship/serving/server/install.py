@@ -13,7 +13,6 @@ separate virtual environment, because the models run in Triton's processes, not 
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import importlib.metadata
 import importlib.util
 import os
@@ -22,13 +21,12 @@ import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from clipship.core.errors import UsageError
-from clipship.core.files import replace_folder, sha256_of_text
+from clipship.core.files import locked_file, replace_folder, sha256_of_text
 from clipship.core.machine.caches import cache_folder, cache_places
 from clipship.core.progress import Report, log, progress
 from clipship.serving.errors import ServingError
@@ -176,18 +174,11 @@ def _installed_folder(packages: Sequence[str]) -> Path:
         raise UsageError("the embedded Triton needs 350 MB of disk: set CLIPSHIP_CACHE to a folder that can be written")
     folder = cache / name
     if not (folder / _COMPLETE).is_file():
-        with _locked(folder.with_name(f"{folder.name}.lock")):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked_file(folder.with_name(f"{folder.name}.lock")):
             if not (folder / _COMPLETE).is_file():
                 _install(folder, requirements)
     return folder
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
 
 
 def _install(folder: Path, requirements: Sequence[str]) -> None:
