@@ -41,6 +41,14 @@ def test_an_unknown_verb_names_the_near_ones(capsys: pytest.CaptureFixture[str])
     assert capsys.readouterr().err == "clipship: unknown verb 'clasify': did you mean classify?\n"
 
 
+def test_an_unknown_command_of_a_verb_names_the_near_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["vocab", "ad"]) == 2
+    assert cli.main(["bench", "x"]) == 2
+    assert capsys.readouterr().err == (
+        "clipship: unknown command vocab ad: did you mean add?\nclipship: unknown command bench x: accepted: serve\n"
+    )
+
+
 @pytest.mark.parametrize("words", [[], ["vocab"], ["bench"]])
 def test_a_group_without_a_command_prints_its_help(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([*words, "--help"]) == 0

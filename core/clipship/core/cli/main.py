@@ -46,6 +46,21 @@ CALLS: dict[str, str] = {"verify_server": "clipship.serving.verify_server:verify
 """Functions that a verb calls in a stage that its own stage does not import."""
 
 
+class VerbGroup(click.Group):
+    """A group that names the near ones where a command is unknown."""
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """The command; while the shell completes a line, None for an unknown one.
+
+        Raises:
+            UsageError: there is no such command.
+        """
+        command = super().get_command(ctx, cmd_name)
+        if command is None and not ctx.resilient_parsing:
+            raise UsageError(f"unknown command {ctx.info_name} {cmd_name}: {near(cmd_name, self.commands)}")
+        return command
+
+
 class LazyGroup(click.Group):
     """A group whose commands are imported when they are called, so that ``--help`` and the client start at once."""
 

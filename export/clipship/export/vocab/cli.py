@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from clipship.core.bundle import read_bundle
-from clipship.core.cli.main import emit, json_option
+from clipship.core.cli.main import VerbGroup, emit, json_option
 from clipship.core.errors import DataError
 from clipship.core.progress import log
 from clipship.export.vocab.names import classes_from
@@ -28,7 +28,7 @@ _from = click.option(
 _out = click.option("--out", type=_PATH, help="A new bundle. [default: in place]")
 
 
-@click.group()
+@click.group(cls=VerbGroup)
 def vocab() -> None:
     """List, add, remove, rename and compare the class names of a bundle, without PyTorch.
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import click
 
-from clipship.core.cli.main import emit, existing_folder, json_option
+from clipship.core.cli.main import VerbGroup, emit, existing_folder, json_option
 from clipship.core.cli.multi_value_option import MultiValueCommand
 from clipship.serving.connection_cli import connection_from_options, connection_options
 
 _PATH = click.Path(path_type=Path)
 
 
-@click.group()
+@click.group(cls=VerbGroup)
 def bench() -> None:
     """Throughput and latency of a server, compared with the same engine in process. Every command takes --json.
 
