@@ -429,7 +429,7 @@ def read_bundle(path: Path) -> Bundle:
     manifest = Manifest.from_json(content)
     digest = _digest_of(content)
     if digest != content.get("digest"):
-        raise BundleError(f"{manifest_path} has changed since it was packed: copy the bundle again, or pack it anew")
+        raise BundleError(f"{manifest_path} has changed since it was packed: copy or pack the bundle again")
     files = content.get("files", {})
     _validate_files(path, files)
     return Bundle(path=path, manifest=manifest, files=files, digest=digest)
@@ -446,4 +446,4 @@ def _validate_files(path: Path, files: Mapping[str, str]) -> None:
         if not file.is_file():
             raise BundleError(f"{path}: {name} is missing: copy the bundle again, or write it with clipship pack")
         if sha256_of(file) != digest:
-            raise BundleError(f"{path}: {name} has changed since it was packed: copy the bundle again, or pack it anew")
+            raise BundleError(f"{path}: {name} has changed since it was packed: copy or pack the bundle again")

@@ -98,7 +98,7 @@ def test_a_folder_that_somebody_else_made_is_not_trusted(own_temporary: Path) ->
     program = "from clipship.core.machine.caches import cache_folder; print(cache_folder(), cache_folder())"
     done = run_as_stranger([sys.executable, "-c", program], cwd=own_temporary, TMPDIR=str(own_temporary))
     assert done.stdout == "None None\n"
-    expected = "there is no home folder: there is no cache, all is made anew: set CLIPSHIP_CACHE to a folder that can"
+    expected = "there is no home folder: nothing is cached: set CLIPSHIP_CACHE to a folder that can"
     assert done.stderr == f"{expected} be written\n"
 
 
@@ -107,7 +107,7 @@ def test_no_place_at_all(tmp_path: Path) -> None:
     done = run_as_stranger([sys.executable, "-c", program], cwd=Path("/"), read_only=True, HOME="/")
     assert done.stdout == "None\n"
     assert done.stderr.startswith("/.cache/clipship cannot be written (")
-    assert "there is no cache, all is made anew" in done.stderr
+    assert "nothing is cached" in done.stderr
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -34,7 +34,7 @@ def cache_folder() -> Path | None:
                 _tell(f"{told}: caches go to {place}: set {_VARIABLE} to a folder that can be written and lasts")
             return place
         refused = refused or f"{place} cannot be written ({reason})"
-    _tell(f"{refused or lost}: there is no cache, all is made anew: set {_VARIABLE} to a folder that can be written")
+    _tell(f"{refused or lost}: nothing is cached: set {_VARIABLE} to a folder that can be written")
     return None
 
 

@@ -128,7 +128,7 @@ def openvino_variants(
     """The same ``variants`` by OpenVINO, where it is installed: no files of their own, but another speed.
 
     OpenVINO computes bfloat16 from the float32 file, whose weights it rounds itself. A variant out of tolerance, or
-    one that this processor cannot compute, is left out, as nobody requested it. The log and the verification say why.
+    one that this processor cannot compute, is left out. The log and the verification say why.
     """
     if importlib.util.find_spec("openvino") is None:
         missing = "the bundle offers no variant by OpenVINO, which was not installed where it was packed"

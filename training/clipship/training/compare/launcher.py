@@ -1,7 +1,7 @@
 """The place of this process among those that ``torchrun``, ``accelerate launch`` or a scheduler array started.
 
 Process ``RANK`` of ``WORLD_SIZE`` does every ``WORLD_SIZE``-th run. The processes share only the folder of the
-comparison and wait for nobody: the one that ends last finds all results there and writes the report.
+comparison and never wait: the one that ends last finds all results there and writes the report.
 """
 
 from __future__ import annotations
