@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks.generated_images import write_sheet
 from safetensors import safe_open
 
 from clipship.core.errors import DataError
@@ -26,7 +27,7 @@ from clipship.world.diffusion.autoencoder import (
     signed_from_pixels,
 )
 from clipship.world.diffusion.denoiser import DenoiserSettings, min_snr_weights, noisy_batch
-from clipship.world.diffusion.judge import FLOOR, JudgeRow, Question, questions, rows_of, total_of, write_sheet
+from clipship.world.diffusion.judge import FLOOR, JudgeRow, Question, questions, rows_of, total_of
 from clipship.world.diffusion.latents import encoded_pictures, normalise_latents
 from clipship.world.diffusion.pipeline import generate, load_pipeline, text_parts
 from clipship.world.diffusion.text import text_encoder_from_clip, tokenizer_from_vocabulary, world_vocabulary

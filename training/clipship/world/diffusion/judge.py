@@ -1,30 +1,23 @@
-"""Judge the pipeline: `python -m clipship.world.diffusion.judge [--pipeline FOLDER] [--sheet FILE]`.
+"""How good a pipeline's images are, as `clipship-tiny` sees them; `python -m benchmarks.generated_images` prints it.
 
 `clipship-tiny` classifies images generated for class names of the world, and pictures of the same names drawn in the
 look of pre-training. The result is top-1 accuracy on generated images as a share of that on drawn ones, for
 compositions that training has shown and for those it holds out. Nothing is filtered.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from pathlib import Path
 from typing import Any
 
-import click
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from clipship.core.files import replace_file
-from clipship.training.model.builtin import MODELS, TINY, TINY_DIFFUSION
-from clipship.training.model.clip import Clip, load_clip
-from clipship.training.synthesis.recipes import TINY_GUIDANCE, TINY_STEPS
+from clipship.training.model.clip import Clip
 from clipship.world.datasets import WORLD_DATASETS, compositions_of, is_unseen
-from clipship.world.diffusion.pipeline import generate, hide_progress_bars, load_pipeline
+from clipship.world.diffusion.pipeline import generate
 from clipship.world.drawing.attributes import BACKGROUNDS, COLOURS, SHAPES, TEXTURES
 from clipship.world.drawing.scenes import Scene, Thing, is_held_out
 from clipship.world.pretraining.train import unseen_compositions
@@ -35,9 +28,6 @@ FLOOR = 0.6
 _COMPOSITIONS = 100
 _COMPOSITIONS_SEED = 7_201
 _PLURAL = ("groups", "fabrics")
-_SHEET_COLUMNS = 8
-_TEXT_PX = 230
-_GAP_PX = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,64 +148,3 @@ def total_of(rows: Sequence[JudgeRow], shown: str) -> JudgeRow:
         drawn=float(np.average([row.drawn for row in chosen], weights=images)),
         generated=float(np.average([row.generated for row in chosen], weights=images)),
     )
-
-
-def write_sheet(path: Path, pipeline: Any, **options: Any) -> None:
-    """Write a PNG of generated images: a seen and an unseen name of every question, the prompt on the left."""
-    lines = [
-        (question.prompts[question.unseen.index(unseen)], unseen)
-        for question in questions()
-        for unseen in (False, True)
-        if unseen in question.unseen
-    ]
-    prompts = [prompt for prompt, _ in lines for _ in range(_SHEET_COLUMNS)]
-    images = generate(pipeline, prompts, range(len(prompts)), **options)
-    step_px = images[0].width + _GAP_PX
-    sheet = Image.new("RGB", (_TEXT_PX + _SHEET_COLUMNS * step_px, len(lines) * step_px), "white")
-    draw = ImageDraw.Draw(sheet)
-    for index, image in enumerate(images):
-        row, column = divmod(index, _SHEET_COLUMNS)
-        sheet.paste(image, (_TEXT_PX + column * step_px, row * step_px))
-    for row, (prompt, unseen) in enumerate(lines):
-        text = f"{prompt}\n(never shown in training)" if unseen else prompt
-        draw.text((_GAP_PX, row * step_px + step_px // 3), text, fill="black")
-    with replace_file(path) as temporary:
-        sheet.save(temporary, "PNG", optimize=True)
-
-
-def _judged(options: argparse.Namespace) -> list[JudgeRow]:
-    clip, pipeline = load_clip(TINY), load_pipeline(options.pipeline)
-    how = {"steps": options.steps, "guidance": options.guidance}
-    click.echo(f"{'names':14} {'shown':7} {'images':>6} {'drawn':>7} {'generated':>10} {'share':>7}")
-    rows = []
-    for question in questions():
-        for row in rows_of(clip, pipeline, question, per_class=options.per_class, **how):
-            rows.append(row)
-            click.echo(str(row))
-    totals = [total_of(rows, shown) for shown in ("seen", "unseen")]
-    for row in totals:
-        click.echo(str(row))
-    if options.sheet is not None:
-        write_sheet(options.sheet, pipeline, **how)
-    return totals
-
-
-def main() -> None:
-    """Run the script; exit code 1 if a share is below `FLOOR`."""
-    parser = argparse.ArgumentParser(prog="python -m clipship.world.diffusion.judge", description=__doc__)
-    parser.add_argument(
-        "--pipeline", type=Path, default=MODELS / TINY_DIFFUSION, metavar="FOLDER", help="default: the committed"
-    )
-    parser.add_argument("--sheet", type=Path, metavar="FILE", help="also write a contact sheet, PNG")
-    parser.add_argument("--per-class", type=int, default=4, help="images of a name (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=TINY_STEPS, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=TINY_GUIDANCE, help="guidance scale (default: %(default)s)")
-    options = parser.parse_args()
-    hide_progress_bars()
-    totals = _judged(options)
-    if not all(totals):
-        sys.exit(f"generated images have less than {100 * FLOOR:.0f} % of the accuracy on drawn ones")
-
-
-if __name__ == "__main__":
-    main()
