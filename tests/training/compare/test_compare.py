@@ -7,8 +7,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -227,6 +232,28 @@ def test_a_killed_comparison_goes_on_and_leaves_finished_runs_alone(
     assert compare(capsys, *command, "--out", tmp_path / "whole")[0] == 0
     rows = [json.loads((tmp_path / name / "results.json").read_text())["rows"] for name in ("killed", "whole")]
     assert rows[0] == rows[1]
+
+
+def test_a_worker_that_dies_between_two_runs_costs_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    pools: list[Any] = []
+
+    class Pool:
+        def submit(self, work: object, run: Any, *settings: object) -> Future[Any]:
+            if self is pools[0] and run == "second":
+                raise BrokenProcessPool
+            future: Future[Any] = Future()
+            future.set_result(f"{run} in pool {pools.index(self)}")
+            return future
+
+    @contextmanager
+    def pool(*settings: object) -> Iterator[Pool]:
+        pools.append(Pool())
+        yield pools[-1]
+
+    monkeypatch.setattr(workers, "worker_pool", pool)
+    runs: Any = ["first", "second", "third"]
+    results: list[Any] = list(workers._from_processes(runs, [None], 0))
+    assert results == ["first in pool 0", "second in pool 1", "third in pool 1"]
 
 
 def test_a_run_that_fails_is_reported_and_costs_no_other(

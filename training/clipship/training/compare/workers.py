@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
@@ -165,11 +165,20 @@ def _from_processes(runs: Sequence[GridRun], devices: Sequence[str | None], load
     waiting, busy = list(reversed(runs)), dict[Future[RunResult], tuple[GridRun, int]]()
     threads = max(1, available_cores() // len(devices))
     with ExitStack() as stack:
-        pools = [stack.enter_context(worker_pool(1, _prepare_process, threads)) for _ in devices]
+
+        def new_pool() -> ProcessPoolExecutor:
+            return stack.enter_context(worker_pool(1, _prepare_process, threads))
 
         def start(number: int) -> None:
-            run = waiting.pop()
-            busy[pools[number].submit(_result_in_process, run, devices[number], loader_workers)] = run, number
+            given = waiting.pop(), devices[number], loader_workers
+            try:
+                future = pools[number].submit(_result_in_process, *given)
+            except BrokenProcessPool:  # it died between two runs
+                pools[number] = new_pool()
+                future = pools[number].submit(_result_in_process, *given)
+            busy[future] = given[0], number
+
+        pools = [new_pool() for _ in devices]
 
         for number in range(len(devices)):
             start(number)
@@ -181,7 +190,7 @@ def _from_processes(runs: Sequence[GridRun], devices: Sequence[str | None], load
             except BrokenProcessPool:
                 result = RunResult.failed(run, "its process was killed or ran out of memory")
                 write_result(run, result)
-                pools[number] = stack.enter_context(worker_pool(1, _prepare_process, threads))
+                pools[number] = new_pool()
             if waiting:
                 start(number)
             yield result
