@@ -1,4 +1,4 @@
-"""An epoch from kept features beside one that encodes its images anew, the same recipe, in turn, in one run.
+"""Times an epoch from cached features and one that encodes its images, with the same recipe, in turns of one run.
 
     python benchmarks/feature_cache.py --out runs/feature-cache
 
@@ -26,16 +26,16 @@ from clipship.core.cli.main import main as clipship
 from clipship.core.tables import Table, with_spread, write_table
 
 MANY_EPOCHS = {"coop": 20, "kgcoop": 20, "ship": 20, "clip-adapter": 1000, "tip-adapter-f": 1000}
-"""Epochs from kept features that are timed together; where the text tower takes no part they last milliseconds."""
+"""Epochs from cached features that are timed together: without the text tower they last milliseconds."""
 
 MODELS = ("ViT-B-16/random", "clipship-tiny")
 RECIPES = ("coop", "kgcoop", "clip-adapter", "tip-adapter-f", "ship")
 
 
 def epoch_times(model: str, recipe: str, data: Path, shots: int, rounds: int, cache: Path) -> dict[str, Any]:
-    """Seconds of an epoch that encodes anew, and of one from kept features, ``rounds`` of each in turn.
+    """Seconds of an epoch that encodes the images, and of one from cached features, ``rounds`` of each in turn.
 
-    What a run needs besides its epochs is taken off: it is timed with one epoch from kept features.
+    What a run needs besides its epochs is taken off: it is timed with one epoch from cached features.
     """
     from clipship.training.datasets.load import load_dataset
     from clipship.training.loop.loop import RunOptions, train
@@ -56,22 +56,22 @@ def epoch_times(model: str, recipe: str, data: Path, shots: int, rounds: int, ca
 
         many = MANY_EPOCHS[config.method]
         seconds(1, 1, "warm")  # encodes the kept view and the validation images
-        anew, kept = [], []
+        encoded, kept = [], []
         for number in range(rounds):
             base = seconds(1, 1, f"one{number}")
             kept.append((seconds(1, 1 + many, f"kept{number}") - base) / many)
-            anew.append(seconds(0, 1, f"anew{number}") - base + kept[-1])
-    return {"model": model, "recipe": recipe, "anew_s": anew, "kept_s": kept}
+            encoded.append(seconds(0, 1, f"encoded{number}") - base + kept[-1])
+    return {"model": model, "recipe": recipe, "anew_s": encoded, "kept_s": kept}
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Medians in seconds, and how many times faster the kept features are."""
+    """Medians in seconds, and how many times faster the cached features are."""
     cells = []
     for row in rows:
-        ratios = [anew / kept for anew, kept in zip(row["anew_s"], row["kept_s"], strict=True)]
+        ratios = [encoded / kept for encoded, kept in zip(row["anew_s"], row["kept_s"], strict=True)]
         seconds = (f"{statistics.median(row['anew_s']):.2f}", f"{statistics.median(row['kept_s']):.4f}")
         cells.append((row["model"], row["recipe"], *seconds, with_spread(ratios, ",.0f")))
-    header = ("model", "recipe", "encoding anew (s)", "kept features (s)", "times faster (range)")
+    header = ("model", "recipe", "encoding every time (s)", "cached features (s)", "times faster (range)")
     return Table(header=header, rows=tuple(cells))
 
 

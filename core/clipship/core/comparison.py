@@ -20,6 +20,7 @@ Shape legend: N inputs, C classes, D features, H = W pixels, k best classes.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
@@ -65,7 +66,7 @@ class Worst:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Outcome:
+class _Outcome(ABC):
     """What both kinds of comparison measure. True when within tolerance.
 
     A number that was not measured is NaN, and null in JSON.
@@ -111,15 +112,17 @@ class _Outcome:
         tolerance = self.tolerance.to_json()
         return {**numbers, "tolerance": tolerance, "passed": bool(self), "failures": list(self.failures)}
 
+    @abstractmethod
     def _subject(self) -> str:
-        raise NotImplementedError
+        """What has no numbers."""
 
+    @abstractmethod
     def _numbers(self) -> str:
-        raise NotImplementedError
+        """The numbers for people."""
 
+    @abstractmethod
     def _broken(self) -> list[str]:
         """The failed gates but top-1."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)

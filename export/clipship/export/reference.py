@@ -23,6 +23,7 @@ from clipship.core.comparison import (
     VerificationSamples,
     compare_features,
     run_in_batches,
+    verify_runner,
 )
 from clipship.core.errors import CheckFailed, CheckpointError, DataError
 from clipship.core.images.decoding import ImageDecodeError, ImageSpec, pixels_from_bytes
@@ -30,8 +31,7 @@ from clipship.core.tolerances import TOLERANCES
 from clipship.core.vocabulary import Vocabulary
 from clipship.export.encoders import ImageEncoder
 from clipship.export.image_input import Picture as Picture
-from clipship.export.verification.runners import onnx_session, session_function
-from clipship.export.verification.verify import verify_encoder
+from clipship.export.verification.runners import onnx_runner, onnx_session, session_function
 from clipship.training.model.prompts import without_padding
 
 if TYPE_CHECKING:
@@ -119,9 +119,9 @@ def compare_with_torch(
         features: the classifier that picks the best class.
     """
     count = min(GOLDEN_COUNT, len(pixels))
-    image_encoder = partial(
-        verify_encoder, folder / layout.IMAGE_ENCODER, references=features, tolerance=TOLERANCES["fp32"]
-    )
+    path = folder / layout.IMAGE_ENCODER
+    runner = onnx_runner(path, pixels[:1])
+    image_encoder = partial(verify_runner, runner, form=path.name, references=features, tolerance=TOLERANCES["fp32"])
     golden = image_encoder("golden samples", pixels[:count], expected[:count], batch_sizes=BATCH_SIZES[:-1])
     images = image_encoder("images", pixels, expected, batch_sizes=BATCH_SIZES[-1:])
     return Verification((*golden, *images, *compare_prompts(method, vocabulary, folder)))
@@ -135,7 +135,8 @@ def compare_prompts(method: Method, vocabulary: Vocabulary, folder: Path) -> tup
     tokens = (without_padding(method.clip, padded) if takes_short_prompts else padded).numpy()
     with torch.inference_mode():
         text = run_in_batches(lambda rows: method.text_features(torch.from_numpy(rows)).numpy(), tokens, _TORCH_BATCH)
-    compared = partial(verify_encoder, path, references=text, tolerance=TOLERANCES["text-fp32"])
+    runner = onnx_runner(path, tokens[:1])
+    compared = partial(verify_runner, runner, form=path.name, references=text, tolerance=TOLERANCES["text-fp32"])
     some = slice(0, GOLDEN_COUNT)
     whole = () if padded.shape == tokens.shape else compared("padded prompts", padded.numpy()[some], text[some])
     return (*compared("prompts", tokens, text), *whole)

@@ -12,13 +12,13 @@ from numpy.typing import NDArray
 
 from clipship.core import tensors
 from clipship.core.bundle import VocabularyFeatures
-from clipship.core.comparison import Comparison, batch_sizes_up_to
+from clipship.core.comparison import Comparison, batch_sizes_up_to, verify_runner
 from clipship.core.tolerances import TOLERANCES
 from clipship.export.encoders import ImageEncoder
 from clipship.export.image_input import pictures_from_world
 from clipship.export.onnx_graph import onnx_from_module
 from clipship.export.reference import Picture, image_features, pixels_of
-from clipship.export.verification.verify import verify_encoder
+from clipship.export.verification.runners import onnx_runner
 from clipship.training.methods import Method, Task, build_method
 from clipship.training.model.builtin import TINY
 from clipship.training.model.clip import Clip, load_clip
@@ -42,14 +42,15 @@ class Exported:
     classifier: VocabularyFeatures
 
     def compared(self, path: Path, precision: str) -> tuple[Comparison, ...]:
-        return verify_encoder(
-            path,
+        return verify_runner(
+            onnx_runner(path, self.pixels[:1]),
             "images",
             self.pixels,
             self.expected,
             references=self.classifier,
             tolerance=TOLERANCES[precision],
             batch_sizes=SIZES,
+            form=path.name,
         )
 
 
@@ -175,7 +176,8 @@ def test_prompts_left_out(clip: Clip, pictures: list[Picture], tmp_path: Path) -
     expected = image_features(prompted, plain.pixels)
     for precision in PRECISIONS:
         tolerance = TOLERANCES[precision]
-        wrong = verify_encoder(
-            plain.path, "images", plain.pixels, expected, references=plain.classifier, tolerance=tolerance
+        runner = onnx_runner(plain.path, plain.pixels[:1])
+        wrong = verify_runner(
+            runner, "images", plain.pixels, expected, references=plain.classifier, tolerance=tolerance
         )
         assert not any(wrong)

@@ -91,7 +91,7 @@ def quantized_onnx(source: Path, target: Path, calibration_pixels: NDArray[np.ui
 
     Returns:
         The products that stay float32 because int8 loses too much there; at most half of all. Whether the result is
-        good enough is for :func:`clipship.export.verification.verify.verify_encoder` to say.
+        good enough is for :func:`clipship.core.comparison.verify_samples` to say.
 
     Raises:
         DataError: fewer than 32 images.

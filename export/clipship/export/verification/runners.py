@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from clipship.core.comparison import Runner
 from clipship.core.errors import CheckFailed, MissingExtraError
 from clipship.core.machine.processor import emulates, this_processor
 from clipship.core.machine.runtimes import OpenVinoEncoder
@@ -104,6 +105,11 @@ def onnx_function(path: Path, provider: str, sample: NDArray[Any]) -> Run:
     if provider != CPU_PROVIDER:  # there is nothing that the CPU's nodes could fall back to
         _validate_provider(path, provider, nodes_by_provider(path, provider, sample))
     return session_function(onnx_session(path, provider))
+
+
+def onnx_runner(path: Path, sample: NDArray[Any]) -> Runner:
+    """The model at ``path`` on ONNX Runtime's CPU provider, tried on ``sample``; raises as :func:`onnx_function`."""
+    return Runner(name=CPU_PROVIDER, run=onnx_function(path, CPU_PROVIDER, sample))
 
 
 def nodes_by_provider(path: Path, provider: str, sample: NDArray[Any]) -> Mapping[str, Counter[str]]:

@@ -23,27 +23,23 @@ from clipship.core.bundle import (
     VOCABULARY_TENSORS,
     Bundle,
     EncoderVariant,
-    VocabularyFeatures,
 )
 from clipship.core.comparison import (
     BATCH_SIZES,
     Answers,
-    Comparison,
     Runner,
     Verification,
     VerificationSamples,
     compare_answers,
     golden_samples,
-    verify_runner,
     verify_samples,
 )
 from clipship.core.errors import CheckFailed, MissingExtraError
-from clipship.core.precisions import PRECISIONS, Tolerance
+from clipship.core.precisions import PRECISIONS
 from clipship.core.progress import progress
 from clipship.core.tolerances import TOLERANCES
 from clipship.export.saturation import emulated_int8, graph_can_saturate
 from clipship.export.verification.runners import (
-    CPU_PROVIDER,
     NotRunnable,
     Run,
     local_providers,
@@ -52,38 +48,6 @@ from clipship.export.verification.runners import (
 )
 
 _EMULATED = 8  # images that NumPy, which is slow, computes
-
-
-def verify_encoder(
-    path: Path,
-    what: str,
-    rows: NDArray[Any],
-    expected: NDArray[np.float32],
-    *,
-    references: NDArray[np.float32] | VocabularyFeatures,
-    tolerance: Tolerance,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-) -> tuple[Comparison, ...]:
-    """The ONNX encoder at ``path`` on ``rows`` [N, ...] at every batch size, against PyTorch's ``expected`` [N, D].
-
-    Args:
-        rows: pixels for an image encoder, tokens for a text encoder.
-        references: the classifier, or unit features [C, D] whose nearest one is an input's best class.
-
-    Raises:
-        NotRunnable: ONNX Runtime has no CPU kernel for a node.
-        CheckFailed: the file cannot be loaded.
-    """
-    return verify_runner(
-        Runner(name=CPU_PROVIDER, run=onnx_function(path, CPU_PROVIDER, rows[:1])),
-        what,
-        rows,
-        expected,
-        references=references,
-        tolerance=tolerance,
-        batch_sizes=batch_sizes,
-        form=path.name,
-    )
 
 
 def verify_bundle(

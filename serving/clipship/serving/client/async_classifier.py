@@ -16,13 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from clipship.core.images.inputs import ImageLike
-from clipship.serving.client.core import ClientCore
+from clipship.serving.client.core import ClientCore, ConnectedClient
 from clipship.serving.client.metadata import ServerMetadata
 from clipship.serving.client.request_batch import Purpose
 from clipship.serving.client.results import Embeddings, Result, embeddings_from_results
 from clipship.serving.client.scheduler import RequestScheduler
 from clipship.serving.client.settings import ClientSettings, ServerLike, settings_as_keywords
-from clipship.serving.errors import ServingError
 
 Images = Iterable[ImageLike] | AsyncIterable[ImageLike]
 
@@ -31,7 +30,7 @@ _MAX_BATCHING_DELAY_S = 0.01
 _END: Any = object()
 
 
-class AsyncClassifier:
+class AsyncClassifier(ConnectedClient):
     """An asyncio client; arguments and errors as :class:`~clipship.serving.client.classifier.Classifier`.
 
     It connects in ``async with``, or at :meth:`connect`. For one event loop, whose tasks may share it.
@@ -41,7 +40,6 @@ class AsyncClassifier:
     def __init__(self, server: ServerLike, settings: ClientSettings) -> None:
         self._server = server
         self._settings = settings
-        self._connected: ClientCore | None = None
 
     async def __aenter__(self) -> AsyncClassifier:
         await self.connect()
@@ -67,21 +65,6 @@ class AsyncClassifier:
         if self._connected is not None:
             await asyncio.to_thread(self._connected.close)
 
-    @property
-    def metadata(self) -> ServerMetadata:
-        """What the server reported about its models when the client connected, or at the last :meth:`refresh`."""
-        return self._core.metadata
-
-    @property
-    def batch_size(self) -> int:
-        """Images a request."""
-        return self._core.batch_size
-
-    @property
-    def window(self) -> int:
-        """Requests that may be in flight now: the setting, or fewer while the server is overloaded."""
-        return self._core.window.size
-
     async def refresh(self) -> ServerMetadata:
         """See :meth:`Classifier.refresh`."""
         return await asyncio.to_thread(self._core.refresh)
@@ -105,12 +88,6 @@ class AsyncClassifier:
     def embed_iter(self, images: Images) -> AsyncGenerator[Result, None]:
         """One result per image, in order, with its embedding and no classes."""
         return self._stream(images, "embed")
-
-    @property
-    def _core(self) -> ClientCore:
-        if self._connected is None:
-            raise ServingError("the client is not connected: use it in async with, or await connect() first")
-        return self._connected
 
     async def _stream(self, images: Images, purpose: Purpose) -> AsyncGenerator[Result, None]:
         awake, loop = asyncio.Event(), asyncio.get_running_loop()

@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import TypeVar
 
 from clipship.core.images.inputs import ImageLike
-from clipship.serving.client.core import ClientCore
+from clipship.serving.client.core import ClientCore, ConnectedClient
 from clipship.serving.client.metadata import ServerMetadata
 from clipship.serving.client.request_batch import Purpose
 from clipship.serving.client.results import Embeddings, Result, embeddings_from_results
@@ -26,7 +26,7 @@ from clipship.serving.client.settings import ClientSettings, ServerLike, setting
 _Self = TypeVar("_Self", bound="Classifier")
 
 
-class Classifier:
+class Classifier(ConnectedClient):
     """A client of the models that ``clipship repository`` writes. May be shared by threads.
 
     Args:
@@ -44,22 +44,7 @@ class Classifier:
 
     @settings_as_keywords
     def __init__(self, server: ServerLike, settings: ClientSettings) -> None:
-        self._core = ClientCore(server, settings)
-
-    @property
-    def metadata(self) -> ServerMetadata:
-        """What the server reported about its models when the client was made, or at the last :meth:`refresh`."""
-        return self._core.metadata
-
-    @property
-    def batch_size(self) -> int:
-        """Images a request."""
-        return self._core.batch_size
-
-    @property
-    def window(self) -> int:
-        """Requests that may be in flight now: the setting, or fewer while the server is overloaded."""
-        return self._core.window.size
+        self._connected = ClientCore(server, settings)
 
     def __enter__(self: _Self) -> _Self:
         return self

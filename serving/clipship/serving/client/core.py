@@ -186,3 +186,30 @@ def _telemetry() -> Any:
     from clipship.serving.client.telemetry import Telemetry
 
     return Telemetry()
+
+
+class ConnectedClient:
+    """What the sync and the asyncio client say about their connection."""
+
+    _connected: ClientCore | None = None
+
+    @property
+    def metadata(self) -> ServerMetadata:
+        """What the server reported about its models when the client connected, or at the last :meth:`refresh`."""
+        return self._core.metadata
+
+    @property
+    def batch_size(self) -> int:
+        """Images a request."""
+        return self._core.batch_size
+
+    @property
+    def window(self) -> int:
+        """Requests that may be in flight now: the setting, or fewer while the server is overloaded."""
+        return self._core.window.size
+
+    @property
+    def _core(self) -> ClientCore:
+        if self._connected is None:
+            raise ServingError("the client is not connected: use it in async with, or await connect() first")
+        return self._connected

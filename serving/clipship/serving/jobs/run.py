@@ -79,7 +79,7 @@ class JobOutput:
     """Where a job's rows go, and what they hold.
 
     Raises:
-        UsageError: settings of shards without a folder to write them into.
+        UsageError: settings of shards without a folder to write them into, or an unknown format.
     """
 
     out: Path | None = None
